@@ -1,0 +1,3 @@
+"""Options, collection and reporting of ``pytest --circuitfreeze``."""
+
+from __future__ import annotations
