@@ -1,0 +1,35 @@
+"""Freezes the QK circuit (where a head looks) or the OV circuit (what it moves) of chosen attention heads."""
+
+from freeze_core.config import (
+    BackwardMode,
+    CircuitType,
+    FreezeType,
+    InterventionConfig,
+    KVScope,
+    ModelArchitecture,
+)
+from freeze_core.errors import (
+    CircuitFreezeError,
+    FreezeNotInForceError,
+    InterventionError,
+    StaleCacheWarning,
+    UnsupportedModelError,
+)
+from freeze_core.freezer import AttentionCircuitFreezer, freeze_ov_circuit, freeze_qk_circuit
+
+__all__ = [
+    "AttentionCircuitFreezer",
+    "BackwardMode",
+    "CircuitFreezeError",
+    "CircuitType",
+    "FreezeNotInForceError",
+    "FreezeType",
+    "InterventionConfig",
+    "InterventionError",
+    "KVScope",
+    "ModelArchitecture",
+    "StaleCacheWarning",
+    "UnsupportedModelError",
+    "freeze_ov_circuit",
+    "freeze_qk_circuit",
+]

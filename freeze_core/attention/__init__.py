@@ -1,0 +1,1 @@
+"""Where a model's attention keeps the activations of its heads."""

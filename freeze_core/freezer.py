@@ -1,0 +1,241 @@
+"""What a user calls: freeze circuits of a model, look at it, and check that the freeze does what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from freeze_core.attention.sites import find_sites
+from freeze_core.config import CircuitType, InterventionConfig, ModelArchitecture
+from freeze_core.diagnostics import gradient_behavior, intervention_effect
+from freeze_core.errors import InterventionError, UnsupportedModelError
+from freeze_core.freezing.install import FreezeHandle, FrozenCircuits, install
+from freeze_core.freezing.plan import resolve
+from freeze_core.recording import Recording, record
+
+__all__ = ["AttentionCircuitFreezer", "freeze_ov_circuit", "freeze_qk_circuit"]
+
+
+class AttentionCircuitFreezer:
+    """Freezes the QK and OV circuits of attention heads in Hugging Face models.
+
+    Args:
+        debug_gradients: print a table of gradients in `check_gradient_behavior`.
+        on_stale_cache: `warn`, `error` or `ignore` a cache that was filled without the freeze it is used under.
+
+    Example:
+        >>> freezer = AttentionCircuitFreezer()
+        >>> config = InterventionConfig(layer_indices=[0], head_indices=[1, 2], circuit="qk")
+        >>> with freezer.freeze_circuits(model, config):  # doctest: +SKIP
+        ...     logits = model(input_ids).logits
+    """
+
+    def __init__(
+        self, debug_gradients: bool = False, on_stale_cache: Literal["warn", "error", "ignore"] = "warn"
+    ) -> None:
+        if not isinstance(debug_gradients, bool):
+            raise InterventionError(f"debug_gradients={debug_gradients!r}: must be True or False")
+        if on_stale_cache not in ("warn", "error", "ignore"):
+            raise InterventionError(f"on_stale_cache={on_stale_cache!r}: must be one of warn, error, ignore")
+        self.debug_gradients = debug_gradients
+        self.on_stale_cache = on_stale_cache
+
+    def freeze_circuits(
+        self,
+        model: nn.Module,
+        config: InterventionConfig | Sequence[InterventionConfig],
+        architecture: ModelArchitecture | str | None = None,
+    ) -> FrozenCircuits:
+        """Installs one config, or several in order, the later one winning where they meet.
+
+        Args:
+            model: any Hugging Face model; neither copied nor trained on, and what it was again after removal.
+            config: what to freeze; changing it later does not change a live freeze.
+            architecture: how q, k and v are stored, for a model that detection does not know.
+
+        Returns:
+            A sequence of handles, one a config, and a context manager that removes them all.
+
+        Raises:
+            UnsupportedModelError: the model cannot be served; nothing is installed.
+            InterventionError: the config cannot be served on this model; nothing is installed.
+        """
+        configs = [config] if isinstance(config, InterventionConfig) else config
+        if not isinstance(configs, Sequence) or not configs:
+            raise InterventionError(f"config={config!r}: must be an InterventionConfig or a list of some")
+        for one in configs:
+            if not isinstance(one, InterventionConfig):
+                raise InterventionError(f"config={one!r}: must be an InterventionConfig")
+        sites = find_sites(model, _architecture(architecture))
+        return install(sites, [resolve(one, sites) for one in configs])
+
+    def remove_hooks(self, handles: FrozenCircuits | FreezeHandle | Iterable[FreezeHandle]) -> None:
+        """Removes what `freeze_circuits` returned; twice is harmless."""
+        for handle in [handles] if isinstance(handles, FreezeHandle) else handles:
+            handle.remove()
+
+    def detect_architecture(self, model: nn.Module) -> ModelArchitecture:
+        """How the model stores its query, key and value projections.
+
+        `flash_attention` is attention that exposes no projection to freeze.
+
+        Raises:
+            UnsupportedModelError: a model without attention, or with one whose storage is not known.
+        """
+        try:
+            sites = find_sites(model)
+        except UnsupportedModelError:
+            if isinstance(model, nn.Module) and _hides_projections(model):
+                return ModelArchitecture.FLASH_ATTENTION
+            raise
+        return next(iter(sites.by_layer.values())).architecture
+
+    def get_model_config(self, model: nn.Module) -> dict[str, Any]:
+        """What the model's attention looks like.
+
+        Returns:
+            `num_layers` (decoder layers), `num_heads` (query heads), `num_kv_heads`, `head_dim` (features),
+            `architecture` (a `ModelArchitecture`), `attention_type` (`MHA`, `GQA` or `MQA`), and `layers`, the
+            same head counts for each layer that has attention. The former are those of the first such layer.
+
+        Raises:
+            UnsupportedModelError: the model cannot be served.
+        """
+        sites = find_sites(model)
+        layers = {
+            layer: {"num_heads": site.heads, "num_kv_heads": site.kv_heads, "head_dim": site.head_dim}
+            for layer, site in sites.by_layer.items()
+        }
+        first = next(iter(sites.by_layer.values()))
+        kind = "MHA" if first.group == 1 else "MQA" if first.kv_heads == 1 else "GQA"
+        return {
+            "num_layers": sites.layers,
+            **layers[first.layer],
+            "architecture": first.architecture,
+            "attention_type": kind,
+            "layers": layers,
+        }
+
+    def record(
+        self,
+        model: nn.Module,
+        inputs: Tensor | Mapping[str, Any],
+        layers: Sequence[int] | None = None,
+        pattern: bool = False,
+    ) -> Recording:
+        """The activations of a forward pass on `inputs`; see `freeze_core.recording.record`."""
+        return record(model, inputs, layers, pattern)
+
+    def check_gradient_behavior(
+        self, model: nn.Module, test_input: Tensor, config: InterventionConfig
+    ) -> dict[str, Any]:
+        """Whether gradients at the frozen activations obey the backward mode's identity, exactly where it is exact.
+
+        A model that is already frozen with `config` is not frozen twice. No parameter's `.grad` is touched.
+
+        Args:
+            test_input: token ids `[batch, token]` (integer) or embeddings `[batch, token, hidden]` (floating).
+
+        Returns:
+            `validation_passed`; `loss_value`, the mean square of the logits that was differentiated;
+            `parameters`, for each that requires a gradient its `norm`, `mean`, `max` (of magnitudes) and
+            `nonzero` (share, 0 to 1), or `None` where nothing flows; `sites`, for each frozen projection whether
+            it passed and its largest deviation from the identity.
+
+        Raises:
+            CircuitFreezeError: the model, the input or the config cannot be served.
+        """
+        return gradient_behavior(model, test_input, config, print_table=self.debug_gradients)
+
+    def verify_intervention_effect(
+        self,
+        model_baseline: nn.Module,
+        model_intervened: nn.Module,
+        test_input: Tensor,
+        config: InterventionConfig,
+    ) -> dict[str, Any]:
+        """How far the freeze moves the logits.
+
+        Args:
+            model_baseline: unfrozen; may be the same object as `model_intervened` if that is unfrozen too.
+            model_intervened: frozen with `config` already, or frozen with it for this call.
+            test_input: token ids `[batch, token]` (integer) or embeddings `[batch, token, hidden]` (floating).
+
+        Returns:
+            `max_absolute_diff` and `mean_absolute_diff` in units of the logits, `changed` (whether any logit did).
+
+        Raises:
+            CircuitFreezeError: a baseline that is frozen, or what `freeze_circuits` raises.
+        """
+        return intervention_effect(model_baseline, model_intervened, test_input, config)
+
+
+def freeze_qk_circuit(
+    model: nn.Module, layer_indices: Sequence[int] | None, head_indices: Sequence[int] | None, **fields: Any
+) -> FrozenCircuits:
+    """Freezes where heads look: `q` and `k` of `head_indices` in `layer_indices`.
+
+    Args:
+        fields: other fields of `InterventionConfig`, `circuit` excepted.
+    """
+    return _freeze(CircuitType.QK, model, layer_indices, head_indices, fields)
+
+
+def freeze_ov_circuit(
+    model: nn.Module, layer_indices: Sequence[int] | None, head_indices: Sequence[int] | None, **fields: Any
+) -> FrozenCircuits:
+    """Freezes what heads move: `v` of `head_indices` in `layer_indices`.
+
+    Args:
+        fields: other fields of `InterventionConfig`, `circuit` excepted.
+    """
+    return _freeze(CircuitType.OV, model, layer_indices, head_indices, fields)
+
+
+def _freeze(
+    circuit: CircuitType,
+    model: nn.Module,
+    layer_indices: Sequence[int] | None,
+    head_indices: Sequence[int] | None,
+    fields: Mapping[str, Any],
+) -> FrozenCircuits:
+    allowed = set(InterventionConfig.__dataclass_fields__) - {"layer_indices", "head_indices", "circuit"}
+    unknown = sorted(set(fields) - allowed)
+    if unknown:
+        raise InterventionError(
+            f"{', '.join(unknown)}: no such field; allowed are {', '.join(sorted(allowed))}"
+        )
+    config = InterventionConfig(layer_indices, head_indices, circuit, **fields)
+    return AttentionCircuitFreezer().freeze_circuits(model, config)
+
+
+def _architecture(value: ModelArchitecture | str | None) -> ModelArchitecture | None:
+    if value is None:
+        return None
+    try:
+        architecture = ModelArchitecture(value)
+    except ValueError:
+        raise InterventionError(
+            f"architecture={value!r}: must be None or one of {', '.join(ModelArchitecture)}"
+        ) from None
+    if architecture == ModelArchitecture.FLASH_ATTENTION:
+        raise UnsupportedModelError(
+            "architecture='flash_attention': attention that exposes no projection cannot be frozen; a model that runs "
+            "flash attention on its own projections needs no architecture to be stated"
+        )
+    return architecture
+
+
+def _hides_projections(model: nn.Module) -> bool:
+    """Whether some attention module has no linear projection of its own that runs as a module."""
+    return any(
+        isinstance(module, nn.MultiheadAttention)
+        or (
+            "Attention" in type(module).__name__
+            and not any(hasattr(child, "weight") for child in module.children())
+        )
+        for module in model.modules()
+    )

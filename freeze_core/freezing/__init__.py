@@ -1,0 +1,1 @@
+"""How a config becomes frozen activations in a running model."""

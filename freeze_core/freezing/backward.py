@@ -1,0 +1,47 @@
+"""The frozen activation `x' = x + a (r - x)` and what its gradient is.
+
+`stopgrad`: `dx = (1 - a) dx'`, which autograd gives by itself, exact zeros at `a = 1`, and the parameters behind
+`x` keep gradients that are not `None`. `ste`, the straight-through estimator: `dx = dx'`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freeze_core.config import BackwardMode
+
+__all__ = ["blend"]
+
+
+def blend(x: Tensor, frozen: Tensor, mask: Tensor, r: Tensor, strength: float, mode: BackwardMode) -> Tensor:
+    """`frozen` with the features in `mask` replaced by `x + strength * (r - x)`.
+
+    Args:
+        x: the activation before any freeze `[batch, token, feature]`.
+        frozen: the activation as earlier freezes left it; where `mask` is true it is still `x`.
+        mask: `[feature]` bool.
+        r: replacement, broadcastable to `x`; cast to its dtype, so that at strength 1 the result is `r` itself.
+        strength: in (0, 1].
+        mode: `stopgrad` or `ste`.
+    """
+    r = r.to(x.dtype)
+    # Chosen, not multiplied: a product with 0 would keep inf and nan alive.
+    result = torch.where(mask, r if strength == 1 else x + strength * (r - x), frozen)
+    if mode == BackwardMode.STE and x.requires_grad:
+        return StraightThrough.apply(frozen, result.detach())  # type: ignore[no-any-return,no-untyped-call]
+    return result
+
+
+class StraightThrough(torch.autograd.Function):
+    """Forward gives the second argument, bit for bit; backward hands the gradient to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None

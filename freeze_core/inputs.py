@@ -1,0 +1,56 @@
+"""How a model is called and what it gives back, whatever the family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freeze_core.errors import InterventionError
+
+__all__ = ["logits_of", "model_arguments"]
+
+
+def model_arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for one whole forward pass of `model`, without a cache.
+
+    Args:
+        inputs: token ids `[batch, token]` (integer), embeddings `[batch, token, hidden]` (floating), or a mapping
+            of the model's own arguments, which is passed on as it is.
+
+    Raises:
+        InterventionError: anything else.
+    """
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    if not isinstance(inputs, Tensor):
+        raise InterventionError(
+            f"inputs is a {type(inputs).__name__}: must be a tensor or a dict of model arguments"
+        )
+    whole: dict[str, Any] = (
+        {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    )
+    if inputs.dim() == 2 and inputs.dtype in (torch.int32, torch.int64):
+        return {"input_ids": inputs, **whole}
+    if inputs.dim() == 3 and inputs.is_floating_point():
+        return {"inputs_embeds": inputs, **whole}
+    raise InterventionError(
+        f"inputs is {inputs.dtype} {list(inputs.shape)}: must be token ids [batch, token] (integer) or embeddings "
+        "[batch, token, hidden] (floating)"
+    )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits `[batch, token, vocabulary]` of a model's output, or its last hidden state where it has no head."""
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if isinstance(first, Tensor):
+        return first
+    raise InterventionError(
+        f"the model returned a {type(output).__name__} without logits or a last hidden state"
+    )

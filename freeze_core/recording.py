@@ -1,0 +1,174 @@
+"""Records what attention heads read and wrote in one forward pass, with the model's own attention code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freeze_core.attention.sites import AttentionSite, find_sites
+from freeze_core.config import InterventionConfig
+from freeze_core.errors import InterventionError, UnsupportedModelError
+from freeze_core.freezing.install import frozen_attention
+from freeze_core.freezing.plan import resolve
+from freeze_core.inputs import model_arguments
+
+__all__ = ["LayerActivations", "Recording", "record"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerActivations:
+    """The activations of one attention layer, detached, in the model's dtype.
+
+    Args:
+        q: queries `[batch, token, head, head_dim]`, after the bias, before per-head norms and rotary positions.
+        k, v: keys and values `[batch, token, kv_head, head_dim]`, at the same place; one a query head where a
+            freeze under `kv_scope="head"` has unshared them.
+        z: each head's mixed values, the input of the output projection `[batch, token, head, head_dim]`.
+        pattern: attention probabilities `[batch, head, token, key]`, if asked for.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    z: Tensor
+    pattern: Tensor | None = None
+
+
+class Recording(Mapping[int, LayerActivations]):
+    """A mapping from layer to its activations; `attention_mask` is the padding mask they were recorded under."""
+
+    def __init__(self, layers: Mapping[int, LayerActivations], attention_mask: Tensor | None) -> None:
+        self._layers = dict(layers)
+        self.attention_mask = attention_mask
+
+    def __getitem__(self, layer: int) -> LayerActivations:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"Recording(layers={list(self._layers)})"
+
+
+def record(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Any],
+    layers: Sequence[int] | None = None,
+    pattern: bool = False,
+) -> Recording:
+    """Records q, k, v, z and, if asked, the patterns of one forward pass; under a freeze, the frozen values.
+
+    Patterns are only formed by eager attention: for them a model that runs another implementation is run once
+    more under eager, and put back.
+
+    Args:
+        model: any model that can be frozen; it runs as it is, in its own mode, without gradients.
+        inputs: token ids `[batch, token]`, embeddings `[batch, token, hidden]`, or a dict of model arguments.
+        layers: decoder layers, negative ones count from the end; `None` is all that have attention.
+        pattern: record patterns too.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served, or forms no patterns.
+        InterventionError: a layer that is out of range, inputs that are none, or an activation that did not come by.
+    """
+    sites = find_sites(model)
+    wanted = [freeze.layer for freeze in resolve(InterventionConfig(layer_indices=layers), sites)]
+    arguments = model_arguments(model, inputs)
+    seen: dict[tuple[int, str], Tensor] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for layer in wanted:
+            stack.enter_context(_listening(sites.by_layer[layer], seen))
+        model(**arguments)
+    if pattern:
+        _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen)
+    mask = arguments.get("attention_mask")
+    activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
+    return Recording(activations, mask.clone() if isinstance(mask, Tensor) else None)
+
+
+@contextmanager
+def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor]) -> Iterator[None]:
+    """Splits what the projections give, and the output projection takes, into heads."""
+    frozen = frozen_attention(site.attention)
+    storage = frozen.wiring.storage if frozen else site.shared
+    hooks = []
+    for role, (name, index) in storage.features.items():
+
+        def keep(
+            module: nn.Module, args: Any, output: Tensor, role: str = role, index: Tensor = index
+        ) -> None:
+            seen[site.layer, role] = output.detach()[..., index.to(output.device)]
+
+        hooks.append(storage.modules[name].register_forward_hook(keep))
+
+    def keep_z(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[site.layer, "z"] = args[0].detach().unflatten(-1, (site.heads, -1)).clone()
+
+    hooks.append(site.output.register_forward_pre_hook(keep_z))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _patterns(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    sites: Sequence[AttentionSite],
+    seen: dict[tuple[int, str], Tensor],
+) -> None:
+    def keeper(site: AttentionSite) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            for value in output if isinstance(output, tuple) else ():
+                if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == site.heads:
+                    seen[site.layer, "pattern"] = value.detach()
+
+        return keep
+
+    hooks = [site.attention.register_forward_hook(keeper(site)) for site in sites]
+    try:
+        with _eager(model), torch.no_grad():
+            model(**{**arguments, "output_attentions": True})
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Runs the model under eager attention, then under what it ran before."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    if before is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no config that says which attention it runs, so its patterns cannot be recorded"
+        )
+    # Not set_attn_implementation: some families read the config in each pass and yet do not accept that call.
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _activations(
+    site: AttentionSite, seen: Mapping[tuple[int, str], Tensor], pattern: bool
+) -> LayerActivations:
+    names = ["q", "k", "v", "z", *(["pattern"] if pattern else [])]
+    missing = [name for name in names if (site.layer, name) not in seen]
+    if missing:
+        raise InterventionError(
+            f"layer {site.layer} ({site.name}) gave no {', '.join(missing)} in this pass: the layer did not run, or "
+            "its attention does not form them"
+        )
+    return LayerActivations(**{name: seen[site.layer, name] for name in names})
