@@ -197,7 +197,7 @@ def _check_indices(field: str, value: object) -> None:
 def _check_real(field: str, value: object, allowed: str, upper: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _refusal(field, value, allowed)
-    if not math.isfinite(value) or not 0 <= value <= upper:
+    if not math.isfinite(value) or not 0 <= float(value) <= upper:
         raise _refusal(field, value, allowed)
 
 

@@ -30,17 +30,13 @@ def gradient_behavior(
         taps = [stack.enter_context(_tapped(name, one)) for name, one in _projections(sites)]
         loss = logits_of(model(**arguments)).float().square().mean()
         if not loss.requires_grad:
-            raise InterventionError(
-                "no parameter of the model and not the input requires a gradient: nothing to check"
-            )
+            raise InterventionError("no parameter of the model and not the input requires a gradient: nothing to check")
         parameters = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
         activations = [x for tap in taps for x in (tap["before"], tap["after"])]
         grads = torch.autograd.grad(loss, [*(one for _, one in parameters), *activations], allow_unused=True)
     of_parameters = dict(zip((name for name, _ in parameters), grads, strict=False))
     of_activations = iter(grads[len(parameters) :])
-    checked = {
-        tap["name"]: _identity(tap["projection"], next(of_activations), next(of_activations)) for tap in taps
-    }
+    checked = {tap["name"]: _identity(tap["projection"], next(of_activations), next(of_activations)) for tap in taps}
     lost = [name for name, one in of_parameters.items() if one is None and _belongs(name, list(checked))]
     result = {
         "validation_passed": all(site["passed"] for site in checked.values())
@@ -59,9 +55,7 @@ def intervention_effect(
 ) -> dict[str, Any]:
     """See `AttentionCircuitFreezer.verify_intervention_effect`."""
     if live_freezes(find_sites(model_baseline)):
-        raise InterventionError(
-            "model_baseline is frozen: remove its freeze, or pass an unfrozen copy of the model"
-        )
+        raise InterventionError("model_baseline is frozen: remove its freeze, or pass an unfrozen copy of the model")
     sites = find_sites(model_intervened)
     with torch.no_grad():
         clean = logits_of(model_baseline(**model_arguments(model_baseline, test_input)))
@@ -133,9 +127,7 @@ def _identity(projection: FrozenProjection, dx: Tensor | None, dx_after: Tensor 
     deviation = float((dx - expected).abs().max())
     # A product by 1 - a and a sum over the query heads of a group round; nothing else does.
     repeats = 1 if projection.source is None else int(projection.source.bincount().max())
-    bound = (
-        0.0 if exact else (2 + repeats) * torch.finfo(dx.dtype).eps * repeats * float(dx_after.abs().max())
-    )
+    bound = 0.0 if exact else (2 + repeats) * torch.finfo(dx.dtype).eps * repeats * float(dx_after.abs().max())
     return {"passed": deviation <= bound, "deviation": deviation, "bound": bound}
 
 
@@ -160,8 +152,6 @@ def _print(result: dict[str, Any]) -> None:
         [name, *(["no gradient"] if one is None else [f"{value:.3g}" for value in one.values()])]
         for name, one in result["parameters"].items()
     ]
-    print(
-        tabulate(rows, headers=["parameter", "norm", "mean", "max", "nonzero share"], disable_numparse=True)
-    )
+    print(tabulate(rows, headers=["parameter", "norm", "mean", "max", "nonzero share"], disable_numparse=True))
     for name, site in result["sites"].items():
         print(f"{name}: {'obeys' if site['passed'] else 'BREAKS'} its identity, off by {site['deviation']}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from freeze_core.attention.sites import find_sites
@@ -205,9 +204,7 @@ def _freeze(
     allowed = set(InterventionConfig.__dataclass_fields__) - {"layer_indices", "head_indices", "circuit"}
     unknown = sorted(set(fields) - allowed)
     if unknown:
-        raise InterventionError(
-            f"{', '.join(unknown)}: no such field; allowed are {', '.join(sorted(allowed))}"
-        )
+        raise InterventionError(f"{', '.join(unknown)}: no such field; allowed are {', '.join(sorted(allowed))}")
     config = InterventionConfig(layer_indices, head_indices, circuit, **fields)
     return AttentionCircuitFreezer().freeze_circuits(model, config)
 
@@ -233,9 +230,6 @@ def _hides_projections(model: nn.Module) -> bool:
     """Whether some attention module has no linear projection of its own that runs as a module."""
     return any(
         isinstance(module, nn.MultiheadAttention)
-        or (
-            "Attention" in type(module).__name__
-            and not any(hasattr(child, "weight") for child in module.children())
-        )
+        or ("Attention" in type(module).__name__ and not any(hasattr(child, "weight") for child in module.children()))
         for module in model.modules()
     )

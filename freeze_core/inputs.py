@@ -26,12 +26,8 @@ def model_arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dic
     if isinstance(inputs, Mapping):
         return dict(inputs)
     if not isinstance(inputs, Tensor):
-        raise InterventionError(
-            f"inputs is a {type(inputs).__name__}: must be a tensor or a dict of model arguments"
-        )
-    whole: dict[str, Any] = (
-        {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    )
+        raise InterventionError(f"inputs is a {type(inputs).__name__}: must be a tensor or a dict of model arguments")
+    whole: dict[str, Any] = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     if inputs.dim() == 2 and inputs.dtype in (torch.int32, torch.int64):
         return {"input_ids": inputs, **whole}
     if inputs.dim() == 3 and inputs.is_floating_point():
@@ -51,6 +47,4 @@ def logits_of(output: Any) -> Tensor:
     first = output[0] if isinstance(output, tuple | list) and output else output
     if isinstance(first, Tensor):
         return first
-    raise InterventionError(
-        f"the model returned a {type(output).__name__} without logits or a last hidden state"
-    )
+    raise InterventionError(f"the model returned a {type(output).__name__} without logits or a last hidden state")

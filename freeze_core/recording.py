@@ -103,15 +103,13 @@ def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor]) -> Iter
     hooks = []
     for role, (name, index) in storage.features.items():
 
-        def keep(
-            module: nn.Module, args: Any, output: Tensor, role: str = role, index: Tensor = index
-        ) -> None:
+        def keep(module: nn.Module, args: Any, output: Tensor, role: str = role, index: Tensor = index) -> None:
             seen[site.layer, role] = output.detach()[..., index.to(output.device)]
 
         hooks.append(storage.modules[name].register_forward_hook(keep))
 
     def keep_z(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[site.layer, "z"] = args[0].detach().unflatten(-1, (site.heads, -1)).clone()
+        seen[site.layer, "z"] = args[0].detach().view(*args[0].shape[:-1], site.heads, -1).clone()
 
     hooks.append(site.output.register_forward_pre_hook(keep_z))
     try:
@@ -151,7 +149,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
     before = getattr(config, "_attn_implementation", None)
     if before is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no config that says which attention it runs, so its patterns cannot be recorded"
+            f"{type(model).__name__} has no config that says which attention it runs: its patterns cannot be recorded"
         )
     # Not set_attn_implementation: some families read the config in each pass and yet do not accept that call.
     config._attn_implementation = "eager"
@@ -161,9 +159,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _activations(
-    site: AttentionSite, seen: Mapping[tuple[int, str], Tensor], pattern: bool
-) -> LayerActivations:
+def _activations(site: AttentionSite, seen: Mapping[tuple[int, str], Tensor], pattern: bool) -> LayerActivations:
     names = ["q", "k", "v", "z", *(["pattern"] if pattern else [])]
     missing = [name for name in names if (site.layer, name) not in seen]
     if missing:

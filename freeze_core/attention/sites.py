@@ -154,9 +154,7 @@ def _has_separate(module: nn.Module) -> bool:
     return set(SEPARATE) <= {name for name, _ in module.named_children()}
 
 
-def _site(
-    layer: int, name: str, attention: nn.Module, architecture: ModelArchitecture | None
-) -> AttentionSite:
+def _site(layer: int, name: str, attention: nn.Module, architecture: ModelArchitecture | None) -> AttentionSite:
     live = getattr(getattr(attention.forward, "__self__", None), "site", None)
     if isinstance(live, AttentionSite):  # frozen already: its attributes may be those of the unshared storage
         return live
@@ -164,7 +162,7 @@ def _site(
     stored = ModelArchitecture.FUSED_QKV if entry else ModelArchitecture.SEPARATE_QKV
     if architecture not in (None, stored):
         raise UnsupportedModelError(
-            f"architecture={str(architecture)!r} is contradicted by {name} ({type(attention).__name__}), which is {stored}"
+            f"architecture={str(architecture)!r}: {name} ({type(attention).__name__}) contradicts it, it is {stored}"
         )
     where = f"{name} ({type(attention).__name__})"
     if entry:
@@ -174,9 +172,7 @@ def _site(
     return _separate_site(layer, name, where, attention)
 
 
-def _fused_site(
-    layer: int, name: str, where: str, attention: nn.Module, entry: FusedStorage
-) -> AttentionSite:
+def _fused_site(layer: int, name: str, where: str, attention: nn.Module, entry: FusedStorage) -> AttentionSite:
     heads, kv_heads, head_dim = entry.heads(attention), entry.kv_heads(attention), _head_dim(where, attention)
     modules = {entry.projection: attention.get_submodule(entry.projection)}
     output = attention.get_submodule(entry.output)
@@ -216,12 +212,7 @@ def _separate_site(layer: int, name: str, where: str, attention: nn.Module) -> A
     widths = {role: _width(attention.get_submodule(f"{role}_proj")) for role in ("q", "k", "v")}
     output = next((child for key, child in attention.named_children() if key in OUTPUTS), None)
     heads, kv_heads = widths["q"] // head_dim, widths["k"] // head_dim
-    if (
-        output is None
-        or widths["k"] != widths["v"]
-        or heads * head_dim != widths["q"]
-        or heads % max(kv_heads, 1)
-    ):
+    if output is None or widths["k"] != widths["v"] or heads * head_dim != widths["q"] or heads % max(kv_heads, 1):
         raise UnsupportedModelError(
             f"{where}: projections of {widths} features and heads of {head_dim} features with an output projection "
             f"({'missing' if output is None else 'present'}) are not plain multi-head or grouped-query attention"
@@ -283,9 +274,7 @@ def _activation_module(attention: nn.Module, role: str, head_dim: int) -> nn.Mod
 def _refuse_unknown_parts(where: str, attention: nn.Module) -> None:
     known = {*SEPARATE, *OUTPUTS, *HARMLESS_CHILDREN}
     unknown = [name for name, _ in attention.named_children() if name not in known]
-    unknown += [
-        name for name, _ in attention.named_parameters(recurse=False) if name not in HARMLESS_PARAMETERS
-    ]
+    unknown += [name for name, _ in attention.named_parameters(recurse=False) if name not in HARMLESS_PARAMETERS]
     if getattr(attention, "is_kv_shared_layer", False):
         unknown.append("is_kv_shared_layer")
     if unknown:
@@ -298,16 +287,14 @@ def _refuse_unknown_parts(where: str, attention: nn.Module) -> None:
 def _head_dim(where: str, attention: nn.Module) -> int:
     head_dim = getattr(attention, "head_dim", None)
     if not isinstance(head_dim, int) or head_dim < 1:
-        raise UnsupportedModelError(
-            f"{where} has no attribute head_dim that says how many features a head has"
-        )
+        raise UnsupportedModelError(f"{where} has no attribute head_dim that says how many features a head has")
     return head_dim
 
 
 def _width(projection: nn.Module) -> int:
     """Features that a linear layer gives: `out_features`, or `nf` of transformers' Conv1D."""
-    return int(getattr(projection, "out_features", None) or getattr(projection, "nf", 0))
+    return cast(int, getattr(projection, "out_features", getattr(projection, "nf", 0)))
 
 
 def _width_in(projection: nn.Module) -> int:
-    return int(getattr(projection, "in_features", None) or getattr(projection, "nx", 0))
+    return cast(int, getattr(projection, "in_features", getattr(projection, "nx", 0)))

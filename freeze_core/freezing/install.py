@@ -25,9 +25,7 @@ __all__ = ["FreezeHandle", "FrozenCircuits", "frozen_attention", "install", "liv
 class Edit:
     """One treatment of the features in `mask` (`[feature]` bool) of one projection's output."""
 
-    def __init__(
-        self, treatment: Treatment, site: AttentionSite, roles: Mapping[Role, Tensor], mask: Tensor
-    ) -> None:
+    def __init__(self, treatment: Treatment, site: AttentionSite, roles: Mapping[Role, Tensor], mask: Tensor) -> None:
         self.treatment = treatment
         self.mask = mask
         self._site = site
@@ -51,8 +49,8 @@ class Edit:
             return x.new_zeros(())
         if running is None:
             raise InterventionError(
-                f"freeze_type={str(self.treatment.freeze_type)!r} in layer {self._site.layer} needs to know the running "
-                "pass, but the layer was run by itself: run the model, or the module that holds its layers"
+                f"freeze_type '{self.treatment.freeze_type}' in layer {self._site.layer} needs to know the running pass, "
+                "but the layer was run by itself: run the model, or the module that holds its layers"
             )
         if not self.treatment.needs_statistics:
             return float(self.treatment.noise_std or 0) * self._normals(x, running)
@@ -64,8 +62,8 @@ class Edit:
     def _statistics(self, x: Tensor, running: Pass) -> tuple[Tensor, Tensor]:
         if running.cached:
             raise InterventionError(
-                f"freeze_type={str(self.treatment.freeze_type)!r} takes its statistics from the pass, and this pass goes "
-                f"on after {running.cached} cached tokens that it does not see: run without a cache "
+                f"freeze_type '{self.treatment.freeze_type}' takes its statistics from the pass, and this pass goes on "
+                f"after {running.cached} cached tokens that it does not see: run without a cache "
                 "(use_cache=False), or freeze with zero or with noise_std"
             )
         real = running.real
@@ -302,7 +300,5 @@ def install(sites: Sites, resolved: Sequence[Sequence[LayerFreeze]]) -> FrozenCi
     for frozen, wiring in prepared:
         frozen.rewire(wiring)
     for handle in handles:
-        handle._attentions = [
-            frozen for frozen, wiring in prepared if any(of is handle for of, _ in wiring.freezes)
-        ]
+        handle._attentions = [frozen for frozen, wiring in prepared if any(of is handle for of, _ in wiring.freezes)]
     return FrozenCircuits(handles)

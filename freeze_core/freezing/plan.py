@@ -26,9 +26,7 @@ class Treatment:
     @property
     def needs_statistics(self) -> bool:
         """Whether the replacement is made of statistics of the pass itself."""
-        return self.freeze_type == FreezeType.MEAN or (
-            self.freeze_type == FreezeType.NOISE and self.noise_std is None
-        )
+        return self.freeze_type == FreezeType.MEAN or (self.freeze_type == FreezeType.NOISE and self.noise_std is None)
 
     @property
     def needs_pass(self) -> bool:
@@ -70,9 +68,7 @@ def resolve(config: InterventionConfig, sites: Sites) -> list[LayerFreeze]:
     freezes = []
     for layer in _layers(config, sites):
         heads = sites.by_layer[layer].heads
-        chosen = _in_range(
-            "head_indices", config.head_indices, heads, f"layer {layer} has {heads} query heads"
-        )
+        chosen = _in_range("head_indices", config.head_indices, heads, f"layer {layer} has {heads} query heads")
         freezes.append(
             LayerFreeze(layer, CircuitType(config.circuit).roles, chosen, KVScope(config.kv_scope), treatment)
         )
@@ -109,8 +105,8 @@ def storage_for(site: AttentionSite, assignment: Assignment) -> Storage:
         return site.shared
     if site.unshared is None:
         raise UnsupportedModelError(
-            f"kv_scope='head' in layer {site.layer}: {site.name} ({type(site.attention).__name__}) has no way to give "
-            f"query heads that share a KV head their own; use kv_scope='group', or heads in whole groups of {site.group}"
+            f"kv_scope='head' in layer {site.layer}: {site.name} ({type(site.attention).__name__}) cannot give query "
+            f"heads that share a KV head their own; use kv_scope='group', or heads in whole groups of {site.group}"
         )
     return site.unshared
 

@@ -30,7 +30,7 @@ class ReplacedForward:
 
     def attach(self) -> None:
         """Puts this object in the place of the module's forward."""
-        self.module.forward = self.forward  # type: ignore[method-assign]
+        self.module.forward = self.forward
 
     def refuse_if_covered(self) -> None:
         """Raises `CircuitFreezeError` if something else was put on top, which `detach` would throw away."""
@@ -43,12 +43,12 @@ class ReplacedForward:
     def detach(self) -> None:
         """Puts back what was there, and leaves no trace on the module."""
         if self._was_on_instance:
-            self.module.forward = self.original  # type: ignore[method-assign]
+            self.module.forward = self.original
         else:
             del self.module.forward
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         # A copied model would run this object, which is bound to the original one.
         raise CircuitFreezeError(
-            f"a frozen {type(self.module).__name__} cannot be copied or pickled: remove the freeze, then copy, then freeze the copy"
+            f"a frozen {type(self.module).__name__} cannot be copied or pickled: remove the freeze first"
         )

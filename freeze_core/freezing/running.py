@@ -53,7 +53,7 @@ class PassTracker(ReplacedForward):
     def __init__(self, stack: nn.Module) -> None:
         super().__init__(stack)
         names = list(inspect.signature(self.original).parameters)
-        self._places = {
+        self._places: dict[str, int] = {
             name: names.index(name) for name in ("attention_mask", "past_key_values") if name in names
         }
         self.current: Pass | None = None
@@ -84,17 +84,15 @@ class PassTracker(ReplacedForward):
     @contextmanager
     def _checkpoints_keep(self, running: Pass) -> Iterator[None]:
         """Gradient checkpointing runs layers again in the backward pass: let each do so in the pass it came from."""
-        checkpointed = [
-            module for module in self.module.modules() if "_gradient_checkpointing_func" in vars(module)
-        ]
-        originals = [module._gradient_checkpointing_func for module in checkpointed]
-        for module, original in zip(checkpointed, originals, strict=True):
-            module._gradient_checkpointing_func = self._keeping(running, original)  # type: ignore[assignment]
+        name = "_gradient_checkpointing_func"
+        originals = {module: vars(module)[name] for module in self.module.modules() if name in vars(module)}
+        for module, original in originals.items():
+            setattr(module, name, self._keeping(running, original))
         try:
             yield
         finally:
-            for module, original in zip(checkpointed, originals, strict=True):
-                module._gradient_checkpointing_func = original
+            for module, original in originals.items():
+                setattr(module, name, original)
 
     def _keeping(self, running: Pass, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -52,9 +52,7 @@ class NoiseTable:
         """Draws `[count, heads, head_dim]` of columns `start` to `start + count`, on the device of `like`."""
         dtype = accumulation_dtype(like.dtype)
         if len(self._rows) < start + count or self._rows.dtype != dtype or self._rows.device != like.device:
-            rows = (
-                1 << (start + count - 1).bit_length()
-            )  # doubling, so that decoding does not redraw at each step
+            rows = 1 << (start + count - 1).bit_length()  # doubling, so that decoding does not redraw at each step
             drawn = np.stack([self._row(column) for column in range(rows)])
             self._rows = torch.from_numpy(drawn).to(like.device, dtype)
         return self._rows[start : start + count]
