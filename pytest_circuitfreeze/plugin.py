@@ -1,3 +1,92 @@
-"""Options, collection and reporting of ``pytest --circuitfreeze``."""
+"""The hooks of the plugin. Loaded by every pytest run on a machine, so it imports nothing heavy."""
 
 from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from pytest_circuitfreeze import fixtures
+from pytest_circuitfreeze.collect import SuiteCollection, is_shipped
+from pytest_circuitfreeze.results import CircuitRecord, Results, describe, measured
+from pytest_circuitfreeze.settings import WORKER_SEED, add_options, is_enabled, settings_of
+from pytest_circuitfreeze.summary import header, write_summary
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Every option, with its ini twin."""
+    add_options(parser)
+
+
+# Before Hypothesis's own, which looks up the profile that --hypothesis-profile names.
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Reads the options and adds the suites, if they were asked for."""
+    config.stash[fixtures.RECORD] = CircuitRecord()
+    config.pluginmanager.register(fixtures, "circuitfreeze-fixtures")
+    if not is_enabled(config):
+        for flag in ("--circuitfreeze-bench", "--circuitfreeze-report"):
+            if config.getoption(flag) is not None:
+                raise pytest.UsageError(f"{flag} is about the shipped suites; give --circuitfreeze too")
+        return
+    settings = settings_of(config)
+    if settings.bench:
+        _check_benchmarks_can_run(config)
+    from pytest_circuitfreeze.profiles import register
+
+    register(settings.profile)
+    config.pluginmanager.register(SuiteCollection(config), "circuitfreeze-collection")
+    config.pluginmanager.register(SuiteRun(config), "circuitfreeze-run")
+
+
+def _check_benchmarks_can_run(config: pytest.Config) -> None:
+    """A benchmark that pytest-benchmark would quietly not measure is refused."""
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--circuitfreeze-bench needs the plugin pytest-benchmark, which is not loaded")
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") != "no":
+        raise pytest.UsageError("--circuitfreeze-bench measures in one process; leave out -n")
+
+
+class SuiteRun:
+    """Follows a run of the suites: header, one result a test, summary and report."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._settings = settings_of(config)
+        self._record = config.stash[fixtures.RECORD]
+        self._results = Results()
+
+    def pytest_report_header(self) -> str:
+        """What is under test, and how."""
+        return header(self._settings)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Hands the seed to a worker of a distributed run, which cannot draw the same one."""
+        node.workerinput[WORKER_SEED] = self._settings.seed
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Names the claim, also for a test whose set-up fails."""
+        if isinstance(item, pytest.Function) and is_shipped(item):
+            self._record.clear()
+            item.user_properties.extend(describe(item, self._settings.engine))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Adds what the test found, also where it failed."""
+        try:
+            return (yield)
+        finally:
+            if is_shipped(item):
+                item.user_properties.extend(measured(self._record))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keeps every report of a shipped test; in a distributed run the controller gets all of them."""
+        self._results.add(report)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """The table. Workers have no terminal, so only the controller comes here."""
+        results = list(self._results)
+        if results:
+            write_summary(terminalreporter, results, self._settings)

@@ -1,0 +1,114 @@
+"""The fixtures of the plugin, of session scope so that they may stand beside Hypothesis's ``@given``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_circuitfreeze.engines import Engine, EngineError, load_engine
+from pytest_circuitfreeze.loading import ModelLoadError, load_model
+from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.settings import Settings, settings_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from freeze_core import AttentionCircuitFreezer
+
+RECORD = pytest.StashKey[CircuitRecord]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each chosen model, for the shipped tests and for a project's own alike."""
+    if "circuit_model" in metafunc.fixturenames:
+        targets = settings_of(metafunc.config).targets
+        metafunc.parametrize("circuit_model", targets, ids=targets, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> torch.nn.Module:
+    """Each chosen model in turn, in eval mode: tiny architectures and --circuitfreeze-model's.
+
+    A model that cannot be loaded, or that the engine cannot serve, is an error of each test that asks for it.
+    """
+    from freeze_core import InterventionConfig
+
+    settings = settings_of(request.config)
+    model = _load(request.param, settings)
+    supports = getattr(circuit_engine, "supports", None)
+    reason = supports(model, InterventionConfig()) if supports else None
+    if reason is not None:
+        pytest.fail(f"engine {circuit_engine.name!r} cannot serve model {request.param!r}: {reason}", pytrace=False)
+    return model
+
+
+def _load(target: str, settings: Settings) -> torch.nn.Module:
+    import torch
+
+    from pytest_circuitfreeze.models import TINY, tiny_model
+
+    dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
+    if target in TINY:
+        tiny: torch.nn.Module = tiny_model(
+            target, dtype=dtype or torch.float32, device=settings.device, attn=settings.attn or "sdpa"
+        )
+        return tiny
+    try:
+        return load_model(target, dtype=dtype, device=settings.device, attn=settings.attn)
+    except ModelLoadError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def circuit_engine(request: pytest.FixtureRequest) -> Engine:
+    """The implementation under test (--circuitfreeze-engine), one instance for the whole run."""
+    try:
+        return load_engine(settings_of(request.config).engine)
+    except EngineError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def circuit_record(request: pytest.FixtureRequest) -> CircuitRecord:
+    """Takes what a check returns, circuit_record.observe(check_...(...)), into the report of the test."""
+    return request.config.stash[RECORD]
+
+
+@pytest.fixture(scope="session")
+def freezer() -> AttentionCircuitFreezer:
+    """An AttentionCircuitFreezer with its default settings."""
+    from freeze_core import AttentionCircuitFreezer
+
+    return AttentionCircuitFreezer()
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> PreTrainedModel:
+    """A tiny GPT-2, fused projections, 2 layers of random weights; shared, leave it as it was."""
+    return _tiny("gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> PreTrainedModel:
+    """A tiny LLaMA, separate projections, one KV head a query head; shared, leave it as it was."""
+    return _tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral_gqa() -> PreTrainedModel:
+    """A tiny Mistral, separate projections, several query heads a KV head; shared, leave it as it was."""
+    return _tiny("mistral_gqa")
+
+
+@pytest.fixture(scope="session")
+def tiny_falcon_mqa() -> PreTrainedModel:
+    """A tiny Falcon, fused projection, one KV head for all query heads; shared, leave it as it was."""
+    return _tiny("falcon_mqa")
+
+
+def _tiny(name: str) -> PreTrainedModel:
+    from pytest_circuitfreeze.models import tiny_model
+
+    return tiny_model(name)

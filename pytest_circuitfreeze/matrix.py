@@ -1,0 +1,68 @@
+"""Claims by models: the table that the terminal and the reports show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pytest_circuitfreeze.results import Result, used
+
+# What a cell says, worst first: a cell of several tests says the worst of them.
+WORDS = {"failed": "FAIL", "error": "ERROR", "skipped": "skip", "passed": "pass"}
+NOT_RUN = "-"
+WITHOUT_MODEL = "(none)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim: how it fared on each model, and how much of its bound the largest error used."""
+
+    file: str
+    claim: str
+    sentence: str
+    cells: tuple[str, ...]
+    closest: str
+
+
+def columns(results: Iterable[Result], order: Sequence[str]) -> tuple[str, ...]:
+    """The models that were run, in the order asked for; then :data:`WITHOUT_MODEL` if a test was about none."""
+    seen = {result.model for result in results}
+    named = tuple(model for model in order if model in seen)
+    return named + ((WITHOUT_MODEL,) if None in seen else ())
+
+
+def rows(results: Sequence[Result], models: Sequence[str]) -> list[Row]:
+    """One row a claim, by file and then in the order of first appearance in the file."""
+    by_claim: dict[tuple[str, str], list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.file):
+        by_claim.setdefault((result.file, result.claim), []).append(result)
+    return [
+        Row(file, claim, found[0].sentence, tuple(_cell(found, model) for model in models), closest(found))
+        for (file, claim), found in by_claim.items()
+    ]
+
+
+def closest(results: Iterable[Result]) -> str:
+    """The largest share of a bound that a passing test used; ``exact`` where all were bit for bit."""
+    measured = [result for result in results if result.outcome == "passed" and result.examples]
+    if not measured:
+        return NOT_RUN
+    if all(result.bound == 0.0 for result in measured):
+        return "exact"
+    share = max(used(result.error, result.bound) for result in measured)
+    return "<1%" if 0 < share < 0.01 else f"{share:.0%}"
+
+
+def words(claim: str) -> str:
+    """A claim as a person reads it: ``qk_leaves_v`` is ``qk leaves v``."""
+    return claim.replace("_", " ")
+
+
+def subject(file: str) -> str:
+    """What a suite file is about: ``test_gradients.py`` is ``gradients``."""
+    return words(file.removesuffix(".py").partition("_")[2])
+
+
+def _cell(results: Iterable[Result], model: str) -> str:
+    outcomes = {result.outcome for result in results if (result.model or WITHOUT_MODEL) == model}
+    return next((word for outcome, word in WORDS.items() if outcome in outcomes), NOT_RUN)

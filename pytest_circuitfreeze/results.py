@@ -1,0 +1,163 @@
+"""One result a test: recorded where the test runs, carried by its report, read where the session ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pytest
+
+PREFIX = "circuitfreeze."
+
+
+class Margin(Protocol):
+    """What a check returns: its largest error beside the bound it was held to (0.0: bit for bit)."""
+
+    @property
+    def error(self) -> float:
+        """The largest error seen."""
+
+    @property
+    def bound(self) -> float:
+        """The largest error allowed."""
+
+
+class CircuitRecord:
+    """Collects the margins of one test's examples; the ``circuit_record`` fixture."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything, for the next test."""
+        self.examples = 0
+        self.error = 0.0
+        self.bound = 0.0
+
+    def observe(self, margin: Margin) -> None:
+        """Counts one example and keeps the margin that came closest to its bound.
+
+        Raises:
+            AssertionError: the margin is beyond its bound or not a number, so its check let a broken claim pass.
+        """
+        error, bound = float(margin.error), float(margin.bound)
+        if not 0.0 <= error <= bound:
+            raise AssertionError(f"a check passed an error of {error} where the bound is {bound}")
+        if self.examples == 0 or (used(error, bound), bound) > (used(self.error, self.bound), self.bound):
+            self.error, self.bound = error, bound
+        self.examples += 1
+
+
+def used(error: float, bound: float) -> float:
+    """How much of its bound an error uses, 0 to 1; 0 where both are 0, bit for bit."""
+    if bound == 0.0:
+        return 0.0 if error == 0.0 else math.inf
+    return error / bound
+
+
+@dataclass(frozen=True)
+class Result:
+    """One shipped test that ran."""
+
+    id: str
+    claim: str
+    sentence: str
+    model: str | None
+    engine: str
+    outcome: str  # "passed", "failed", "error" (in set-up or tear-down) or "skipped"
+    seconds: float
+    examples: int
+    error: float
+    bound: float
+    message: str
+
+    @property
+    def file(self) -> str:
+        """The suite file that holds the test, ``test_<subject>.py``."""
+        return self.id.partition("::")[0].rpartition("/")[2]
+
+
+def describe(item: pytest.Function, engine: str) -> list[tuple[str, object]]:
+    """What is known of a test before it runs, as properties of its report."""
+    name: str = getattr(item, "originalname", item.name)
+    documented = (item.obj.__doc__ or "").strip() or name
+    callspec = getattr(item, "callspec", None)
+    facts: dict[str, object] = {
+        "claim": name.partition("_")[2],
+        "sentence": documented.splitlines()[0],
+        "model": callspec.params.get("circuit_model") if callspec else None,
+        "engine": engine,
+    }
+    return [(PREFIX + key, value) for key, value in facts.items() if value is not None]
+
+
+def measured(record: CircuitRecord) -> list[tuple[str, object]]:
+    """What a test found, as properties of its report."""
+    facts = {"examples": record.examples, "error": record.error, "bound": record.bound}
+    return [(PREFIX + key, value) for key, value in facts.items()]
+
+
+class Results:
+    """The results of a session, in the order in which the tests ended. Iterates over :class:`Result`."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, list[pytest.TestReport]] = {}
+
+    def add(self, report: pytest.TestReport) -> None:
+        """Takes the report of any phase of any test, and keeps those of the shipped ones."""
+        if any(key == PREFIX + "claim" for key, _ in report.user_properties):
+            self._reports.setdefault(report.nodeid, []).append(report)
+
+    def __len__(self) -> int:
+        return len(self._reports)
+
+    def __iter__(self) -> Iterator[Result]:
+        return (_result(reports) for reports in self._reports.values())
+
+
+def _result(reports: list[pytest.TestReport]) -> Result:
+    # The last phase's report carries the properties of all; earlier ones lack what the call found.
+    facts: dict[str, Any] = {
+        key.removeprefix(PREFIX): value
+        for key, value in reports[-1].user_properties
+        if key.startswith(PREFIX)
+    }
+    return Result(
+        id=reports[0].nodeid,
+        claim=facts["claim"],
+        sentence=facts["sentence"],
+        model=facts.get("model"),
+        engine=facts["engine"],
+        outcome=_outcome(reports),
+        seconds=sum(report.duration for report in reports),
+        examples=facts.get("examples", 0),
+        error=facts.get("error", 0.0),
+        bound=facts.get("bound", 0.0),
+        message=_message(reports),
+    )
+
+
+def _outcome(reports: Iterable[pytest.TestReport]) -> str:
+    by_phase = {report.when: report.outcome for report in reports}
+    if by_phase.get("call") == "failed":
+        return "failed"
+    if "failed" in by_phase.values():
+        return "error"
+    if "skipped" in by_phase.values():
+        return "skipped"
+    # A worker that died leaves no report of the call.
+    return "passed" if by_phase.get("call") == "passed" else "error"
+
+
+def _message(reports: Iterable[pytest.TestReport]) -> str:
+    """The line pytest's own summary would show for what went wrong; empty where nothing did."""
+    for report in reports:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = crash.message if crash else report.longreprtext
+            return str(text).strip().partition("\n")[0]
+        if report.skipped and isinstance(report.longrepr, tuple):
+            return str(report.longrepr[2])
+    return ""

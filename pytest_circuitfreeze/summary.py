@@ -1,0 +1,144 @@
+"""What a person reads: the header's line, and the table of claims by models at the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+
+import pytest
+
+from pytest_circuitfreeze import __version__, matrix
+from pytest_circuitfreeze.results import Result, used
+from pytest_circuitfreeze.settings import Settings
+
+_COLOURS = {"FAIL": "red", "ERROR": "red", "skip": "yellow", "pass": "green"}
+_LAST_HEAD = ("of", "bound")
+_GAP = "  "
+_NARROWEST_LABEL = 24
+_FOLD = 8
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result depends on, found without importing any of it."""
+    found = {"pytest-circuitfreeze": __version__}
+    for name in ("torch", "transformers", "hypothesis", "pytest"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def header(settings: Settings) -> str:
+    """One line: the version, what is under test, and how."""
+    found = versions()
+    where = ", ".join(word for word in (settings.device, settings.dtype, settings.attn) if word)
+    return (
+        f"circuitfreeze: {__version__}, engine {settings.engine} on {', '.join(settings.targets)}; "
+        f"profile {settings.profile}, seed {settings.seed}; {where}; "
+        f"torch {found['torch']}, transformers {found['transformers']}"
+    )
+
+
+def write_summary(terminal: pytest.TerminalReporter, results: Sequence[Result], settings: Settings) -> None:
+    """The section ``circuitfreeze``: the table, what went wrong before a test could run, and the totals."""
+    terminal.section(f"circuitfreeze: {settings.engine}")
+    _write_table(terminal, results, settings.targets)
+    terminal.write_line("")
+    for message in dict.fromkeys(result.message for result in results if result.outcome == "error"):
+        terminal.write_line(f"ERROR {message}", red=True)
+    terminal.write_line(totals(results))
+
+
+def totals(results: Sequence[Result]) -> str:
+    """How many claims on how many models came out how, and the one that came closest to its bound."""
+    claims = len({(result.file, result.claim) for result in results})
+    models = len({result.model for result in results if result.model})
+    counts = ", ".join(
+        f"{number} {outcome}"
+        for outcome in matrix.WORDS
+        if (number := sum(result.outcome == outcome for result in results))
+    )
+    examples = sum(result.examples for result in results)
+    line = f"{_count(claims, 'claim')} on {_count(models, 'model')}: {counts}; {_count(examples, 'example')}"
+    passed = [result for result in results if result.outcome == "passed"]
+    tightest = max(passed, key=lambda result: used(result.error, result.bound), default=None)
+    if tightest is None or tightest.error == 0.0:
+        return line
+    share = f"{used(tightest.error, tightest.bound):.0%}"
+    return f"{line}\nclosest to its bound: {matrix.words(tightest.claim)}, {tightest.model}, {share} of it"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _write_table(terminal: pytest.TerminalReporter, results: Sequence[Result], order: Sequence[str]) -> None:
+    """The table; heads are folded where the terminal is narrow, and what still does not fit starts a new block."""
+    models = matrix.columns(results, order)
+    rows = matrix.rows(results, models)
+    full = terminal.config.get_terminal_writer().fullwidth
+    label = max(len(_GAP + matrix.words(row.claim)) for row in rows)
+    heads = [[model] for model in models]
+    if label + _width(heads) > full:
+        heads = [_fold(model) for model in models]
+        label = min(label, max(_NARROWEST_LABEL, full - _width(heads)))
+    fitting = max(1, (full - label - _width([])) // max(len(_GAP) + _cell_width(head) for head in heads))
+    if label + _width(heads) <= full:
+        fitting = len(heads)
+    for start in range(0, len(heads), fitting):
+        _write_block(terminal, rows, slice(start, start + fitting), heads, label)
+
+
+def _write_block(
+    terminal: pytest.TerminalReporter,
+    rows: Sequence[matrix.Row],
+    shown: slice,
+    heads: Sequence[Sequence[str]],
+    label: int,
+) -> None:
+    """The table's columns ``shown``, each as wide as its head, beside the claims."""
+    heads = [*heads[shown], _LAST_HEAD]
+    widths = [_cell_width(head) for head in heads]
+    depth = max(map(len, heads))
+    for line in range(depth):
+        words = [head[line - depth + len(head)] if line >= depth - len(head) else "" for head in heads]
+        terminal.write(" " * label)
+        terminal.write_line(_cells(words, widths), bold=True)
+    for file, group in groupby(rows, key=lambda row: row.file):
+        terminal.write_line(matrix.subject(file), bold=True)
+        for row in group:
+            terminal.write(_shorten(_GAP + matrix.words(row.claim), label))
+            for cell, width in zip((*row.cells[shown], row.closest), widths, strict=True):
+                colour = {_COLOURS[cell]: True} if cell in _COLOURS else {}
+                terminal.write(_cells([cell], [width]), **colour)
+            terminal.write_line("")
+
+
+def _cells(words: Sequence[str], widths: Sequence[int]) -> str:
+    return "".join(_GAP + word.rjust(width) for word, width in zip(words, widths, strict=True))
+
+
+def _width(heads: Sequence[Sequence[str]]) -> int:
+    """What all columns but the first take, the last one included."""
+    return sum(len(_GAP) + _cell_width(head) for head in (*heads, _LAST_HEAD))
+
+
+def _cell_width(head: Sequence[str]) -> int:
+    return max(map(len, [*head, *_COLOURS]))
+
+
+def _fold(name: str) -> list[str]:
+    """A name in short lines, broken after ``_ - . /`` where there is one."""
+    lines = [""]
+    for piece in re.findall(rf"[^_\-./]{{1,{_FOLD - 1}}}[_\-./]?|[_\-./]", name):
+        if len(lines[-1]) + len(piece) > _FOLD:
+            lines.append("")
+        lines[-1] += piece
+    return lines
+
+
+def _shorten(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else text[: width - 3] + "..."
