@@ -1,0 +1,189 @@
+"""Hypothesis strategies for freezes and for what a model is run on.
+
+Everything is drawn as small plain values, so that a failing example reads well and shrinks well; each strategy says
+towards what it shrinks. Use them in tests of your own:
+
+    @given(data=st.data())
+    def test_mine(circuit_model, data):
+        config = data.draw(configs(circuit_model, circuit=st.just("ov")))
+        batch = data.draw(batches(circuit_model))
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from freeze_core import InterventionConfig
+
+__all__ = [
+    "Batch",
+    "batches",
+    "circuits",
+    "configs",
+    "freeze_types",
+    "head_indices",
+    "layer_indices",
+    "noise_stds",
+    "scopes",
+    "seeds",
+    "strengths",
+]
+
+LONGEST = 12
+"""Longest drawn prompt, in tokens: longer than the tiny models' sliding window."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Token ids `[batch, token]` and a mask of the same shape, 1 where a token is real; `None` hands over no mask."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+    @classmethod
+    def of_tokens(cls, input_ids: Tensor) -> Batch:
+        """A batch without padding and without a mask."""
+        return cls(input_ids)
+
+    @property
+    def real(self) -> Tensor:
+        """`[batch, token]` bool, true where a token is not padding."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool)
+        return self.attention_mask.bool()
+
+    def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Keyword arguments for `model`: no cache, and positions that count real tokens, so that left padding is right."""
+        positions = (self.real.long().cumsum(-1) - 1).clamp_min(0)
+        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": positions}
+        known = inspect.signature(model.forward).parameters
+        given = {name: value.to(model.device) for name, value in found.items() if value is not None and name in known}
+        return {**given, "use_cache": False}
+
+    def __repr__(self) -> str:
+        mask = None if self.attention_mask is None else self.attention_mask.tolist()
+        return f"Batch(input_ids={self.input_ids.tolist()}, attention_mask={mask})"
+
+
+def layer_indices(layers: int, *, most: int = 2) -> st.SearchStrategy[list[int]]:
+    """One to `most` different layers of a model that has `layers`. Shrinks to `[0]`, the first layer."""
+    return st.lists(st.integers(0, layers - 1), min_size=1, max_size=min(most, layers), unique=True)
+
+
+def head_indices(heads: int, *, most: int | None = None) -> st.SearchStrategy[list[int]]:
+    """One to `most` (all, by default) different query heads of a layer that has `heads`. Shrinks to `[0]`."""
+    return st.lists(st.integers(0, heads - 1), min_size=1, max_size=most or heads, unique=True)
+
+
+def circuits() -> st.SearchStrategy[str]:
+    """A circuit or a single activation. Shrinks to `ov`, which is `v` alone and leaves attention's shape alone."""
+    return st.sampled_from(["ov", "qk", "both", "v", "q", "k"])
+
+
+def freeze_types() -> st.SearchStrategy[str]:
+    """A replacement. Shrinks to `zero`."""
+    return st.sampled_from(["zero", "mean", "noise"])
+
+
+def scopes() -> st.SearchStrategy[str]:
+    """A KV scope. Shrinks to `group`, which changes nothing about the model's shape."""
+    return st.sampled_from(["group", "head"])
+
+
+def strengths(*, least: float = 0.0) -> st.SearchStrategy[float]:
+    """A strength in [`least`, 1], often one of its ends. Shrinks to 1, the whole freeze."""
+    ends = [1.0] if least > 0 else [1.0, 0.0]
+    return st.one_of(st.sampled_from([ends[0], 0.5]), st.floats(least, 1.0), st.sampled_from(ends))
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Any int that may seed noise, negative and large ones included. Shrinks to 0."""
+    return st.integers(-(2**40), 2**40)
+
+
+def noise_stds() -> st.SearchStrategy[float | None]:
+    """`None` (mean and deviation of the pass) or a standard deviation. Shrinks to `None`."""
+    return st.one_of(st.none(), st.floats(0.0, 3.0))
+
+
+@st.composite
+def configs(
+    draw: st.DrawFn,
+    model: PreTrainedModel,
+    *,
+    circuit: st.SearchStrategy[str] | None = None,
+    freeze_type: st.SearchStrategy[str] | None = None,
+    backward_mode: st.SearchStrategy[str] | None = None,
+    kv_scope: st.SearchStrategy[str] | None = None,
+    strength: st.SearchStrategy[float] | None = None,
+    noise_std: st.SearchStrategy[float | None] | None = None,
+    most_layers: int = 2,
+) -> InterventionConfig:
+    """An `InterventionConfig` for `model`. Shrinks to head 0 of layer 0, V to zero, at full strength.
+
+    Args:
+        model: says how many layers and query heads there are.
+        circuit, freeze_type, backward_mode, kv_scope, strength, noise_std: narrower strategies for these fields.
+        most_layers: how many layers are frozen at most.
+    """
+    from freeze_core import InterventionConfig
+
+    config: Any = model.config
+    kind = draw(freeze_type or freeze_types())
+    noisy = kind == "noise"
+    return InterventionConfig(
+        layer_indices=draw(layer_indices(config.num_hidden_layers, most=most_layers)),
+        head_indices=draw(head_indices(config.num_attention_heads)),
+        circuit=draw(circuit or circuits()),
+        freeze_type=kind,
+        backward_mode=draw(backward_mode or st.sampled_from(["stopgrad", "ste"])),
+        kv_scope=draw(kv_scope or scopes()),
+        strength=draw(strength or strengths(least=0.01)),
+        seed=draw(seeds()) if noisy else 0,
+        noise_std=draw(noise_std or noise_stds()) if noisy else None,
+    )
+
+
+@st.composite
+def batches(
+    draw: st.DrawFn,
+    model: PreTrainedModel,
+    *,
+    rows: st.SearchStrategy[int] | None = None,
+    tokens: st.SearchStrategy[int] | None = None,
+    padding: bool = True,
+) -> Batch:
+    """A batch of 1 to 3 prompts of 1 to 12 tokens, padded left or right, or not at all, with at least one real token.
+
+    Shrinks to one unpadded token without a mask. Tokens come from a drawn seed, so they do not shrink one by one.
+
+    Args:
+        model: says how large the vocabulary is.
+        rows, tokens: narrower strategies for the shape.
+        padding: whether rows may be padded.
+    """
+    batch = draw(rows or st.integers(1, 3))
+    length = draw(tokens or st.integers(1, LONGEST))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr]
+    input_ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    side = draw(st.sampled_from(["none", "ones", "left", "right"] if padding else ["none", "ones"]))
+    if side == "none":
+        return Batch(input_ids)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    if side in ("left", "right"):
+        for row in range(batch):
+            padded = draw(st.integers(0, length - 1))
+            mask[row, :padded] = 0
+            if side == "right":
+                mask[row] = mask[row].flip(0)
+    return Batch(input_ids, mask)

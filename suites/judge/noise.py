@@ -1,0 +1,60 @@
+"""Reads an engine's noise, which is its own choice, by freezing everything to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role, sites
+from pytest_circuitfreeze.suites.judge.passes import look
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["engine_noise", "noise_of", "read_noise"]
+
+
+def engine_noise(
+    engine: Engine, model: PreTrainedModel, seed: int, columns: int
+) -> dict[tuple[int, int, Role], Tensor]:
+    """The draws `e` of one seed: all layers and heads, on one row of `columns` tokens without padding.
+
+    Returns:
+        by seed, layer and role `[column, head, head_dim]`, float64 up to the rounding of the model's dtype, with as many
+        heads as the role has.
+    """
+    from freeze_core import InterventionConfig
+
+    config = InterventionConfig(freeze_type="noise", noise_std=1.0, seed=seed)
+    return read_noise(engine, model, config, Batch.of_tokens(torch.zeros(1, columns, dtype=torch.long)))
+
+
+def read_noise(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> dict[tuple[int, int, Role], Tensor]:
+    """The draws of the first row under `config`, which freezes whole layers to noise of standard deviation 1."""
+    known = sites(model)
+    found = look(engine, model, config, batch)
+    draws: dict[tuple[int, int, Role], Tensor] = {}
+    for layer, seen in found.layers.items():
+        site = known[layer]
+        for role in ROLES:
+            x = site.unused(role, seen.qkv[role].double(), seen.rotary)[0]
+            draws[config.seed, layer, role] = x[:, :: x.shape[1] // site.count(role)]
+    return draws
+
+
+def noise_of(
+    engine: Engine, model: PreTrainedModel, configs: Sequence[InterventionConfig], columns: int
+) -> dict[tuple[int, int, Role], Tensor]:
+    """The draws of every seed that `configs` freeze to noise with."""
+    draws: dict[tuple[int, int, Role], Tensor] = {}
+    for seed in {config.seed for config in configs if str(config.freeze_type) == "noise"}:
+        draws |= engine_noise(engine, model, seed, columns)
+    return draws

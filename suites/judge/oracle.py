@@ -1,0 +1,231 @@
+"""What a frozen attention layer should have computed, worked out anew in float64.
+
+Shares no code with any engine: it starts from the layer's input as it was recorded, multiplies by the clean weights, freezes
+as the contract says, and attends. Every head gets its own view of K and V, so both scopes are the same arithmetic here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role, Site
+from pytest_circuitfreeze.suites.judge.passes import Seen
+from pytest_circuitfreeze.suites.tolerance import Nudge
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+
+__all__ = ["Answer", "Noise", "chosen_heads", "due", "frozen_roles", "pulled_back"]
+
+Noise = Mapping[tuple[int, int, Role], Tensor]
+"""Draws by seed, layer and role, `[token, head, head_dim]` with the role's own number of heads."""
+
+
+@dataclass
+class Answer:
+    """What is due, in float64, each query head with a K and V of its own.
+
+    Args:
+        used: q, k and v as attention reads them `[batch, head, token, head_dim]`.
+        pattern: `[batch, head, query, key]`.
+        z: `[batch, token, head, head_dim]`.
+    """
+
+    used: dict[Role, Tensor]
+    pattern: Tensor
+    z: Tensor
+
+
+def due(
+    site: Site,
+    seen: Seen,
+    real: Tensor,
+    configs: Sequence[InterventionConfig],
+    noise: Noise | None = None,
+    nudge: Nudge | None = None,
+    softmax: torch.dtype = torch.float64,
+) -> Answer:
+    """What layer `site` should have computed from `seen.hidden` under `configs`.
+
+    Args:
+        real: `[batch, token]` bool, true where a token is not padding.
+        configs: in install order, the later one winning where they meet.
+        noise: the engine's draws, where a config freezes to noise.
+        nudge: imitates rounding, for a bound; `None` is exact.
+        softmax: dtype in which the model takes the softmax, when that is narrower than its own.
+    """
+    touch = nudge or _exact
+    used = frozen_used(site, seen, real, configs, noise, touch)
+    q, k, v = (touch(used[role], 4) for role in ROLES)
+    scores = touch(site.score(touch(q, site.head_dim), k), 4, softmax)
+    visible = _visible(site, real)
+    # A padded query sees nothing; its pattern is no one's concern and must only not be nan.
+    scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    pattern = touch(scores.softmax(-1), real.shape[1], softmax)
+    return Answer(used, pattern, (pattern @ v).transpose(1, 2))
+
+
+def frozen_used(
+    site: Site,
+    seen: Seen,
+    real: Tensor,
+    configs: Sequence[InterventionConfig],
+    noise: Noise | None,
+    touch: Nudge | _Exact,
+    weights: Mapping[Role, Tensor] | None = None,
+    biases: Mapping[Role, Tensor] | None = None,
+    hidden: Tensor | None = None,
+) -> dict[Role, Tensor]:
+    """q, k and v as attention should have read them, `[batch, head, token, head_dim]` float64, differentiable.
+
+    `weights`, `biases` and `hidden` default to the layer's own; given as leaves, gradients flow back to them by the
+    estimators' definition.
+    """
+    weights = site.weights() if weights is None else weights
+    biases = site.biases() if biases is None else biases
+    hidden = seen.hidden.detach() if hidden is None else hidden
+    rotary = None if seen.rotary is None else (seen.rotary[0].double(), seen.rotary[1].double())
+    used = {}
+    for role in ROLES:
+        weight = touch(weights[role].double(), hidden.shape[-1])
+        x = torch.einsum("btm,hdm->bthd", hidden.double(), weight)
+        if role in biases:
+            x = x + touch(biases[role].double())
+        x = _frozen(site, role, x, real, configs, noise, touch)
+        used[role] = site.used(role, x, rotary)
+    return used
+
+
+def pulled_back(
+    site: Site,
+    seen: Seen,
+    real: Tensor,
+    configs: Sequence[InterventionConfig],
+    noise: Noise | None = None,
+    nudge: Nudge | None = None,
+) -> tuple[Tensor, dict[Role, Tensor], dict[Role, Tensor]]:
+    """Gradients that are due, given those that reached q, k and v as used (`seen.probes`).
+
+    Returns:
+        the gradient of `hidden`, of each role's weight `[head, feature, model_dim]` and of its bias `[head, feature]`,
+        in float64.
+    """
+    hidden = seen.hidden.detach().double().requires_grad_()
+    weights = {role: weight.double().requires_grad_() for role, weight in site.weights().items()}
+    biases = {role: bias.double().requires_grad_() for role, bias in site.biases().items()}
+    touch = nudge or _exact
+    with torch.enable_grad():
+        used = frozen_used(site, seen, real, configs, noise, touch, weights, biases, hidden)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for role in ROLES:
+            arrived = seen.probes[role].grad
+            if arrived is not None:
+                # Where KV heads are shared, the one that was used has the gradient of all its readers.
+                step = site.heads // arrived.shape[1]
+                terms = real.numel() + site.heads * site.head_dim
+                total = total + (touch(arrived.double(), terms) * used[role][:, ::step]).sum()
+    leaves = [hidden, *weights.values(), *biases.values()]
+    grads = torch.autograd.grad(total, leaves, materialize_grads=True)
+    count = 1 + len(weights)
+    return grads[0], dict(zip(weights, grads[1:count], strict=True)), dict(zip(biases, grads[count:], strict=True))
+
+
+def frozen_roles(config: InterventionConfig) -> tuple[Role, ...]:
+    """The activations that a config's circuit names."""
+    circuits: dict[str, tuple[Role, ...]] = {"qk": ("q", "k"), "ov": ("v",), "both": ROLES}
+    return circuits.get(str(config.circuit), (str(config.circuit),))  # type: ignore[arg-type]
+
+
+def chosen_heads(site: Site, config: InterventionConfig, role: Role) -> list[int]:
+    """Query heads whose own view of `role` the config freezes in this layer, in order; none where it names others."""
+    layers = int(site.module.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+    if role not in frozen_roles(config) or not _names(config.layer_indices, site.layer, layers):
+        return []
+    heads = [head for head in range(site.heads) if _names(config.head_indices, head, site.heads)]
+    if role == "q" or str(config.kv_scope) == "head":
+        return heads
+    touched = {head // site.group for head in heads}
+    return [head for head in range(site.heads) if head // site.group in touched]
+
+
+def _names(indices: Sequence[int] | None, index: int, count: int) -> bool:
+    return indices is None or index in indices or index - count in indices
+
+
+class _Exact:
+    """No rounding."""
+
+    def __call__(self, exact: Tensor, terms: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+        return exact
+
+
+_exact = _Exact()
+
+
+def _frozen(
+    site: Site,
+    role: Role,
+    x: Tensor,
+    real: Tensor,
+    configs: Sequence[InterventionConfig],
+    noise: Noise | None,
+    touch: Nudge | _Exact,
+) -> Tensor:
+    """The activation after all freezes, `[batch, token, query head, head_dim]`."""
+    own = torch.arange(site.heads, device=x.device) // (1 if role == "q" else site.group)
+    result = x[:, :, own]
+    for config in configs:
+        heads = chosen_heads(site, config, role)
+        if not heads or config.strength == 0:
+            continue
+        r = touch(_replacement(site, role, x.detach(), real, config, noise, touch), 8)
+        r = r.expand(x.shape)[:, :, own[heads]]
+        result = result.index_copy(2, torch.tensor(heads, device=x.device), _blend(x[:, :, own[heads]], r, config, touch))
+    return result
+
+
+def _blend(x: Tensor, r: Tensor, config: InterventionConfig, touch: Nudge | _Exact) -> Tensor:
+    """`x + strength * (r - x)`, with the gradient that the config's estimator has."""
+    strength = config.strength
+    value = touch(x * (1 - strength), 4) + touch(r * strength, 4) if strength < 1 else r + 0 * x
+    return value.detach() + (x - x.detach()) if str(config.backward_mode) == "ste" else value
+
+
+def _replacement(
+    site: Site,
+    role: Role,
+    x: Tensor,
+    real: Tensor,
+    config: InterventionConfig,
+    noise: Noise | None,
+    touch: Nudge | _Exact,
+) -> Tensor:
+    """`r`, broadcastable to `x [batch, token, head, head_dim]`, without gradient."""
+    kind = str(config.freeze_type)
+    if kind == "zero":
+        return torch.zeros_like(x)
+    samples = touch(x, int(real.sum()))[real]
+    mean = samples.mean(0)
+    if kind == "mean":
+        return mean
+    if noise is None:
+        raise ValueError("the oracle needs the engine's noise: read it with engine_noise")
+    e = noise[config.seed, site.layer, role][: x.shape[1]].double()
+    if config.noise_std is not None:
+        return config.noise_std * e
+    return mean + samples.var(0, correction=0).sqrt() * e
+
+
+def _visible(site: Site, real: Tensor) -> Tensor:
+    """`[batch, 1, query, key]`: causal, within the window, and not padding."""
+    at = torch.arange(real.shape[1], device=real.device)
+    back = at[:, None] - at[None, :]
+    allowed = back >= 0
+    if site.window is not None:
+        allowed &= back < site.window
+    return allowed & real[:, None, None, :]

@@ -1,0 +1,70 @@
+"""What rounding may do, derived from dtype and sizes: the one place where tolerances come from.
+
+A bound is never a constant that happened to pass. It is what the same computation changes by when its operands are nudged by
+as much as rounding could have moved them: a sum of `n` products in a dtype with unit roundoff `u` is the exact sum of
+products that were each changed by a relative `gamma(n)`, where
+
+    gamma(n) = 6 * sqrt(n) * u
+
+holds for one result with probability above 1 - 2 exp(-18) (Higham and Mary, "A New Approach to Probabilistic Rounding Error
+Analysis", 2019). So weights are nudged by `gamma` of their fan-in with random signs, and the largest change is the bound.
+What is claimed bit for bit has no tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+__all__ = ["Nudge", "gamma", "nudged"]
+
+CONFIDENCE = 6.0
+"""Standard deviations that a sum of rounding errors is allowed."""
+
+
+def gamma(terms: int, dtype: torch.dtype) -> float:
+    """Relative change of each product that explains the rounding of a sum of `terms` products in `dtype`."""
+    return CONFIDENCE * math.sqrt(terms) * torch.finfo(dtype).eps / 2
+
+
+class Nudge:
+    """Multiplies tensors by `1 + gamma` or `1 - gamma`, at random; the same signs for the same seed.
+
+    Args:
+        dtype: whose rounding is imitated; the tensors themselves may be of a wider one.
+    """
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, exact: Tensor, terms: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+        """`exact` as a computation of `terms` terms in `dtype` might have seen it; same shape and dtype."""
+        signs = torch.randint(0, 2, exact.shape, generator=self.generator, dtype=torch.int8).to(exact)
+        return exact * (1 + gamma(terms, dtype or self.dtype) * (2 * signs - 1))
+
+
+_COPIES: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def nudged(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` whose parameters are nudged by as much as rounding in the model's dtype could.
+
+    Made once a model and kept as long as it. What the copy gives differs from what the model gives by about as much as
+    rounding, six standard deviations of it, could make any other order of the same arithmetic differ.
+    """
+    if model not in _COPIES:
+        twin = copy.deepcopy(model)
+        nudge = Nudge(next(model.parameters()).dtype)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                terms = min(parameter.shape) if parameter.ndim > 1 else 1
+                parameter.copy_(nudge(parameter.double(), terms))
+        _COPIES[model] = twin
+    return cast(PreTrainedModel, _COPIES[model])
