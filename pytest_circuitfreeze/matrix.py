@@ -32,9 +32,9 @@ def columns(results: Iterable[Result], order: Sequence[str]) -> tuple[str, ...]:
 
 
 def rows(results: Sequence[Result], models: Sequence[str]) -> list[Row]:
-    """One row a claim, by file and then in the order of first appearance in the file."""
+    """One row a claim, in the order of the results."""
     by_claim: dict[tuple[str, str], list[Result]] = {}
-    for result in sorted(results, key=lambda result: result.file):
+    for result in results:
         by_claim.setdefault((result.file, result.claim), []).append(result)
     return [
         Row(file, claim, found[0].sentence, tuple(_cell(found, model) for model in models), closest(found))

@@ -9,6 +9,7 @@ import pytest
 
 from pytest_circuitfreeze import fixtures
 from pytest_circuitfreeze.collect import SuiteCollection, is_shipped
+from pytest_circuitfreeze.failures import shorten
 from pytest_circuitfreeze.results import CircuitRecord, Results, describe, measured
 from pytest_circuitfreeze.settings import WORKER_SEED, add_options, is_enabled, settings_of
 from pytest_circuitfreeze.summary import header, write_summary
@@ -80,6 +81,16 @@ class SuiteRun:
         finally:
             if is_shipped(item):
                 item.user_properties.extend(measured(self._record))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Keeps the report of a shipped test that failed to what a person needs."""
+        report = yield
+        if report.when == "call" and report.failed and is_shipped(item):
+            shorten(item, call, report, self._settings)
+        return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keeps every report of a shipped test; in a distributed run the controller gets all of them."""

@@ -83,14 +83,20 @@ def describe(item: pytest.Function, engine: str) -> list[tuple[str, object]]:
     """What is known of a test before it runs, as properties of its report."""
     name: str = getattr(item, "originalname", item.name)
     documented = (item.obj.__doc__ or "").strip() or name
-    callspec = getattr(item, "callspec", None)
     facts: dict[str, object] = {
         "claim": name.partition("_")[2],
         "sentence": documented.splitlines()[0],
-        "model": callspec.params.get("circuit_model") if callspec else None,
+        "model": model_of(item),
         "engine": engine,
     }
     return [(PREFIX + key, value) for key, value in facts.items() if value is not None]
+
+
+def model_of(item: pytest.Item) -> str | None:
+    """The name of the model that a test is about, as given to ``circuit_model``."""
+    callspec = getattr(item, "callspec", None)
+    model: str | None = callspec.params.get("circuit_model") if callspec else None
+    return model
 
 
 def measured(record: CircuitRecord) -> list[tuple[str, object]]:
@@ -100,7 +106,7 @@ def measured(record: CircuitRecord) -> list[tuple[str, object]]:
 
 
 class Results:
-    """The results of a session, in the order in which the tests ended. Iterates over :class:`Result`."""
+    """The results of a session, by file and place in it. Iterates over :class:`Result`."""
 
     def __init__(self) -> None:
         self._reports: dict[str, list[pytest.TestReport]] = {}
@@ -114,7 +120,13 @@ class Results:
         return len(self._reports)
 
     def __iter__(self) -> Iterator[Result]:
-        return (_result(reports) for reports in self._reports.values())
+        # Workers end their tests in any order, and nothing that is shown or written may depend on that.
+        in_order = sorted(self._reports.values(), key=lambda reports: _place(reports[0]))
+        return (_result(reports) for reports in in_order)
+
+
+def _place(report: pytest.TestReport) -> tuple[str, int, str]:
+    return report.nodeid.partition("::")[0], report.location[1] or 0, report.nodeid
 
 
 def _result(reports: list[pytest.TestReport]) -> Result:

@@ -1,0 +1,48 @@
+"""What a shipped test shows when it fails: the finding and how to run it again, not the machinery around it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from pytest_circuitfreeze.results import model_of
+from pytest_circuitfreeze.settings import OPTIONS, Settings
+
+# Hypothesis lists the arguments indented by four spaces, and what belongs to one of them by more.
+_FIXTURE_ARGUMENT = re.compile(r"^    circuit_\w+=.*?(?=^    \w+=|^\))", re.MULTILINE | re.DOTALL)
+# What a run must share with the one that failed, beside the model.
+_CONDITIONS = ("engine", "profile", "seed", "device", "dtype", "attn")
+
+
+def shorten(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport, settings: Settings) -> None:
+    """Rewrites the report of a test that failed, unless the user chose a style of traceback with ``--tb``."""
+    from pytest_circuitfreeze.suites.claims import ClaimBroken
+
+    report.sections.append(("run it again", command(item, settings)))
+    if call.excinfo is None or item.config.getoption("tbstyle") != "auto":
+        return
+    error = call.excinfo.value
+    if isinstance(error, ClaimBroken):
+        shown = call.excinfo.getrepr(style="value")
+        if shown.reprcrash is not None:
+            # pytest's last lines show as much of it as fits: the finding, not the name of the class.
+            shown.reprcrash.message = str(error)
+        report.longrepr = shown
+    elif getattr(error, "__notes__", None):
+        error.__notes__ = [_FIXTURE_ARGUMENT.sub("", note) for note in error.__notes__]
+        report.longrepr = item.repr_failure(call.excinfo)
+
+
+def command(item: pytest.Item, settings: Settings) -> str:
+    """The command line that runs one shipped test again under the same conditions."""
+    words = ["pytest", "--circuitfreeze"]
+    model = model_of(item)
+    if model is not None:
+        words += ["--circuitfreeze-model" if model in settings.models else "--circuitfreeze-arch", model]
+    for option in OPTIONS:
+        value = getattr(settings, option.word) if option.word in _CONDITIONS else None
+        if value is not None and value != option.default:
+            words += [option.flag, str(value)]
+    return shlex.join([*words, item.nodeid])
