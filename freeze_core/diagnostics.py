@@ -32,11 +32,13 @@ def gradient_behavior(
         if not loss.requires_grad:
             raise InterventionError("no parameter of the model and not the input requires a gradient: nothing to check")
         parameters = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
-        activations = [x for tap in taps for x in (tap["before"], tap["after"])]
-        grads = torch.autograd.grad(loss, [*(one for _, one in parameters), *activations], allow_unused=True)
-    of_parameters = dict(zip((name for name, _ in parameters), grads, strict=False))
-    of_activations = iter(grads[len(parameters) :])
-    checked = {tap["name"]: _identity(tap["projection"], next(of_activations), next(of_activations)) for tap in taps}
+        activations = [x for tap in taps for x in (tap["before"], tap["after"]) if x.requires_grad]
+        sources = [*(one for _, one in parameters), *activations]
+        grads = dict(zip(sources, torch.autograd.grad(loss, sources, allow_unused=True), strict=True))
+    of_parameters = {name: grads[one] for name, one in parameters}
+    checked = {
+        tap["name"]: _identity(tap["projection"], grads.get(tap["before"]), grads.get(tap["after"])) for tap in taps
+    }
     lost = [name for name, one in of_parameters.items() if one is None and _belongs(name, list(checked))]
     result = {
         "validation_passed": all(site["passed"] for site in checked.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
@@ -127,6 +127,14 @@ class AttentionCircuitFreezer:
     ) -> Recording:
         """The activations of a forward pass on `inputs`; see `freeze_core.recording.record`."""
         return record(model, inputs, layers, pattern)
+
+    def calibrate(self, model: nn.Module, batches: Any, layers: Sequence[int] | None = None) -> NoReturn:
+        """Activation statistics over a data set; not served yet.
+
+        Raises:
+            InterventionError: always.
+        """
+        raise InterventionError("calibrate is not served yet: freeze with the statistics of the pass (statistics=None)")
 
     def check_gradient_behavior(
         self, model: nn.Module, test_input: Tensor, config: InterventionConfig

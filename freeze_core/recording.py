@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -120,11 +121,12 @@ def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor]) -> Iter
 
 
 def _patterns(
-    model: nn.Module,
-    arguments: Mapping[str, Any],
-    sites: Sequence[AttentionSite],
-    seen: dict[tuple[int, str], Tensor],
+    model: nn.Module, arguments: Mapping[str, Any], sites: Sequence[AttentionSite], seen: dict[tuple[int, str], Tensor]
 ) -> None:
+    # The model itself is not asked for attentions: transformers would leave hooks of its own behind.
+    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_attentions": True}
+
     def keeper(site: AttentionSite) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             for value in output if isinstance(output, tuple) else ():
@@ -133,13 +135,12 @@ def _patterns(
 
         return keep
 
-    hooks = [site.attention.register_forward_hook(keeper(site)) for site in sites]
-    try:
-        with _eager(model), torch.no_grad():
-            model(**{**arguments, "output_attentions": True})
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack, _eager(model), torch.no_grad():
+        for site in sites:
+            if "output_attentions" in inspect.signature(type(site.attention).forward).parameters:
+                stack.callback(site.attention.register_forward_pre_hook(ask, with_kwargs=True).remove)
+            stack.callback(site.attention.register_forward_hook(keeper(site)).remove)
+        model(**arguments)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class Edit:
             return x.new_zeros(())
         if running is None:
             raise InterventionError(
-                f"freeze_type '{self.treatment.freeze_type}' in layer {self._site.layer} needs to know the running pass, "
+                f"freeze_type '{self.treatment.freeze_type}' in layer {self._site.layer} needs the running pass, "
                 "but the layer was run by itself: run the model, or the module that holds its layers"
             )
         if not self.treatment.needs_statistics:
@@ -66,7 +66,7 @@ class Edit:
                 f"after {running.cached} cached tokens that it does not see: run without a cache "
                 "(use_cache=False), or freeze with zero or with noise_std"
             )
-        real = running.real
+        real = running.real()
         if real is not None and real.shape != x.shape[:2]:
             raise InterventionError(
                 f"attention_mask is {list(real.shape)} and the activations of layer {self._site.layer} are "
@@ -247,9 +247,10 @@ class FreezeHandle:
     def remove(self) -> None:
         """Takes this freeze out of the model; twice is harmless."""
         while self._attentions:
-            frozen = self._attentions.pop()
+            frozen = self._attentions[-1]
             rest = [(handle, freeze) for handle, freeze in frozen.wiring.freezes if handle is not self]
             frozen.rewire(wire(frozen.site, rest))
+            self._attentions.pop()
 
 
 class FrozenCircuits(Sequence[FreezeHandle]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ class Pass:
         self.attention_mask = attention_mask
         self.cached = cached
 
-    @cached_property
     def real(self) -> Tensor | None:
         """Which positions of this pass are not padding, `[batch, token]` bool; `None` is all of them.
 

@@ -1,0 +1,111 @@
+"""The instruments tell a sound freeze from a broken one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
+from freeze_core.freezing import install
+from pytest_circuitfreeze.models import tiny_model
+
+FREEZER = AttentionCircuitFreezer()
+
+
+@pytest.mark.parametrize("mode", ["stopgrad", "ste"])
+@pytest.mark.parametrize("strength", [0, 0.3, 1])
+@pytest.mark.parametrize("scope", ["group", "head"])
+@pytest.mark.parametrize("freeze_type", ["zero", "mean", "noise"])
+def test_a_sound_freeze_passes(any_storage, ids, mode, strength, scope, freeze_type):
+    config = InterventionConfig([0, 2], [1], "both", freeze_type, mode, kv_scope=scope, strength=strength)
+    result = FREEZER.check_gradient_behavior(any_storage, ids, config)
+    assert result["validation_passed"]
+    assert result["loss_value"] > 0
+    assert result["parameters"].keys() == {name for name, _ in any_storage.named_parameters()}
+    assert None not in result["parameters"].values()
+    assert all(parameter.grad is None for parameter in any_storage.parameters())
+
+
+def leak(x, frozen, mask, r, strength, mode):
+    """Both modes wrong: the frozen value is right, and a tenth of the gradient comes through."""
+    value = torch.where(mask, r.to(x.dtype), frozen).detach()
+    return value + 0.1 * (frozen - frozen.detach())
+
+
+@pytest.mark.parametrize("mode", ["stopgrad", "ste"])
+def test_a_gradient_that_breaks_the_identity_fails(model, ids, mode, monkeypatch):
+    monkeypatch.setattr(install, "blend", leak)
+    result = FREEZER.check_gradient_behavior(model, ids, InterventionConfig([1], [0], backward_mode=mode))
+    assert not result["validation_passed"]
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+def test_a_gradient_that_turns_into_none_fails_unless_allowed(ids, preserve, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(install, "blend", lambda x, frozen, *rest: torch.zeros_like(frozen))
+    config = InterventionConfig([1], None, "q", preserve_gradients=preserve)
+    result = FREEZER.check_gradient_behavior(model, ids, config)
+    assert result["validation_passed"] is not preserve
+    assert result["parameters"]["model.layers.1.self_attn.q_proj.weight"] is None
+
+
+def test_a_model_that_is_frozen_already_is_not_frozen_twice(model, ids):
+    config = InterventionConfig([1], [0], freeze_type="noise")
+    alone = FREEZER.check_gradient_behavior(model, ids, config)
+    with FREEZER.freeze_circuits(model, config) as handles:
+        assert FREEZER.check_gradient_behavior(model, ids, config) == alone
+        assert len(handles) == 1
+        assert FREEZER.verify_intervention_effect(tiny_model_like(model), model, ids, config)["changed"]
+
+
+def tiny_model_like(model):
+    twin = type(model)(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_embeddings_are_an_input_too():
+    model = tiny_model("gpt2")
+    embeddings = torch.randn(1, 10, 32, requires_grad=True)
+    result = FREEZER.check_gradient_behavior(model, embeddings, InterventionConfig([0, 1], [0, 1, 2], "qk"))
+    assert result["validation_passed"]
+    assert result["parameters"]["transformer.wte.weight"] is not None  # the head is tied to it
+
+
+def test_a_model_without_gradients_is_an_error(ids):
+    model = tiny_model("gpt2").requires_grad_(False)
+    with pytest.raises(InterventionError, match="nothing to check"):
+        FREEZER.check_gradient_behavior(model, ids, InterventionConfig())
+
+
+def test_the_table_is_printed_when_asked_for(ids, capsys):
+    model = tiny_model("gpt2")
+    AttentionCircuitFreezer(debug_gradients=True).check_gradient_behavior(
+        model, ids, InterventionConfig([0], [0], "qk")
+    )
+    printed = capsys.readouterr().out
+    assert "transformer.h.0.attn.c_attn.weight" in printed
+    assert "transformer.h.0.attn.c_attn: obeys its identity, off by 0.0" in printed
+
+
+def test_the_effect_is_the_largest_change_of_a_logit(model, ids):
+    config = InterventionConfig([0], [1], "ov")
+    effect = FREEZER.verify_intervention_effect(model, model, ids, config)
+    with torch.no_grad():
+        clean = model(ids).logits
+        with FREEZER.freeze_circuits(model, config):
+            difference = (model(ids).logits - clean).abs()
+    assert effect["max_absolute_diff"] == pytest.approx(float(difference.max()))
+    assert effect["mean_absolute_diff"] == pytest.approx(float(difference.mean()))
+    assert effect["changed"]
+
+
+def test_no_effect_is_told_as_none(model, ids):
+    effect = FREEZER.verify_intervention_effect(model, model, ids, InterventionConfig(strength=0))
+    assert effect == {"max_absolute_diff": 0.0, "mean_absolute_diff": 0.0, "changed": False}
+
+
+def test_a_frozen_baseline_is_refused(model, ids):
+    config = InterventionConfig([0])
+    with FREEZER.freeze_circuits(model, config), pytest.raises(InterventionError, match="model_baseline is frozen"):
+        FREEZER.verify_intervention_effect(model, model, ids, config)

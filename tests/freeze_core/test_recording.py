@@ -1,0 +1,95 @@
+"""What is recorded is what the attention reads and writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, UnsupportedModelError
+from pytest_circuitfreeze.models import tiny_model
+
+FREEZER = AttentionCircuitFreezer()
+
+
+def test_shapes_are_those_of_the_heads(any_storage, ids):
+    kv_heads = FREEZER.get_model_config(any_storage)["num_kv_heads"]
+    recording = FREEZER.record(any_storage, ids, pattern=True)
+    assert list(recording) == [0, 1, 2]
+    for layer in recording.values():
+        assert layer.q.shape == layer.z.shape == (2, 7, 4, 8)
+        assert layer.k.shape == layer.v.shape == (2, 7, kv_heads, 8)
+        assert layer.pattern.shape == (2, 4, 7, 7)
+        assert not any(tensor.requires_grad for tensor in vars(layer).values())
+
+
+def test_z_is_the_pattern_times_the_values_of_the_heads_group(any_storage, ids):
+    for layer in FREEZER.record(any_storage, ids, pattern=True).values():
+        v = layer.v.repeat_interleave(4 // layer.v.shape[2], dim=2)
+        torch.testing.assert_close(torch.einsum("bhts,bshd->bthd", layer.pattern, v), layer.z, atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(any_storage, ids):
+    implementation, training = any_storage.config._attn_implementation, any_storage.training
+    clean = any_storage(ids).logits
+    FREEZER.record(any_storage, ids, pattern=True)
+    assert any_storage.config._attn_implementation == implementation
+    assert any_storage.training == training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in any_storage.modules())
+    assert torch.equal(any_storage(ids).logits, clean)
+
+
+def test_under_a_freeze_the_frozen_values_are_recorded(any_storage, ids):
+    group = 4 // FREEZER.get_model_config(any_storage)["num_kv_heads"]
+    with FREEZER.freeze_circuits(any_storage, InterventionConfig([1], [1], kv_scope="head")):
+        layer = FREEZER.record(any_storage, ids, layers=[-2])[1]
+    for role in "qkv":
+        assert (getattr(layer, role).abs().amax(dim=(0, 1, 3)) == 0).tolist() == [False, True, False, False]
+    assert layer.k.shape[2] == 4 if group > 1 else True
+
+
+def test_inputs_may_be_ids_embeddings_or_arguments(ids):
+    model = tiny_model("gpt2")
+    by_ids = FREEZER.record(model, ids)[0].q
+    assert torch.equal(by_ids, FREEZER.record(model, model.transformer.wte(ids))[0].q)
+    mask = torch.ones_like(ids)
+    recording = FREEZER.record(model, {"input_ids": ids, "attention_mask": mask})
+    assert torch.equal(by_ids, recording[0].q)
+    assert torch.equal(recording.attention_mask, mask)
+    assert "layers=[0, 1, 2]" in repr(recording)
+
+
+@pytest.mark.parametrize(
+    "bad", ["text", None, torch.zeros(3, dtype=torch.long), torch.zeros(2, 7), torch.zeros(2, 7).bool()]
+)
+def test_what_is_no_input_is_refused(bad):
+    with pytest.raises(InterventionError, match="inputs is"):
+        FREEZER.record(tiny_model("gpt2"), bad)
+
+
+def test_a_layer_out_of_range_is_refused(model, ids):
+    with pytest.raises(InterventionError, match="3 is out of range"):
+        FREEZER.record(model, ids, layers=[3])
+
+
+def test_patterns_that_cannot_be_had_are_an_error(ids):
+    model = tiny_model("llama")
+    model.model.config = None
+
+    class Headless(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model("llama").model
+
+        def forward(self, **kwargs):
+            return self.inner(**kwargs)
+
+    FREEZER.record(Headless(), ids)
+    with pytest.raises(UnsupportedModelError, match="patterns cannot be recorded"):
+        FREEZER.record(Headless(), ids, pattern=True)
+
+
+def test_a_layer_that_did_not_run_is_an_error(ids):
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 2  # the model's own way to stop early
+    with pytest.raises(InterventionError, match=r"layer 2 .* gave no q, k, v, z"):
+        FREEZER.record(model, ids)

@@ -1,0 +1,187 @@
+"""What is found in a model, and what is refused with its reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from freeze_core import (
+    AttentionCircuitFreezer,
+    InterventionConfig,
+    InterventionError,
+    ModelArchitecture,
+    UnsupportedModelError,
+)
+from pytest_circuitfreeze.models import tiny_model
+
+FREEZER = AttentionCircuitFreezer()
+
+EXPECTED = {
+    "gpt2": ("fused_qkv", 4, "MHA"),
+    "opt": ("separate_qkv", 4, "MHA"),
+    "llama": ("separate_qkv", 4, "MHA"),
+    "llama_gqa": ("separate_qkv", 2, "GQA"),
+    "mistral_gqa": ("separate_qkv", 2, "GQA"),
+    "phi3": ("fused_qkv", 2, "GQA"),
+    "falcon_mqa": ("fused_qkv", 1, "MQA"),
+    "falcon_mha": ("fused_qkv", 4, "MHA"),
+    "falcon_gqa": ("fused_qkv", 2, "GQA"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_storage_and_head_counts_are_found(name):
+    architecture, kv_heads, kind = EXPECTED[name]
+    found = FREEZER.get_model_config(tiny_model(name))
+    assert found.pop("layers").keys() == {0, 1, 2}
+    assert found == {
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": kv_heads,
+        "head_dim": 8,
+        "architecture": architecture,
+        "attention_type": kind,
+    }
+    assert FREEZER.detect_architecture(tiny_model(name)) is ModelArchitecture(architecture)
+
+
+def test_what_is_found_does_not_change_while_frozen():
+    for name in ("falcon_mqa", "mistral_gqa"):
+        model = tiny_model(name)
+        before = FREEZER.get_model_config(model)
+        with FREEZER.freeze_circuits(model, InterventionConfig(head_indices=[1], kv_scope="head")):
+            assert FREEZER.get_model_config(model) == before
+
+
+def test_the_base_model_alone_is_served(ids):
+    model = tiny_model("llama")
+    with FREEZER.freeze_circuits(model.model, InterventionConfig(freeze_type="mean")):
+        frozen = model(ids).logits
+    assert not torch.equal(frozen, model(ids).logits)
+
+
+def test_a_norm_over_all_heads_is_where_the_activation_is(ids):
+    config = transformers.Olmo2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, eos_token_id=0
+    )
+    model = transformers.Olmo2ForCausalLM(config).eval()
+    attention = model.model.layers[0].self_attn
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "q")):
+        assert "forward" in vars(attention.q_norm)
+        assert "forward" not in vars(attention.q_proj)
+
+
+class Bare(nn.Module):
+    """No attention at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+
+
+class Gated(nn.Module):
+    """Three projections with the usual names, and something unknown between them and the attention."""
+
+    head_dim = 4
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+        self.k_conv1d = nn.Conv1d(8, 8, 1)
+
+    def forward(self, x):
+        return self.o_proj(self.q_proj(x) + self.k_proj(x) + self.v_proj(x))
+
+
+class Layered(nn.Module):
+    """A stack of layers around one attention module."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"self_attn": attention})])
+
+
+class HiddenKernel(nn.Module):
+    """Attention whose projections are not modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.MultiheadAttention(8, 2)])
+
+
+def refusal(model, **kwargs):
+    with pytest.raises(UnsupportedModelError) as error:
+        FREEZER.freeze_circuits(model, InterventionConfig(), **kwargs)
+    return str(error.value)
+
+
+def test_a_model_without_attention_is_refused():
+    assert "Bare has no attention layer" in refusal(Bare())
+    with pytest.raises(UnsupportedModelError, match="no attention"):
+        FREEZER.detect_architecture(Bare())
+
+
+def test_what_is_no_model_is_refused():
+    assert "model is a str" in refusal("gpt2")
+
+
+def test_unknown_parts_are_refused_unless_the_storage_is_stated_by_hand():
+    model = Layered(Gated())
+    assert "k_conv1d" in refusal(model)
+    FREEZER.freeze_circuits(model, InterventionConfig(), architecture="separate_qkv").remove()
+
+
+def test_a_stated_storage_that_the_model_contradicts_is_refused():
+    assert "is fused_qkv" in refusal(tiny_model("gpt2"), architecture="separate_qkv")
+    assert "is separate_qkv" in refusal(tiny_model("llama"), architecture=ModelArchitecture.FUSED_QKV)
+    assert "exposes no projection" in refusal(tiny_model("llama"), architecture="flash_attention")
+    with pytest.raises(InterventionError, match="architecture='conv'"):
+        FREEZER.freeze_circuits(tiny_model("llama"), InterventionConfig(), architecture="conv")
+
+
+def test_hidden_projections_are_detected_as_such():
+    assert FREEZER.detect_architecture(HiddenKernel()) is ModelArchitecture.FLASH_ATTENTION
+    assert "no attention layer with projections" in refusal(HiddenKernel())
+
+
+def test_a_scripted_or_replicated_model_is_refused():
+    assert "DataParallel" in refusal(nn.DataParallel(tiny_model("gpt2")))
+
+
+def test_two_stacks_are_refused():
+    config = transformers.BartConfig(
+        vocab_size=97,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
+    message = refusal(transformers.BartForConditionalGeneration(config))
+    assert "several stacks" in message
+    assert "decoder.layers" in message
+
+
+def test_an_output_gate_inside_the_query_projection_is_refused():
+    class WideQuery(Gated):
+        def __init__(self):
+            super().__init__()
+            del self.k_conv1d
+            self.q_proj = nn.Linear(8, 16)
+
+    assert "q_proj holds more than queries" in refusal(Layered(WideQuery()))
+
+
+def test_an_unshared_view_that_the_attention_cannot_take_is_refused_before_anything_is_installed():
+    class NoGroups(Gated):
+        def __init__(self):
+            super().__init__()
+            del self.k_conv1d
+            self.k_proj, self.v_proj = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    model = Layered(NoGroups())
+    with pytest.raises(UnsupportedModelError, match="cannot give query heads"):
+        FREEZER.freeze_circuits(model, InterventionConfig(head_indices=[0], kv_scope="head"))
+    assert "forward" not in vars(model.layers[0]["self_attn"])
