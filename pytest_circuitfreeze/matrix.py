@@ -53,6 +53,25 @@ def closest(results: Iterable[Result]) -> str:
     return "<1%" if 0 < share < 0.01 else f"{share:.0%}"
 
 
+def totals(results: Sequence[Result]) -> str:
+    """How many claims on how many models came out how, and the one that came closest to its bound."""
+    claims = len({(result.file, result.claim) for result in results})
+    models = len({result.model for result in results if result.model})
+    counts = ", ".join(
+        f"{number} {outcome}"
+        for outcome in WORDS
+        if (number := sum(result.outcome == outcome for result in results))
+    )
+    examples = sum(result.examples for result in results)
+    line = f"{_count(claims, 'claim')} on {_count(models, 'model')}: {counts}; {_count(examples, 'example')}"
+    passed = [result for result in results if result.outcome == "passed"]
+    tightest = max(passed, key=lambda result: used(result.error, result.bound), default=None)
+    if tightest is None or tightest.error == 0.0:
+        return line
+    share = f"{used(tightest.error, tightest.bound):.0%}"
+    return f"{line}\nclosest to its bound: {words(tightest.claim)}, {tightest.model}, {share} of it"
+
+
 def words(claim: str) -> str:
     """A claim as a person reads it: ``qk_leaves_v`` is ``qk leaves v``."""
     return claim.replace("_", " ")
@@ -66,3 +85,7 @@ def subject(file: str) -> str:
 def _cell(results: Iterable[Result], model: str) -> str:
     outcomes = {result.outcome for result in results if (result.model or WITHOUT_MODEL) == model}
     return next((word for outcome, word in WORDS.items() if outcome in outcomes), NOT_RUN)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -12,7 +12,7 @@ from pytest_circuitfreeze.collect import SuiteCollection, is_shipped
 from pytest_circuitfreeze.failures import shorten
 from pytest_circuitfreeze.results import CircuitRecord, Results, describe, measured
 from pytest_circuitfreeze.settings import WORKER_SEED, add_options, is_enabled, settings_of
-from pytest_circuitfreeze.summary import header, write_summary
+from pytest_circuitfreeze.summary import header, versions, write_summary
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Every option, with its ini twin."""
@@ -56,6 +56,7 @@ class SuiteRun:
         self._settings = settings_of(config)
         self._record = config.stash[fixtures.RECORD]
         self._results = Results()
+        self._report_lines: list[str] = []
 
     def pytest_report_header(self) -> str:
         """What is under test, and how."""
@@ -96,8 +97,23 @@ class SuiteRun:
         """Keeps every report of a shipped test; in a distributed run the controller gets all of them."""
         self._results.add(report)
 
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Writes the report, on the controller alone; one that cannot be written fails the run."""
+        if self._settings.report is None or hasattr(self._config, "workerinput"):
+            return
+        from pytest_circuitfreeze import reports
+
+        document = reports.build(self._settings, versions(), self._results, int(session.exitstatus))
+        try:
+            self._report_lines = [f"report: {path}" for path in reports.write(document, self._settings.report)]
+        except OSError as error:
+            self._report_lines = [f"ERROR the report cannot be written: {error}"]
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """The table. Workers have no terminal, so only the controller comes here."""
         results = list(self._results)
         if results:
             write_summary(terminalreporter, results, self._settings)
+        for line in self._report_lines:
+            terminalreporter.write_line(line)

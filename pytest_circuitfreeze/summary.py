@@ -10,7 +10,7 @@ from itertools import groupby
 import pytest
 
 from pytest_circuitfreeze import __version__, matrix
-from pytest_circuitfreeze.results import Result, used
+from pytest_circuitfreeze.results import Result
 from pytest_circuitfreeze.settings import Settings
 
 _COLOURS = {"FAIL": "red", "ERROR": "red", "skip": "yellow", "pass": "green"}
@@ -49,30 +49,7 @@ def write_summary(terminal: pytest.TerminalReporter, results: Sequence[Result], 
     terminal.write_line("")
     for message in dict.fromkeys(result.message for result in results if result.outcome == "error"):
         terminal.write_line(f"ERROR {message}", red=True)
-    terminal.write_line(totals(results))
-
-
-def totals(results: Sequence[Result]) -> str:
-    """How many claims on how many models came out how, and the one that came closest to its bound."""
-    claims = len({(result.file, result.claim) for result in results})
-    models = len({result.model for result in results if result.model})
-    counts = ", ".join(
-        f"{number} {outcome}"
-        for outcome in matrix.WORDS
-        if (number := sum(result.outcome == outcome for result in results))
-    )
-    examples = sum(result.examples for result in results)
-    line = f"{_count(claims, 'claim')} on {_count(models, 'model')}: {counts}; {_count(examples, 'example')}"
-    passed = [result for result in results if result.outcome == "passed"]
-    tightest = max(passed, key=lambda result: used(result.error, result.bound), default=None)
-    if tightest is None or tightest.error == 0.0:
-        return line
-    share = f"{used(tightest.error, tightest.bound):.0%}"
-    return f"{line}\nclosest to its bound: {matrix.words(tightest.claim)}, {tightest.model}, {share} of it"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    terminal.write_line(matrix.totals(results))
 
 
 def _write_table(terminal: pytest.TerminalReporter, results: Sequence[Result], order: Sequence[str]) -> None:

@@ -1,0 +1,63 @@
+"""``report.md``: the table of claims by models, what failed, and what was run."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from tabulate import tabulate
+
+from pytest_circuitfreeze import matrix
+from pytest_circuitfreeze.reports.document import Report
+from pytest_circuitfreeze.results import Result
+
+
+def render(report: Report) -> str:
+    """The whole document."""
+    parts = [
+        f"# circuitfreeze: {report.settings['engine']}",
+        matrix.totals(report.results),
+        *_tables(report),
+        *_failures(report.results),
+        "## What was run",
+        _table([[name, _shown(value)] for name, value in report.settings.items()], ["setting", "value"]),
+        _table(list(report.environment.items()), ["software", "version"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(report: Report) -> list[str]:
+    """One table a suite file: a row a claim, in its own words, a column a model."""
+    models = matrix.columns(report.results, report.targets)
+    heads = ["claim", *map(_escape, models), "of bound"]
+    rows = matrix.rows(report.results, models)
+    parts = []
+    for file, group in groupby(rows, key=lambda row: row.file):
+        parts.append(f"## {matrix.subject(file).capitalize()}")
+        parts.append(_table([[_escape(row.sentence), *row.cells, row.closest] for row in group], heads))
+    return parts
+
+
+def _failures(results: tuple[Result, ...]) -> list[str]:
+    failed = [result for result in results if result.outcome in ("failed", "error")]
+    if not failed:
+        return []
+    lines = [f"- `{result.id}`: {_escape(result.message)}" for result in failed]
+    return ["## What failed", "\n".join(lines)]
+
+
+def _table(rows: list[list[str]] | list[tuple[str, str]], heads: list[str]) -> str:
+    # Nothing is a number to tabulate: '12%' and 'exact' stand in one column, a version is no float.
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return _escape(", ".join(map(str, value))) or "none"
+    return "default" if value is None else _escape(str(value))
+
+
+def _escape(text: str) -> str:
+    """Keeps text from ending a cell or being read as mark-up."""
+    for character in r"\|*_`<":
+        text = text.replace(character, "\\" + character)
+    return text.replace("\n", " ")
