@@ -56,9 +56,7 @@ class FreezeCore:
         with self._freezer.freeze_circuits(model, config):
             yield model
 
-    def supports(
-        self, model: torch.nn.Module, config: InterventionConfig | Sequence[InterventionConfig]
-    ) -> str | None:
+    def supports(self, model: torch.nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
         """Refuses models that it cannot serve at all; a config that it must serve is never refused here."""
         from freeze_core import UnsupportedModelError
 

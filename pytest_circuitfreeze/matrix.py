@@ -58,9 +58,7 @@ def totals(results: Sequence[Result]) -> str:
     claims = len({(result.file, result.claim) for result in results})
     models = len({result.model for result in results if result.model})
     counts = ", ".join(
-        f"{number} {outcome}"
-        for outcome in WORDS
-        if (number := sum(result.outcome == outcome for result in results))
+        f"{number} {outcome}" for outcome in WORDS if (number := sum(result.outcome == outcome for result in results))
     )
     examples = sum(result.examples for result in results)
     line = f"{_count(claims, 'claim')} on {_count(models, 'model')}: {counts}; {_count(examples, 'example')}"

@@ -14,6 +14,7 @@ from pytest_circuitfreeze.results import CircuitRecord, Results, describe, measu
 from pytest_circuitfreeze.settings import WORKER_SEED, add_options, is_enabled, settings_of
 from pytest_circuitfreeze.summary import header, versions, write_summary
 
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Every option, with its ini twin."""
     add_options(parser)

@@ -132,9 +132,7 @@ def _place(report: pytest.TestReport) -> tuple[str, int, str]:
 def _result(reports: list[pytest.TestReport]) -> Result:
     # The last phase's report carries the properties of all; earlier ones lack what the call found.
     facts: dict[str, Any] = {
-        key.removeprefix(PREFIX): value
-        for key, value in reports[-1].user_properties
-        if key.startswith(PREFIX)
+        key.removeprefix(PREFIX): value for key, value in reports[-1].user_properties if key.startswith(PREFIX)
     }
     return Result(
         id=reports[0].nodeid,

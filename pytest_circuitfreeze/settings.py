@@ -143,8 +143,7 @@ OPTIONS = (
     ),
     Option(
         "engine",
-        "the implementation to validate: a built-in name, an entry point of circuitfreeze.engines, "
-        "or module:attribute",
+        "the implementation to validate: a built-in name, an entry point of circuitfreeze.engines, or module:attribute",
         parse_engine,
         "freeze_core",
         "ENGINE",
