@@ -87,7 +87,7 @@ def _projections(sites: Sites) -> Iterator[tuple[str, FrozenProjection]]:
     for site in sites.by_layer.values():
         frozen = frozen_attention(site.attention)
         for projection in frozen.projections if frozen else ():
-            names = [name for name, module in site.shared.modules.items() if module is projection.module]
+            names = [name for name, module in site.layout.shared.modules.items() if module is projection.module]
             yield f"{site.name}.{names[0]}", projection
 
 

@@ -90,7 +90,7 @@ class AttentionCircuitFreezer:
             if isinstance(model, nn.Module) and _hides_projections(model):
                 return ModelArchitecture.FLASH_ATTENTION
             raise
-        return next(iter(sites.by_layer.values())).architecture
+        return next(iter(sites.by_layer.values())).layout.architecture
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         """What the model's attention looks like.
@@ -105,7 +105,7 @@ class AttentionCircuitFreezer:
         """
         sites = find_sites(model)
         layers = {
-            layer: {"num_heads": site.heads, "num_kv_heads": site.kv_heads, "head_dim": site.head_dim}
+            layer: {"num_heads": site.heads, "num_kv_heads": site.kv_heads, "head_dim": site.layout.head_dim}
             for layer, site in sites.by_layer.items()
         }
         first = next(iter(sites.by_layer.values()))
@@ -113,7 +113,7 @@ class AttentionCircuitFreezer:
         return {
             "num_layers": sites.layers,
             **layers[first.layer],
-            "architecture": first.architecture,
+            "architecture": first.layout.architecture,
             "attention_type": kind,
             "layers": layers,
         }

@@ -100,24 +100,28 @@ def record(
 def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor]) -> Iterator[None]:
     """Splits what the projections give, and the output projection takes, into heads."""
     frozen = frozen_attention(site.attention)
-    storage = frozen.wiring.storage if frozen else site.shared
-    hooks = []
-    for role, (name, index) in storage.features.items():
+    storage = frozen.wiring.storage if frozen else site.layout.shared
+    outputs: dict[str, Tensor] = {}
 
-        def keep(module: nn.Module, args: Any, output: Tensor, role: str = role, index: Tensor = index) -> None:
-            seen[site.layer, role] = output.detach()[..., index.to(output.device)]
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs[name] = output.detach().flatten(1, -2)
 
-        hooks.append(storage.modules[name].register_forward_hook(keep))
+        return hook
 
     def keep_z(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[site.layer, "z"] = args[0].detach().view(*args[0].shape[:-1], site.heads, -1).clone()
+        seen[site.layer, "z"] = args[0].detach().unflatten(-1, (site.heads, -1)).clone()
 
-    hooks.append(site.output.register_forward_pre_hook(keep_z))
-    try:
+    with ExitStack() as stack:
+        for name, module in storage.modules.items():
+            stack.callback(module.register_forward_hook(keep(name)).remove)
+        stack.callback(site.layout.output.register_forward_pre_hook(keep_z).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for role, parts in storage.features.items():
+        if all(part.module in outputs for part in parts):
+            heads = max(len(part.features) for part in parts)
+            pieces = [outputs[part.module][..., part.features].expand(-1, -1, heads, -1) for part in parts]
+            seen[site.layer, role] = torch.cat(pieces, dim=-1)
 
 
 def _patterns(

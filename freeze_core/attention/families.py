@@ -1,7 +1,7 @@
 """Where families of models keep their heads' queries, keys and values: data, one entry a storage.
 
-Facts read off the modeling code of transformers 5.23. A family that stores its three projections separately
-under the usual names needs no entry.
+Facts read off the modeling code of transformers 5.23; `tests/freeze_core/test_families.py` holds them against what
+perturbing each feature does.
 """
 
 from __future__ import annotations
@@ -10,25 +10,92 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FUSED", "HARMLESS_CHILDREN", "HARMLESS_PARAMETERS", "OUTPUTS", "SEPARATE", "FusedStorage"]
+from freeze_core.config import Role
+
+__all__ = [
+    "FUSED",
+    "GATED_QUERY",
+    "HARMLESS",
+    "LATENT",
+    "NORMS",
+    "NOT_SOFTMAX",
+    "SEPARATE",
+    "UNSEPARABLE",
+    "FusedStorage",
+    "LatentStorage",
+    "SeparateStorage",
+]
+
+Read = Callable[[Any], Any]
+"""Reads a fact off an attention module."""
+
+
+@dataclass(frozen=True)
+class SeparateStorage:
+    """Three projections by name; `outputs` are the names that the output projection may have, `../` the parent's."""
+
+    q: str
+    k: str
+    v: str
+    outputs: tuple[str, ...]
+
+
+SEPARATE = (
+    SeparateStorage("q_proj", "k_proj", "v_proj", ("attn_sub_norm", "o_proj", "out_proj", "dense", "c_proj", "Wo")),
+    SeparateStorage("query", "key", "value", ("../output.dense", "../dense")),
+    SeparateStorage("Wq", "Wk", "Wv", ("dense",)),
+    SeparateStorage("q_lin", "k_lin", "v_lin", ("out_lin",)),
+    SeparateStorage("project_q", "project_k", "project_v", ("attention_out",)),
+)
+"""The first that an attention module has all of. A norm over all heads before the output projection comes first: its
+input is z, since behind it the heads are not separate."""
+
+GATED_QUERY = ("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpAttention")
+"""Classes whose query projection holds, for each head, its query and then an output gate of the same size."""
 
 
 @dataclass(frozen=True)
 class FusedStorage:
-    """One projection whose output holds q, k and v in equal blocks, each block in the order q, k, v.
+    """One projection whose output holds q, k and v in equal blocks, each block in the same order of roles.
 
-    `heads`, `kv_heads` and `blocks` read the numbers off an attention module. `unshared` are the attributes
-    that make the module take its multi-head path, with one KV head for each query head, stored then in
-    `unshared_blocks` blocks; an MHA family has none.
+    `heads`, `kv_heads` and `blocks` read the numbers off an attention module. `unshared` are the attributes that make
+    the module take its multi-head path, with one KV head for each query head, stored then in `unshared_blocks`
+    blocks; an MHA family has none.
     """
 
     projection: str
     output: str
-    heads: Callable[[Any], int]
-    kv_heads: Callable[[Any], int]
-    blocks: Callable[[Any], int]
+    heads: Read
+    kv_heads: Read
+    blocks: Read
+    order: tuple[Role, Role, Role] = ("q", "k", "v")
     unshared: Callable[[Any], Mapping[str, Any]] | None = None
-    unshared_blocks: Callable[[Any], int] | None = None
+    unshared_blocks: Read = lambda attention: 1
+
+
+def _multi_head(projection: str, output: str, heads: Read, blocks: Read, order: str = "qkv") -> FusedStorage:
+    return FusedStorage(projection, output, heads, heads, blocks, tuple(order))  # type: ignore[arg-type]
+
+
+def _number(*names: str) -> Read:
+    """Reads the first of these attributes that the attention module, or its config, has."""
+
+    def read(attention: Any) -> int:
+        for owner in (attention, getattr(attention, "config", None)):
+            for name in names:
+                if hasattr(owner, name):
+                    return int(getattr(owner, name))
+        raise AttributeError(f"{type(attention).__name__} has none of {', '.join(names)}")
+
+    return read
+
+
+_heads = _number("num_heads", "num_attention_heads", "n_heads", "n_head")
+_kv_heads = _number("num_key_value_heads", "num_kv_heads", "kv_heads")
+
+
+def _one_block(attention: Any) -> int:
+    return 1
 
 
 def _falcon_blocks(attention: Any) -> int:
@@ -38,57 +105,107 @@ def _falcon_blocks(attention: Any) -> int:
 
 
 FUSED: dict[str, FusedStorage] = {
-    "GPT2Attention": FusedStorage(
-        projection="c_attn",
-        output="c_proj",
-        heads=lambda attention: attention.num_heads,
-        kv_heads=lambda attention: attention.num_heads,
-        blocks=lambda attention: 1,
-    ),
+    "GPT2Attention": _multi_head("c_attn", "c_proj", _heads, _one_block),
+    "modeling_openai.Attention": _multi_head("c_attn", "c_proj", _heads, _one_block),
+    "MptAttention": _multi_head("Wqkv", "out_proj", _heads, _one_block),
+    "BloomAttention": _multi_head("query_key_value", "dense", _heads, _heads),
+    "GPTNeoXAttention": _multi_head("query_key_value", "dense", _heads, _heads),
+    "GPTNeoXJapaneseAttention": _multi_head("query_key_value", "dense", _heads, _heads),
+    "PersimmonAttention": _multi_head("query_key_value", "dense", _heads, _heads),
+    "CodeGenAttention": _multi_head("qkv_proj", "out_proj", _heads, lambda attention: 4, order="qvk"),
+    "QWenAttention": _multi_head("c_attn", "c_proj", _heads, _one_block),
     "Phi3Attention": FusedStorage(
-        projection="qkv_proj",
-        output="o_proj",
+        "qkv_proj",
+        "o_proj",
         heads=lambda attention: attention.config.num_attention_heads,
-        kv_heads=lambda attention: attention.num_key_value_heads,
-        blocks=lambda attention: 1,
+        kv_heads=_kv_heads,
+        blocks=_one_block,
         unshared=lambda attention: {
             "num_key_value_heads": attention.config.num_attention_heads,
             "num_key_value_groups": 1,
         },
-        unshared_blocks=lambda attention: 1,
+    ),
+    "DbrxAttention": FusedStorage(
+        "Wqkv",
+        "out_proj",
+        heads=_heads,
+        kv_heads=_kv_heads,
+        blocks=_one_block,
+        unshared=lambda attention: {"num_key_value_heads": attention.num_heads, "num_key_value_groups": 1},
+    ),
+    "GPTBigCodeAttention": FusedStorage(
+        "c_attn",
+        "c_proj",
+        heads=_heads,
+        kv_heads=_kv_heads,
+        blocks=lambda attention: 1 if attention.multi_query else attention.num_heads,
+        unshared=lambda attention: {
+            "multi_query": False,
+            "kv_heads": attention.num_heads,
+            "num_key_value_groups": 1,
+        },
+        unshared_blocks=_heads,
     ),
     "FalconAttention": FusedStorage(
-        projection="query_key_value",
-        output="dense",
-        heads=lambda attention: attention.num_heads,
-        kv_heads=lambda attention: attention.num_kv_heads,
+        "query_key_value",
+        "dense",
+        heads=_heads,
+        kv_heads=_kv_heads,
         blocks=_falcon_blocks,
         unshared=lambda attention: {
             "new_decoder_architecture": False,
             "multi_query": False,
             "num_kv_heads": attention.num_heads,
         },
-        unshared_blocks=lambda attention: attention.num_heads,
+        unshared_blocks=_heads,
     ),
 }
-"""By the name of the attention class, or of a class that it derives from."""
+FUSED["Phi4MultimodalAttention"] = FUSED["Phi3Attention"]
+"""By the name of the attention class, or of a class that it derives from; with its module where the name is common."""
 
-SEPARATE = ("q_proj", "k_proj", "v_proj")
-"""The usual names of three projections."""
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-"""The usual names of the output projection, whose input is z."""
+@dataclass(frozen=True)
+class LatentStorage:
+    """Multi-head latent attention (MLA): keys and values unpacked per head from a latent, rotary keys shared by all.
 
-HARMLESS_CHILDREN = (
-    "q_norm",
-    "k_norm",
-    "rotary_emb",
-    "dropout",
-    "attn_dropout",
-    "attention_dropout",
-    "resid_dropout",
-)
-"""Children of an attention module that leave q, k, v and z what they are, or are dealt with by name."""
+    DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1. `unpacked` holds, for each head, its key without positions and then
+    its value; the last features of `compressed` are the key features with rotary positions, one for all heads.
+    """
 
-HARMLESS_PARAMETERS = ("sinks",)
-"""Parameters of the attention module itself that leave q, k, v and z what they are."""
+    queries: tuple[str, ...] = ("q_b_proj", "q_gate_proj", "q_proj")
+    unpacked: str = "kv_b_proj"
+    compressed: str = "kv_a_proj_with_mqa"
+    output: str = "o_proj"
+
+
+LATENT = LatentStorage()
+
+NORMS: dict[Role, tuple[str, ...]] = {
+    "q": ("q_norm", "q_layernorm", "qk_norm", "query_layernorm"),
+    "k": ("k_norm", "k_layernorm", "qk_norm", "key_layernorm"),
+    "v": ("v_norm",),
+}
+"""Norms behind a projection. One that spans all heads is where the activation is; one per head comes after it."""
+
+HARMLESS = {
+    *("dropout", "attn_dropout", "attention_dropout", "resid_dropout", "out_drop", "softmax"),
+    *("rotary_emb", "rotary_fn", "act_fn", "sinks"),
+    # Gates on what the heads put out come after z was mixed: they are no part of the OV circuit.
+    *("gate_proj", "g_proj", "gate_bias"),
+}
+"""Children and parameters of an attention module that leave what q, k and v are."""
+
+NOT_SOFTMAX = ("BailingHybridDeltaAttention", "KimiLinearDeltaAttention", "MiniMaxLightningAttention")
+"""Classes that are called attention and have projections, but mix by a recurrence, without a pattern."""
+
+UNSEPARABLE = {
+    "DogeAttention": "its mask is computed from the values, so that freezing OV would move the pattern",
+    "DiffLlamaAttention": "its values are halves of two heads and its pattern is a difference of two",
+    "DeepseekV4Attention": "its keys and its values are the same features",
+    "ProphetNetNgramSelfAttention": "its predicting streams share one pass of the projections with the main stream",
+    "InklingAttention": "a convolution over tokens lies between its projections and the attention",
+    "Inkling2Attention": "a convolution over tokens lies between its projections and the attention",
+    "ZayaAttention": "a convolution over tokens lies between its projections and the attention",
+    "JetMoeAttention": "its queries are routed to experts, so that heads are not the same from token to token",
+}
+"""Classes whose q, k and v cannot be held apart, and why."""

@@ -1,64 +1,43 @@
-"""Finds, in any model, each attention layer and where its heads' q, k, v and z live."""
+"""Finds, in any model, each attention layer that can be frozen, and says why where one cannot."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from freeze_core.attention.families import (
-    FUSED,
-    HARMLESS_CHILDREN,
-    HARMLESS_PARAMETERS,
-    OUTPUTS,
-    SEPARATE,
-    FusedStorage,
-)
-from freeze_core.attention.layout import fused_layout, plain_layout, widened
-from freeze_core.config import ModelArchitecture, Role
+from freeze_core.attention.families import NOT_SOFTMAX
+from freeze_core.attention.storages import Layout, layout_of, stores_projections
+from freeze_core.config import ModelArchitecture
 from freeze_core.errors import UnsupportedModelError
 
-__all__ = ["AttentionSite", "Sites", "Storage", "find_sites"]
+__all__ = ["AttentionSite", "Sites", "find_sites"]
 
-
-@dataclass(frozen=True, eq=False)
-class Storage:
-    """One way in which an attention layer can hold its q, k and v.
-
-    Args:
-        modules: the modules whose outputs hold q, k and v, by name.
-        features: for each role the module's name and the feature index `[heads, head_dim]` into its output.
-        sources: for each module whose output is widened, the feature `[wide features]` that each one repeats.
-        attributes: what the attention module's attributes must be for its own code to read this storage.
-    """
-
-    modules: Mapping[str, nn.Module]
-    features: Mapping[Role, tuple[str, Tensor]]
-    sources: Mapping[str, Tensor] = field(default_factory=dict)
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+CROSS = ("crossattention", "cross_attn", "encoder_attn", "EncDecAttention")
+"""What decoder layers call the attention that reads an encoder's states, which is not self-attention."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionSite:
-    """One attention layer: its modules and head counts.
-
-    `shared` is the storage that the model came with. `unshared` has one KV head for each query head; it is
-    `None` where nothing is shared, or where the module's code has no such path.
-    """
+    """One attention layer: where it is and how it stores what its heads read and write."""
 
     layer: int
     name: str
     attention: nn.Module
-    output: nn.Module
-    architecture: ModelArchitecture
-    heads: int
-    kv_heads: int
-    head_dim: int
-    shared: Storage
-    unshared: Storage | None
+    layout: Layout
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.layout.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+        return self.layout.kv_heads
 
     @property
     def group(self) -> int:
@@ -73,16 +52,25 @@ class Sites:
     Args:
         layers: number of decoder layers, attention or not; indices count these.
         stack: the module that holds the decoder layers and so sees each pass's mask and cache.
-        by_layer: the attention layers.
+        by_layer: the attention layers that can be served.
+        refused: why others cannot, by layer. A layer in neither has no attention.
     """
 
     layers: int
     stack: nn.Module
     by_layer: Mapping[int, AttentionSite]
+    refused: Mapping[int, str]
+
+
+class _Found(NamedTuple):
+    stack: str
+    layer: int
+    name: str
+    attention: nn.Module
 
 
 def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None) -> Sites:
-    """The attention layers of `model`.
+    """The self-attention layers of `model`.
 
     Args:
         model: a Hugging Face model, or any module that holds one.
@@ -90,211 +78,92 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None) 
             known, and is checked against what the model has.
 
     Raises:
-        UnsupportedModelError: no attention, or an attention that cannot be served, with the reason.
+        UnsupportedModelError: no attention, or none that can be served, with the reason.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
-    _refuse_wrappers(model)
     found = list(_attention_modules(model))
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention layer with projections to freeze: no layer of a ModuleList "
-            f"holds {', '.join(SEPARATE)} or a known fused projection ({', '.join(FUSED)})"
+            f"{type(model).__name__} has no attention layer with projections to freeze: no layer of a ModuleList holds "
+            "query, key and value projections under names that are known"
         )
-    stacks = {prefix for prefix, _, _, _ in found}
-    if len(stacks) > 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has attention in several stacks of layers ({', '.join(sorted(stacks))}): "
-            "only models with one stack of decoder layers are served; pass the one to freeze, such as its decoder"
-        )
+    stack = _decoder_stack(model, sorted({one.stack for one in found}))
     by_layer: dict[int, AttentionSite] = {}
-    for _, layer, name, attention in found:
-        if layer in by_layer:
-            raise UnsupportedModelError(
-                f"layer {layer} has two attention modules, {by_layer[layer].name} and {name}: "
-                "only self-attention alone is served"
-            )
-        by_layer[layer] = _site(layer, name, attention, architecture)
-    (prefix,) = stacks
-    layers = cast(nn.ModuleList, model.get_submodule(prefix))
-    return Sites(len(layers), model.get_submodule(prefix.rpartition(".")[0]), by_layer)
+    refused: dict[int, str] = {}
+    for one in found:
+        if one.stack != stack:
+            continue
+        try:
+            if one.layer in by_layer:
+                raise UnsupportedModelError(f"the layer has another attention, {by_layer[one.layer].name}")
+            by_layer[one.layer] = _site(model, one, architecture)
+        except UnsupportedModelError as error:
+            by_layer.pop(one.layer, None)
+            refused[one.layer] = f"{one.name}: {error}"
+    _refuse_shared(by_layer, refused, [one for one in found if one.stack == stack])
+    if not by_layer:
+        raise UnsupportedModelError("; ".join(dict.fromkeys(refused.values())))
+    holder = model.get_submodule(stack.rpartition(".")[0])
+    return Sites(len(list(model.get_submodule(stack).children())), holder, by_layer, refused)
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _attention_modules(model: nn.Module) -> Iterator[_Found]:
+    """Every attention module in a layer, a module that several layers share once for each."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule | nn.DataParallel):
             raise UnsupportedModelError(
                 f"{name or 'the model'} is a {type(module).__name__}, which does not run the modules that a freeze "
                 "replaces: freeze the model before it is scripted or replicated, without that wrapper"
             )
-
-
-def _attention_modules(model: nn.Module) -> Iterator[tuple[str, int, str, nn.Module]]:
-    """Path of the list of layers, layer index, path and module of each attention."""
-    for name, module in model.named_modules():
-        if not (_fused_entry(module) or _has_separate(module)):
-            continue
+        if isinstance(module, nn.ModuleList):
+            lists[name] = module
         parts = name.split(".")
-        for depth in range(len(parts) - 1, 0, -1):
-            prefix = ".".join(parts[:depth])
-            if parts[depth].isdecimal() and isinstance(model.get_submodule(prefix), nn.ModuleList):
-                yield prefix, int(parts[depth]), name, module
-                break
+        if stores_projections(module) and not _is_recurrent(module) and not set(CROSS) & set(parts):
+            for depth in range(1, len(parts)):
+                stack = ".".join(parts[:depth])
+                if stack in lists:
+                    yield _Found(stack, int(parts[depth]), name, module)
+                    break
 
 
-def _fused_entry(module: nn.Module) -> FusedStorage | None:
-    for cls in type(module).__mro__:
-        entry = FUSED.get(cls.__name__)
-        if entry is not None and entry.projection in dict(module.named_children()):
-            return entry
-    return None
+def _is_recurrent(attention: nn.Module) -> bool:
+    return any(cls.__name__ in NOT_SOFTMAX for cls in type(attention).__mro__)
 
 
-def _has_separate(module: nn.Module) -> bool:
-    return set(SEPARATE) <= {name for name, _ in module.named_children()}
+def _decoder_stack(model: nn.Module, stacks: list[str]) -> str:
+    """The list of layers that decodes: the only one, or the one inside the model's own decoder."""
+    if len(stacks) == 1:
+        return stacks[0]
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    inside = set(get_decoder().modules()) if get_decoder else set()
+    decoding = [stack for stack in stacks if model.get_submodule(stack) in inside]
+    if len(decoding) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has attention in several stacks of layers ({', '.join(stacks)}): "
+            "pass the module that holds the one to freeze, such as the model's decoder"
+        )
+    return decoding[0]
 
 
-def _site(layer: int, name: str, attention: nn.Module, architecture: ModelArchitecture | None) -> AttentionSite:
-    live = getattr(getattr(attention.forward, "__self__", None), "site", None)
+def _site(model: nn.Module, found: _Found, architecture: ModelArchitecture | None) -> AttentionSite:
+    live = getattr(getattr(found.attention.forward, "__self__", None), "site", None)
     if isinstance(live, AttentionSite):  # frozen already: its attributes may be those of the unshared storage
         return live
-    entry = _fused_entry(attention)
-    stored = ModelArchitecture.FUSED_QKV if entry else ModelArchitecture.SEPARATE_QKV
-    if architecture not in (None, stored):
-        raise UnsupportedModelError(
-            f"architecture={str(architecture)!r}: {name} ({type(attention).__name__}) contradicts it, it is {stored}"
-        )
-    where = f"{name} ({type(attention).__name__})"
-    if entry:
-        return _fused_site(layer, name, where, attention, entry)
-    if architecture is None:
-        _refuse_unknown_parts(where, attention)
-    return _separate_site(layer, name, where, attention)
+    if getattr(found.attention, "is_kv_shared_layer", False):
+        raise UnsupportedModelError("its keys and values are an earlier layer's")
+    parent = model.get_submodule(found.name.rpartition(".")[0])
+    return AttentionSite(found.layer, found.name, found.attention, layout_of(found.attention, parent, architecture))
 
 
-def _fused_site(layer: int, name: str, where: str, attention: nn.Module, entry: FusedStorage) -> AttentionSite:
-    heads, kv_heads, head_dim = entry.heads(attention), entry.kv_heads(attention), _head_dim(where, attention)
-    modules = {entry.projection: attention.get_submodule(entry.projection)}
-    output = attention.get_submodule(entry.output)
-    expected = (heads + 2 * kv_heads) * head_dim
-    if _width(modules[entry.projection]) != expected:
-        raise UnsupportedModelError(
-            f"{where}: {entry.projection} gives {_width(modules[entry.projection])} features, but {heads} query and "
-            f"{kv_heads} KV heads of {head_dim} features make {expected}"
-        )
-    layout = fused_layout(heads, kv_heads, head_dim, entry.blocks(attention))
-    shared = Storage(modules, {role: (entry.projection, index) for role, index in layout.items()})
-    unshared = None
-    if kv_heads < heads and entry.unshared and entry.unshared_blocks:
-        wide = fused_layout(heads, heads, head_dim, entry.unshared_blocks(attention))
-        unshared = Storage(
-            modules,
-            {role: (entry.projection, index) for role, index in wide.items()},
-            {entry.projection: widened(layout, wide)},
-            entry.unshared(attention),
-        )
-    return AttentionSite(
-        layer,
-        name,
-        attention,
-        output,
-        ModelArchitecture.FUSED_QKV,
-        heads,
-        kv_heads,
-        head_dim,
-        shared,
-        unshared,
-    )
-
-
-def _separate_site(layer: int, name: str, where: str, attention: nn.Module) -> AttentionSite:
-    head_dim = _head_dim(where, attention)
-    widths = {role: _width(attention.get_submodule(f"{role}_proj")) for role in ("q", "k", "v")}
-    output = next((child for key, child in attention.named_children() if key in OUTPUTS), None)
-    heads, kv_heads = widths["q"] // head_dim, widths["k"] // head_dim
-    if output is None or widths["k"] != widths["v"] or heads * head_dim != widths["q"] or heads % max(kv_heads, 1):
-        raise UnsupportedModelError(
-            f"{where}: projections of {widths} features and heads of {head_dim} features with an output projection "
-            f"({'missing' if output is None else 'present'}) are not plain multi-head or grouped-query attention"
-        )
-    if _width_in(output) != heads * head_dim:
-        raise UnsupportedModelError(
-            f"{where}: q_proj gives {heads} heads of {head_dim} features, but the output projection takes "
-            f"{_width_in(output)}: q_proj holds more than queries (an output gate, say)"
-        )
-    modules = {f"{role}_proj": _activation_module(attention, role, head_dim) for role in ("q", "k", "v")}
-    shared = Storage(
-        modules,
-        {
-            "q": ("q_proj", plain_layout(heads, head_dim)),
-            "k": ("k_proj", plain_layout(kv_heads, head_dim)),
-            "v": ("v_proj", plain_layout(kv_heads, head_dim)),
-        },
-    )
-    unshared = _unshared_separate(attention, shared, heads, kv_heads, head_dim)
-    return AttentionSite(
-        layer,
-        name,
-        attention,
-        output,
-        ModelArchitecture.SEPARATE_QKV,
-        heads,
-        kv_heads,
-        head_dim,
-        shared,
-        unshared,
-    )
-
-
-def _unshared_separate(
-    attention: nn.Module, shared: Storage, heads: int, kv_heads: int, head_dim: int
-) -> Storage | None:
-    """The module's own code repeats KV heads `num_key_value_groups` times: repeat them before it does."""
-    if kv_heads == heads or getattr(attention, "num_key_value_groups", None) != heads // kv_heads:
-        return None
-    wide = plain_layout(heads, head_dim)
-    source = widened({"k": shared.features["k"][1]}, {"k": wide})
-    attributes = {"num_key_value_groups": 1}
-    if hasattr(attention, "num_key_value_heads"):
-        attributes["num_key_value_heads"] = heads
-    features = {**shared.features, "k": ("k_proj", wide), "v": ("v_proj", wide)}
-    return Storage(shared.modules, features, {"k_proj": source, "v_proj": source}, attributes)
-
-
-def _activation_module(attention: nn.Module, role: str, head_dim: int) -> nn.Module:
-    """The projection, or the norm behind it where that spans all heads: before it heads are not separate."""
-    projection = attention.get_submodule(f"{role}_proj")
-    norm = getattr(attention, f"{role}_norm", None)
-    weight = getattr(norm, "weight", None)
-    if isinstance(weight, Tensor) and weight.numel() == _width(projection) != head_dim:
-        return cast(nn.Module, norm)
-    return projection
-
-
-def _refuse_unknown_parts(where: str, attention: nn.Module) -> None:
-    known = {*SEPARATE, *OUTPUTS, *HARMLESS_CHILDREN}
-    unknown = [name for name, _ in attention.named_children() if name not in known]
-    unknown += [name for name, _ in attention.named_parameters(recurse=False) if name not in HARMLESS_PARAMETERS]
-    if getattr(attention, "is_kv_shared_layer", False):
-        unknown.append("is_kv_shared_layer")
-    if unknown:
-        raise UnsupportedModelError(
-            f"{where}: it is not known what {', '.join(unknown)} does between the projections and the attention; "
-            "if q_proj, k_proj and v_proj are what attention reads, say so with architecture='separate_qkv'"
-        )
-
-
-def _head_dim(where: str, attention: nn.Module) -> int:
-    head_dim = getattr(attention, "head_dim", None)
-    if not isinstance(head_dim, int) or head_dim < 1:
-        raise UnsupportedModelError(f"{where} has no attribute head_dim that says how many features a head has")
-    return head_dim
-
-
-def _width(projection: nn.Module) -> int:
-    """Features that a linear layer gives: `out_features`, or `nf` of transformers' Conv1D."""
-    return cast(int, getattr(projection, "out_features", getattr(projection, "nf", 0)))
-
-
-def _width_in(projection: nn.Module) -> int:
-    return cast(int, getattr(projection, "in_features", getattr(projection, "nx", 0)))
+def _refuse_shared(by_layer: dict[int, AttentionSite], refused: dict[int, str], found: list[_Found]) -> None:
+    layers_of: dict[nn.Module, list[int]] = {}
+    for one in found:
+        layers_of.setdefault(one.attention, []).append(one.layer)
+    for layers in layers_of.values():
+        for layer in layers if len(layers) > 1 else ():
+            if layer in by_layer:
+                refused[layer] = (
+                    f"{by_layer.pop(layer).name}: one module serves layers {layers}, and cannot be frozen in one"
+                )

@@ -10,7 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.sites import AttentionSite, Sites, Storage
+from freeze_core.attention.sites import AttentionSite, Sites
+from freeze_core.attention.storages import Storage
 from freeze_core.config import FreezeType, Role
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import blend
@@ -25,18 +26,10 @@ __all__ = ["FreezeHandle", "FrozenCircuits", "frozen_attention", "install", "liv
 class Edit:
     """One treatment of the features in `mask` (`[feature]` bool) of one projection's output."""
 
-    def __init__(self, treatment: Treatment, site: AttentionSite, roles: Mapping[Role, Tensor], mask: Tensor) -> None:
+    def __init__(self, treatment: Treatment, mask: Tensor, noise: Sequence[tuple[NoiseTable, Tensor]]) -> None:
         self.treatment = treatment
         self.mask = mask
-        self._site = site
-        self._roles = roles
-        self._noise = {
-            role: NoiseTable(
-                treatment.seed, site.layer, role, site.heads if role == "q" else site.kv_heads, site.head_dim
-            )
-            for role in roles
-            if treatment.freeze_type == FreezeType.NOISE
-        }
+        self._noise = noise
 
     def apply(self, x: Tensor, frozen: Tensor, running: Pass | None) -> Tensor:
         """`frozen` with this edit made; `x` is the activation before any, both `[batch, token, feature]`."""
@@ -49,8 +42,8 @@ class Edit:
             return x.new_zeros(())
         if running is None:
             raise InterventionError(
-                f"freeze_type '{self.treatment.freeze_type}' in layer {self._site.layer} needs the running pass, "
-                "but the layer was run by itself: run the model, or the module that holds its layers"
+                f"freeze_type '{self.treatment.freeze_type}' needs to know the running pass, but the layer was run by "
+                "itself: run the model, or the module that holds its layers"
             )
         if not self.treatment.needs_statistics:
             return float(self.treatment.noise_std or 0) * self._normals(x, running)
@@ -69,18 +62,19 @@ class Edit:
         real = running.real()
         if real is not None and real.shape != x.shape[:2]:
             raise InterventionError(
-                f"attention_mask is {list(real.shape)} and the activations of layer {self._site.layer} are "
-                f"{list(x.shape[:2])} [batch, token]: statistics of the pass need a mask of the same shape"
+                f"attention_mask is {list(real.shape)} and the activations are {list(x.shape[:2])} [batch, token]: "
+                "statistics of the pass need a mask of the same shape"
             )
         return statistics(x, real)
 
     def _normals(self, x: Tensor, running: Pass) -> Tensor:
         """Draws `[token, feature]`; query heads of one KV head share theirs."""
+        tokens = x.shape[1]
         draws = torch.zeros(x.shape[1:], dtype=accumulation_dtype(x.dtype), device=x.device)
-        for role, index in self._roles.items():
-            table = self._noise[role].columns(running.cached, x.shape[1], x)
-            table = table.repeat_interleave(index.shape[0] // table.shape[1], dim=1)
-            draws[:, index.flatten()] = table.flatten(1)
+        for table, index in self._noise:
+            drawn = table.columns(running.column(tokens), tokens, x)
+            drawn = drawn.repeat_interleave(index.shape[0] // drawn.shape[1], dim=1)
+            draws[:, index.flatten()] = drawn.flatten(1)
         return draws
 
 
@@ -90,34 +84,37 @@ class FrozenProjection(ReplacedForward):
     def __init__(
         self,
         module: nn.Module,
-        site: AttentionSite,
+        owner: str,
         tracker: PassTracker | None,
+        width: int,
         source: Tensor | None,
-        edits: list[Edit],
+        edits: Sequence[Edit],
     ) -> None:
         super().__init__(module)
         self.edits = edits
-        self.ran = False
-        self._site = site
-        self._tracker = tracker
         self.source = source
-        self._width = len(edits[0].mask) if edits and source is None else None
+        self.ran = False
+        self._owner = owner
+        self._tracker = tracker
+        self._width = width
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = self.original(*args, **kwargs)
         if self.source is not None:
             x = x[..., self.source.to(x.device)]
-        elif x.shape[-1] != self._width:
+        if x.shape[-1] != self._width:
             raise FreezeNotInForceError(
-                f"a projection of {self._site.name} gave {x.shape[-1]} features where {self._width} were expected: "
+                f"a projection of {self._owner} gave {x.shape[-1]} features where {self._width} were expected: "
                 "its heads are not where the freeze was told (a sharded projection?)"
             )
+        shape = x.shape
+        x = x.flatten(1, -2)  # latent attention unpacks its cache as [batch, 1, cached + token, feature]
         running = self._tracker.current if self._tracker else None
         frozen = x
         for edit in self.edits:
             frozen = edit.apply(x, frozen, running)
         self.ran = True
-        return frozen
+        return frozen.view(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,15 +140,32 @@ def wire(site: AttentionSite, freezes: Sequence[tuple[FreezeHandle, LayerFreeze]
 
 def _edits(site: AttentionSite, storage: Storage, name: str, assignment: Assignment) -> list[Edit]:
     """The edits of one module's output, one for each treatment that occurs in it."""
-    roles = {role: index for role, (module, index) in storage.features.items() if module == name}
-    width = sum(index.numel() for index in roles.values())
     masks: dict[Treatment, Tensor] = {}
-    for role, index in roles.items():
-        repeats = site.heads // index.shape[0]  # the assignment counts query heads, the storage may share
-        for head, treatment in enumerate(assignment[role][::repeats]):
-            if treatment is not None:
-                masks.setdefault(treatment, torch.zeros(width, dtype=torch.bool))[index[head]] = True
-    return [Edit(treatment, site, roles, mask) for treatment, mask in masks.items()]
+    drawn: list[tuple[Role, int, Tensor]] = []
+    for role, parts in storage.features.items():
+        for number, part in enumerate(parts):
+            if part.module != name:
+                continue
+            drawn.append((role, number, part.features))
+            sharing = site.heads // len(part.features)  # the assignment counts query heads, the storage may share
+            for head, treatment in enumerate(assignment[role][::sharing]):
+                if treatment is not None:
+                    mask = masks.setdefault(treatment, torch.zeros(storage.widths[name], dtype=torch.bool))
+                    mask[part.features[head]] = True
+    return [Edit(treatment, mask, _noise(site, treatment, drawn)) for treatment, mask in masks.items()]
+
+
+def _noise(
+    site: AttentionSite, treatment: Treatment, drawn: Sequence[tuple[Role, int, Tensor]]
+) -> list[tuple[NoiseTable, Tensor]]:
+    """For each part of an output a table of draws, a head of the storage that the model came with for each of its."""
+    if treatment.freeze_type != FreezeType.NOISE:
+        return []
+    tables = []
+    for role, number, index in drawn:
+        heads, features = site.layout.shared.features[role][number].features.shape
+        tables.append((NoiseTable((treatment.seed, site.layer, "qkv".index(role), number), heads, features), index))
+    return tables
 
 
 class FrozenAttention(ReplacedForward):
@@ -160,7 +174,7 @@ class FrozenAttention(ReplacedForward):
     def __init__(self, site: AttentionSite, stack: nn.Module) -> None:
         super().__init__(site.attention)
         self.site = site
-        self.wiring = Wiring((), site.shared, {})
+        self.wiring = Wiring((), site.layout.shared, {})
         self.projections: list[FrozenProjection] = []
         self._stack = stack
         self._tracker: PassTracker | None = None
@@ -197,7 +211,8 @@ class FrozenAttention(ReplacedForward):
         for name, module in wiring.storage.modules.items():
             source = wiring.storage.sources.get(name)
             if source is not None or wiring.edits[name]:
-                projection = FrozenProjection(module, self.site, self._tracker, source, wiring.edits[name])
+                width, edits = wiring.storage.widths[name], wiring.edits[name]
+                projection = FrozenProjection(module, self.site.name, self._tracker, width, source, edits)
                 projection.attach()
                 self.projections.append(projection)
 

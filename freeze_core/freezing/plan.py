@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
-from freeze_core.attention.sites import AttentionSite, Sites, Storage
+from freeze_core.attention.sites import AttentionSite, Sites
+from freeze_core.attention.storages import Part, Storage
 from freeze_core.config import BackwardMode, CircuitType, FreezeType, InterventionConfig, KVScope, Role
 from freeze_core.errors import InterventionError, UnsupportedModelError
 
@@ -91,37 +91,53 @@ def assign(site: AttentionSite, freezes: Sequence[LayerFreeze]) -> Assignment:
 
 
 def storage_for(site: AttentionSite, assignment: Assignment) -> Storage:
-    """The storage in which the assignment can be carried out: unshared only where a group is treated unevenly.
+    """The storage in which the assignment can be carried out: unshared only where what is shared is treated unevenly.
 
     Raises:
-        UnsupportedModelError: KV heads would have to be unshared and the attention has no such path.
+        UnsupportedModelError: they would have to be unshared and the attention has no such path.
     """
-    uneven = any(
-        len(set(assignment[role][start : start + site.group])) > 1
-        for role in cast(tuple[Role, ...], ("k", "v"))
-        for start in range(0, site.heads, site.group)
-    )
+    uneven = [part.module for role, part in _parts(site.layout.shared) if not _even(site, assignment[role], part)]
     if not uneven:
-        return site.shared
-    if site.unshared is None:
+        return site.layout.shared
+    if site.layout.unshared is None:
         raise UnsupportedModelError(
-            f"kv_scope='head' in layer {site.layer}: {site.name} ({type(site.attention).__name__}) cannot give query "
-            f"heads that share a KV head their own; use kv_scope='group', or heads in whole groups of {site.group}"
+            f"layer {site.layer}: {site.name} ({type(site.attention).__name__}) cannot give query heads that share "
+            f"features of {', '.join(uneven)} their own; freeze all the heads that share them, or use kv_scope='group'"
         )
-    return site.unshared
+    return site.layout.unshared
+
+
+def _parts(storage: Storage) -> Iterator[tuple[Role, Part]]:
+    for role, parts in storage.features.items():
+        for part in parts:
+            yield role, part
+
+
+def _even(site: AttentionSite, treatments: Sequence[Treatment | None], part: Part) -> bool:
+    """Whether all query heads that share a head of this part are treated alike."""
+    sharing = site.heads // len(part.features)
+    return all(len(set(treatments[start : start + sharing])) == 1 for start in range(0, site.heads, sharing))
 
 
 def _layers(config: InterventionConfig, sites: Sites) -> list[int]:
     if config.layer_indices is None:
+        if sites.refused:
+            raise UnsupportedModelError(
+                "layer_indices=None: not all attention layers can be frozen, "
+                + "; ".join(f"layer {layer}: {reason}" for layer, reason in sites.refused.items())
+                + f"; name layers of {sorted(sites.by_layer)}"
+            )
         return sorted(sites.by_layer)
     layers = _in_range(
         "layer_indices", config.layer_indices, sites.layers, f"the model has {sites.layers} decoder layers"
     )
     for layer in layers:
+        if layer in sites.refused:
+            raise UnsupportedModelError(f"layer_indices={list(config.layer_indices)}: {sites.refused[layer]}")
         if layer not in sites.by_layer:
             raise InterventionError(
-                f"layer_indices={list(config.layer_indices)}: layer {layer} has no attention that can be frozen; "
-                f"those that have: {sorted(sites.by_layer)}"
+                f"layer_indices={list(config.layer_indices)}: layer {layer} has no attention; those that have: "
+                f"{sorted(sites.by_layer)}"
             )
     return list(layers)
 

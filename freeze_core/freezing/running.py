@@ -20,12 +20,18 @@ class Pass:
 
     Args:
         attention_mask: as the stack was given it: `None`, or `[batch, cached + token]` with 0 for padding.
-        cached: tokens in the cache before this pass; the first column of the pass.
+        cached: tokens in the cache before this pass.
+        tokens: tokens of this pass.
     """
 
-    def __init__(self, attention_mask: Any, cached: int) -> None:
+    def __init__(self, attention_mask: Any, cached: int, tokens: int) -> None:
         self.attention_mask = attention_mask
         self.cached = cached
+        self._end = cached + tokens
+
+    def column(self, tokens: int) -> int:
+        """The column of the first of `tokens` activations: they end with the pass, or begin with the cache."""
+        return max(0, self._end - tokens)
 
     def real(self) -> Tensor | None:
         """Which positions of this pass are not padding, `[batch, token]` bool; `None` is all of them.
@@ -52,7 +58,9 @@ class PassTracker(ReplacedForward):
         super().__init__(stack)
         names = list(inspect.signature(self.original).parameters)
         self._places: dict[str, int] = {
-            name: names.index(name) for name in ("attention_mask", "past_key_values") if name in names
+            name: names.index(name)
+            for name in ("attention_mask", "past_key_values", "input_ids", "inputs_embeds")
+            if name in names
         }
         self.current: Pass | None = None
         self.users = 0
@@ -60,7 +68,9 @@ class PassTracker(ReplacedForward):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cache = self._argument("past_key_values", args, kwargs)
         cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        running = Pass(self._argument("attention_mask", args, kwargs), cached)
+        given = self._argument("input_ids", args, kwargs)
+        tokens = (self._argument("inputs_embeds", args, kwargs) if given is None else given).shape[1]
+        running = Pass(self._argument("attention_mask", args, kwargs), cached, tokens)
         if not self.module.training:
             with self._running(running):
                 return self.original(*args, **kwargs)

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freeze_core.config import Role
-
 __all__ = ["NoiseTable", "accumulation_dtype", "statistics"]
 
 
@@ -38,18 +36,23 @@ def statistics(x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
 class NoiseTable:
     """Standard normal draws of one activation, a row a column of the sequence, made when first asked for.
 
-    A draw is a function of seed, layer, role, column, head and feature alone: row `c` comes from a generator of
-    its own, seeded with (seed, layer, role, c), so that it is the same with and without a cache, in any batch,
-    under recomputation, and whatever else is frozen. Torch's generators are not used.
+    A draw is a function of the key, column, head and feature alone: row `c` comes from a generator of its own, seeded
+    with (key, c), so that it is the same with and without a cache, in any batch, under recomputation, and whatever else
+    is frozen. Torch's generators are not used.
+
+    Args:
+        key: the user's seed, any int, and then what tells this activation from others, not negative.
+        heads, features: the shape of a draw for one column.
     """
 
-    def __init__(self, seed: int, layer: int, role: Role, heads: int, head_dim: int) -> None:
-        self._key = (abs(seed), int(seed < 0), layer, "qkv".index(role))
-        self._shape = (heads, head_dim)
-        self._rows = torch.empty(0, heads, head_dim)
+    def __init__(self, key: tuple[int, ...], heads: int, features: int) -> None:
+        seed, *place = key
+        self._key = (abs(seed), int(seed < 0), *place)
+        self._shape = (heads, features)
+        self._rows = torch.empty(0, heads, features)
 
     def columns(self, start: int, count: int, like: Tensor) -> Tensor:
-        """Draws `[count, heads, head_dim]` of columns `start` to `start + count`, on the device of `like`."""
+        """Draws `[count, heads, features]` of columns `start` to `start + count`, on the device of `like`."""
         dtype = accumulation_dtype(like.dtype)
         if len(self._rows) < start + count or self._rows.dtype != dtype or self._rows.device != like.device:
             rows = 1 << (start + count - 1).bit_length()  # doubling, so that decoding does not redraw at each step

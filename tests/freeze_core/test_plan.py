@@ -25,7 +25,7 @@ def assigned(*configs, layer=0):
 def storage(*configs):
     site = SITES.by_layer[0]
     freezes = [freeze for config in configs for freeze in resolve(config, SITES) if freeze.layer == 0]
-    return "shared" if storage_for(site, assign(site, freezes)) is site.shared else "unshared"
+    return "shared" if storage_for(site, assign(site, freezes)) is site.layout.shared else "unshared"
 
 
 @pytest.mark.parametrize(

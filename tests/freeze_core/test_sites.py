@@ -150,18 +150,36 @@ def test_a_scripted_or_replicated_model_is_refused():
     assert "DataParallel" in refusal(nn.DataParallel(tiny_model("gpt2")))
 
 
-def test_two_stacks_are_refused():
+def test_of_an_encoder_and_a_decoder_the_decoders_own_attention_is_frozen():
     config = transformers.BartConfig(
         vocab_size=97,
         d_model=16,
         encoder_layers=1,
-        decoder_layers=1,
+        decoder_layers=2,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
     )
-    message = refusal(transformers.BartForConditionalGeneration(config))
-    assert "several stacks" in message
-    assert "decoder.layers" in message
+    model = transformers.BartForConditionalGeneration(config).eval()
+    with FREEZER.freeze_circuits(model, InterventionConfig([1])):
+        frozen = [name for name, module in model.named_modules() if "forward" in vars(module) and "proj" in name]
+    assert frozen == [f"model.decoder.layers.1.self_attn.{role}_proj" for role in "kvq"]
+
+
+def test_stacks_that_no_decoder_tells_apart_are_refused():
+    twin = nn.ModuleDict({"left": Layered(plain()), "right": Layered(plain())})
+    assert "several stacks of layers (left.layers, right.layers)" in refusal(twin)
+
+
+def test_a_module_that_serves_two_layers_is_refused():
+    shared = plain()
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"self_attn": shared}) for _ in range(2)])})
+    assert "one module serves layers [0, 1]" in refusal(model)
+
+
+def plain():
+    attention = Gated()
+    del attention.k_conv1d
+    return attention
 
 
 def test_an_output_gate_inside_the_query_projection_is_refused():

@@ -39,26 +39,26 @@ def like(dtype=torch.float64):
 
 
 def test_a_draw_depends_on_its_column_alone_however_the_columns_are_asked_for():
-    table = NoiseTable(seed=3, layer=1, role="k", heads=2, head_dim=3)
+    table = NoiseTable((3, 1, 1), heads=2, features=3)
     whole = table.columns(0, 9, like())
-    fresh = NoiseTable(seed=3, layer=1, role="k", heads=2, head_dim=3)
+    fresh = NoiseTable((3, 1, 1), heads=2, features=3)
     stepwise = torch.cat([fresh.columns(0, 4, like()), *(fresh.columns(c, 1, like()) for c in range(4, 9))])
     assert torch.equal(whole, stepwise)
     assert torch.equal(whole.float(), table.columns(0, 9, like(torch.float32)))
 
 
 def test_seed_layer_role_column_head_and_feature_all_matter():
-    def draw(seed=0, layer=0, role="q"):
-        return NoiseTable(seed, layer, role, heads=3, head_dim=4).columns(0, 5, like())
+    def draw(seed=0, layer=0, role=0):
+        return NoiseTable((seed, layer, role), heads=3, features=4).columns(0, 5, like())
 
-    draws = [draw(), draw(seed=1), draw(seed=-1), draw(seed=2**70), draw(layer=1), draw(role="k"), draw(role="v")]
+    draws = [draw(), draw(seed=1), draw(seed=-1), draw(seed=2**70), draw(layer=1), draw(role=1), draw(role=2)]
     values = torch.stack(draws).flatten()
     assert len(values.unique()) == len(values)
 
 
 def test_draws_are_standard_normal_and_leave_torchs_generator_alone():
     state = torch.get_rng_state()
-    sample = NoiseTable(seed=5, layer=0, role="v", heads=8, head_dim=16).columns(0, 256, like()).flatten()
+    sample = NoiseTable((5, 0, 2), heads=8, features=16).columns(0, 256, like()).flatten()
     assert torch.equal(state, torch.get_rng_state())
     n = len(sample)
     assert abs(sample.mean()) < 5 / n**0.5  # five standard errors

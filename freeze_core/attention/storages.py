@@ -1,0 +1,277 @@
+"""How an attention layer holds its q, k, v and z, worked out from its modules and the data in `families`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from freeze_core.attention.families import (
+    FUSED,
+    GATED_QUERY,
+    HARMLESS,
+    LATENT,
+    NORMS,
+    SEPARATE,
+    UNSEPARABLE,
+    FusedStorage,
+    SeparateStorage,
+)
+from freeze_core.attention.layout import fused_layout, plain_layout, widened
+from freeze_core.config import ModelArchitecture, Role
+from freeze_core.errors import UnsupportedModelError
+
+__all__ = ["Layout", "Part", "Storage", "layout_of", "stores_projections"]
+
+
+class Part(NamedTuple):
+    """Some features of each head: an index `[heads, features]` into the output of the module called `module`."""
+
+    module: str
+    features: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """One way in which an attention layer can hold its q, k and v.
+
+    Args:
+        modules: the modules whose outputs hold q, k and v, by name.
+        widths: the number of features of each of those outputs.
+        features: for each role the parts that a head's features are made of, in their order. A part with fewer heads
+            than there are query heads is shared by neighbouring ones.
+        sources: for each module whose output is widened, the feature `[wide features]` that each one repeats.
+        attributes: what the attention module's attributes must be for its own code to read this storage.
+    """
+
+    modules: Mapping[str, nn.Module]
+    widths: Mapping[str, int]
+    features: Mapping[Role, tuple[Part, ...]]
+    sources: Mapping[str, Tensor] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Head counts and storages of one attention module.
+
+    `shared` is the storage that the model came with. `unshared` has one KV head for each query head; it is `None` where
+    nothing is shared, or where the module's code has no such path. z is the input of `output`.
+    """
+
+    architecture: ModelArchitecture
+    heads: int
+    kv_heads: int
+    head_dim: int
+    output: nn.Module
+    shared: Storage
+    unshared: Storage | None = None
+
+
+def stores_projections(attention: nn.Module) -> bool:
+    """Whether a module looks like attention with projections that can be frozen."""
+    return bool(_fused(attention) or _separate(attention) or _is_latent(attention))
+
+
+def layout_of(attention: nn.Module, parent: nn.Module, architecture: ModelArchitecture | None) -> Layout:
+    """The layout of an attention module that `stores_projections`; `parent` is the module it belongs to.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    for cls in type(attention).__mro__:
+        if cls.__name__ in UNSEPARABLE:
+            raise UnsupportedModelError(f"{cls.__name__} cannot be served: {UNSEPARABLE[cls.__name__]}")
+    fused, separate = _fused(attention), _separate(attention)
+    stored = ModelArchitecture.FUSED_QKV if fused else ModelArchitecture.SEPARATE_QKV
+    if architecture not in (None, stored):
+        raise UnsupportedModelError(
+            f"architecture={str(architecture)!r} is contradicted by {type(attention).__name__}, which is {stored}"
+        )
+    if fused:
+        return _fused_layout(attention, fused)
+    if architecture is None:
+        _refuse_unknown_parts(attention, separate)
+    if separate:
+        return _separate_layout(attention, parent, separate)
+    return _latent_layout(attention)
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    return dict(module.named_children())
+
+
+def _fused(attention: nn.Module) -> FusedStorage | None:
+    for cls in type(attention).__mro__:
+        entry = FUSED.get(cls.__name__) or FUSED.get(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}")
+        if entry is not None and entry.projection in _children(attention):
+            return entry
+    return None
+
+
+def _separate(attention: nn.Module) -> SeparateStorage | None:
+    children = _children(attention)
+    return next((names for names in SEPARATE if {names.q, names.k, names.v} <= children.keys()), None)
+
+
+def _is_latent(attention: nn.Module) -> bool:
+    children = _children(attention).keys()
+    return {LATENT.unpacked, LATENT.compressed, LATENT.output} <= children and not children.isdisjoint(LATENT.queries)
+
+
+def _fused_layout(attention: nn.Module, entry: FusedStorage) -> Layout:
+    name, module, output = entry.projection, _children(attention)[entry.projection], _children(attention)[entry.output]
+    heads, kv_heads = entry.heads(attention), entry.kv_heads(attention)
+    head_dim = _width_in(output) // heads
+    width, expected = _width(module), (heads + 2 * kv_heads) * head_dim
+    if width != expected:
+        raise UnsupportedModelError(
+            f"{name} gives {width} features, but {heads} query and {kv_heads} KV heads of {head_dim} features make "
+            f"{expected}"
+        )
+    index = fused_layout(heads, kv_heads, head_dim, entry.blocks(attention), entry.order)
+    modules = {name: _behind_norms(attention, name, module, width, head_dim)}
+    shared = Storage(modules, {name: width}, {role: (Part(name, one),) for role, one in index.items()})
+    unshared = None
+    if kv_heads < heads and entry.unshared:
+        wide = fused_layout(heads, heads, head_dim, entry.unshared_blocks(attention), entry.order)
+        unshared = Storage(
+            modules,
+            {name: 3 * heads * head_dim},
+            {role: (Part(name, one),) for role, one in wide.items()},
+            {name: widened(index, wide)},
+            entry.unshared(attention),
+        )
+    return Layout(ModelArchitecture.FUSED_QKV, heads, kv_heads, head_dim, output, shared, unshared)
+
+
+def _separate_layout(attention: nn.Module, parent: nn.Module, names: SeparateStorage) -> Layout:
+    projections = {name: _children(attention)[name] for name in (names.q, names.k, names.v)}
+    output = _output(attention, parent, names.outputs)
+    gated = any(cls.__name__ in GATED_QUERY for cls in type(attention).__mro__)
+    widths = {name: _width(module) for name, module in projections.items()}
+    head_dim = _head_dim(attention)
+    heads, kv_heads = widths[names.q] // head_dim // (2 if gated else 1), widths[names.k] // head_dim
+    value_dim = widths[names.v] // max(kv_heads, 1)
+    plain = heads and kv_heads and heads % kv_heads == 0
+    if not plain or kv_heads * head_dim != widths[names.k] or kv_heads * value_dim != widths[names.v]:
+        raise UnsupportedModelError(
+            f"projections of {widths} features in heads of {head_dim}: neither multi-head nor grouped-query attention"
+        )
+    if _width_in(output) != heads * value_dim:
+        raise UnsupportedModelError(
+            f"{names.q} holds {heads} heads, whose values make {heads * value_dim} features, but the output projection "
+            f"takes {_width_in(output)}: {names.q} holds more than queries (an output gate, say)"
+        )
+    modules = {
+        name: _behind_norms(attention, role, module, widths[name], head_dim)
+        for role, (name, module) in zip(("q", "k", "v"), projections.items(), strict=True)
+    }
+    q_index = plain_layout(heads, (2 if gated else 1) * head_dim)[:, :head_dim]
+    k_index, v_index = plain_layout(kv_heads, head_dim), plain_layout(kv_heads, value_dim)
+    q = (Part(names.q, q_index),)
+    shared = Storage(modules, widths, {"q": q, "k": (Part(names.k, k_index),), "v": (Part(names.v, v_index),)})
+    unshared = None
+    # The module's own code repeats each KV head this many times: repeat them before it does.
+    if kv_heads < heads and getattr(attention, "num_key_value_groups", None) == heads // kv_heads:
+        wide_k, wide_v = plain_layout(heads, head_dim), plain_layout(heads, value_dim)
+        attributes = {"num_key_value_groups": 1}
+        if hasattr(attention, "num_key_value_heads"):
+            attributes["num_key_value_heads"] = heads
+        unshared = Storage(
+            modules,
+            {**widths, names.k: wide_k.numel(), names.v: wide_v.numel()},
+            {"q": q, "k": (Part(names.k, wide_k),), "v": (Part(names.v, wide_v),)},
+            {names.k: widened({"k": k_index}, {"k": wide_k}), names.v: widened({"v": v_index}, {"v": wide_v})},
+            attributes,
+        )
+    return Layout(ModelArchitecture.SEPARATE_QKV, heads, kv_heads, head_dim, output, shared, unshared)
+
+
+def _latent_layout(attention: nn.Module) -> Layout:
+    children = _children(attention)
+    query = next(name for name in LATENT.queries if name in children)
+    facts: Any = attention
+    heads, rotary, plain, value = (
+        facts.num_heads,
+        facts.qk_rope_head_dim,
+        facts.qk_nope_head_dim,
+        facts.v_head_dim,
+    )
+    names = (query, LATENT.unpacked, LATENT.compressed)
+    widths = {name: _width(children[name]) for name in names}
+    per_query = widths[query] // heads
+    q_index = plain_layout(heads, per_query)[:, : plain + rotary]
+    unpacked = plain_layout(heads, plain + value)
+    shared_rotary = plain_layout(1, widths[LATENT.compressed])[:, -rotary:]
+    features: dict[Role, tuple[Part, ...]] = {
+        "q": (Part(query, q_index),),
+        "k": (Part(LATENT.unpacked, unpacked[:, :plain]), Part(LATENT.compressed, shared_rotary)),
+        "v": (Part(LATENT.unpacked, unpacked[:, plain:]),),
+    }
+    shared = Storage({name: children[name] for name in names}, widths, features)
+    output = children[LATENT.output]
+    return Layout(ModelArchitecture.SEPARATE_QKV, heads, heads, plain + rotary, output, shared)
+
+
+def _behind_norms(attention: nn.Module, role: str, projection: nn.Module, width: int, head_dim: int) -> nn.Module:
+    """The projection, or the norm behind it where that spans all heads: before it heads are not separate."""
+    for name in NORMS.get(cast(Role, role), ()):
+        norm = getattr(attention, name, None)
+        weight = getattr(norm, "weight", None)
+        if isinstance(weight, Tensor) and weight.numel() == width != head_dim and weight.dim() == 1:
+            return cast(nn.Module, norm)
+    return projection
+
+
+def _output(attention: nn.Module, parent: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    for name in names:
+        owner, path = (parent, name[3:]) if name.startswith("../") else (attention, name)
+        try:
+            return owner.get_submodule(path)
+        except AttributeError:
+            continue
+    raise UnsupportedModelError(f"no output projection: {type(attention).__name__} has none of {', '.join(names)}")
+
+
+def _refuse_unknown_parts(attention: nn.Module, separate: SeparateStorage | None) -> None:
+    known = {*HARMLESS, *(name for names in NORMS.values() for name in names)}
+    if separate:
+        known |= {separate.q, separate.k, separate.v, *separate.outputs}
+    else:
+        known |= {*LATENT.queries, LATENT.unpacked, LATENT.compressed, LATENT.output}
+        known |= {"q_a_proj", "q_a_layernorm", "kv_a_layernorm"}
+    unknown = [name for name, _ in attention.named_children() if name not in known]
+    unknown += [name for name, _ in attention.named_parameters(recurse=False) if name not in known]
+    if unknown:
+        raise UnsupportedModelError(
+            f"it is not known what {', '.join(unknown)} of {type(attention).__name__} does between the projections and "
+            "the attention; if q_proj, k_proj and v_proj are what attention reads, say so with "
+            "architecture='separate_qkv'"
+        )
+
+
+def _head_dim(attention: nn.Module) -> int:
+    for name in ("head_dim", "head_size", "attention_head_size", "dim_head"):
+        value = getattr(attention, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise UnsupportedModelError(
+        f"{type(attention).__name__} has no attribute head_dim: it does not say how large a head is"
+    )
+
+
+def _width(projection: nn.Module) -> int:
+    """Features that a linear layer gives: `out_features`, or `nf` of transformers' Conv1D."""
+    return cast(int, getattr(projection, "out_features", getattr(projection, "nf", 0)))
+
+
+def _width_in(module: nn.Module) -> int:
+    """Features that a linear layer, or a norm, takes."""
+    for name in ("in_features", "nx"):
+        if hasattr(module, name):
+            return cast(int, getattr(module, name))
+    weight = getattr(module, "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) else 0
