@@ -1,0 +1,240 @@
+"""A tiny model of any causal language model type that the installed transformers has.
+
+Nothing here knows a family by heart: the configuration class of a type is asked for its defaults, and every field is made
+small by its name and by how it relates to the others. So a type that is released tomorrow is tried without new code; what
+no rule could know is a line of `shrinking_rules`. `python -m pytest_circuitfreeze.shrinking` tries every type there is.
+
+Importing this module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_circuitfreeze.models import draw_parameters
+from pytest_circuitfreeze.shrinking_rules import (
+    AT_MOST,
+    DROPOUT,
+    EXCEPTIONS,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    MOST_LAYERS,
+    ROTARY,
+    ROTARY_DIM,
+    SET,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def causal_lm_types() -> list[str]:
+    """The causal language model types of the installed transformers, sorted: `["afmoe", "apertus", ...]`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def shrunken_config(model_type: str) -> PretrainedConfig:
+    """The configuration of a tiny `model_type`: 3 layers, 4 query heads of 8 features, 2 KV heads, 97 tokens.
+
+    It has that many KV heads where the type lets them be fewer than the query heads, and a fourth layer where it takes
+    one to hold every kind of layer. A new object each time.
+
+    Raises:
+        ValueError: transformers has no causal language model of that type, or its configuration class refuses.
+    """
+    if model_type not in causal_lm_types():
+        known = ", ".join(causal_lm_types())
+        raise ValueError(f"transformers has no causal language model type {model_type!r}; it has {known}")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return _own_config(_model_class(model_type), _shrunken(CONFIG_MAPPING[model_type]()))
+    except Exception as error:
+        raise ValueError(_cannot(model_type, "be configured", error)) from error
+
+
+def tiny_of_type(
+    model_type: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    attn: str = "sdpa",
+) -> PreTrainedModel:
+    """Builds a tiny model of `model_type` with every parameter drawn from `seed`, in eval mode.
+
+    Args:
+        model_type: one of `causal_lm_types()`.
+        seed: weights are a function of type and seed alone; torch's own generators are left as they are.
+        dtype: of the parameters, float32 by default. The same draws, rounded, in every dtype.
+        device: where the model is put.
+        attn: attention implementation, `"eager"` or `"sdpa"`.
+
+    Raises:
+        ValueError: no such type, or its class cannot be built, under `attn` perhaps, with transformers' reason.
+
+    >>> tiny_of_type("qwen2").config.num_key_value_heads
+    2
+    """
+    config = shrunken_config(model_type)
+    import torch
+
+    try:
+        # What the class draws into buffers is a function of the seed as well.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: PreTrainedModel = _model_class(model_type)._from_config(config, attn_implementation=attn)
+    except Exception as error:
+        raise ValueError(_cannot(model_type, f"be built with attention {attn!r}", error)) from error
+    draw_parameters(model, seed)
+    return model.to(device=device, dtype=dtype or torch.float32).eval()
+
+
+def _cannot(model_type: str, what: str, error: Exception) -> str:
+    return f"a tiny model of type {model_type!r} cannot {what}: {type(error).__name__}: {error}"
+
+
+def _model_class(model_type: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def _own_config(model_class: Any, config: PretrainedConfig) -> PretrainedConfig:
+    """The part of `config` that `model_class` says it is built from: a decoder's, say, in place of the whole."""
+    wanted = inspect.signature(model_class.__init__).parameters["config"].annotation
+    name = getattr(wanted, "__name__", wanted)
+    parts = [part for part in vars(config).values() if type(part).__name__ == name]
+    return parts[0] if parts else config
+
+
+def _shrunken(config: PretrainedConfig) -> PretrainedConfig:
+    """A new configuration of `config`'s class with `config`'s values made small."""
+    # What the class works out for itself is left to it: only what it is built from is handed over.
+    names = set(inspect.signature(type(config)).parameters) - {"kwargs"}
+    aliases = config.attribute_map
+    fields = {name: vars(config).get(aliases.get(name, name)) for name in sorted(names)}
+    layers = _Layers.chosen_from(fields, getattr(config, "num_hidden_layers", None))
+    small = {name: _small(name, value, layers) for name, value in fields.items()} | _latent_attention(fields)
+    changed = {name: value for name, value in small.items() if value is not fields[name]}
+    for name, value in EXCEPTIONS.get(config.model_type, {}).items():
+        changed[name] = {**changed.get(name, {}), **value} if isinstance(value, Mapping) else value
+    return type(config)(**changed)
+
+
+def _small(name: str, value: Any, layers: _Layers) -> Any:
+    """The small value of the field `name`; `value` itself where there is nothing to do."""
+    if hasattr(value, "to_dict"):
+        return _shrunken(value).to_dict()
+    if name in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
+        return _small_rotary(value)
+    if isinstance(value, (list, tuple)):
+        return [_small_number(name, each, layers) for each in layers.of(value)]
+    return _small_number(name, value, layers)
+
+
+def _small_number(name: str, value: Any, layers: _Layers) -> Any:
+    name = name.removesuffix("_per_layer")
+    if re.fullmatch(DROPOUT, name):
+        return type(value)(0) if value else value
+    if "partial_rotary" in name or name in ("rotary_pct", "rope_pct"):
+        return _small_rotary_share(value)
+    for pattern, fixed in SET:
+        if re.fullmatch(pattern, name):
+            return layers.number if fixed == LAYERS and layers.number else fixed
+    if type(value) is int:
+        for pattern, most in AT_MOST:
+            if re.fullmatch(pattern, name):
+                return min(value, most)
+    return value
+
+
+def _latent_attention(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What multi-head latent attention (MLA) asks of its sizes: a KV head a query head, and rotary heads of their own."""
+    if not isinstance(fields.get("kv_lora_rank"), int):
+        return {}
+    sizes = {
+        "num_key_value_heads": HEADS,
+        "qk_rope_head_dim": ROTARY_DIM,
+        "qk_head_dim": HEAD_DIM + ROTARY_DIM,
+        "head_dim": ROTARY_DIM,
+    }
+    return {name: size for name, size in sizes.items() if name in fields}
+
+
+def _small_rotary(rotary: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters, or one set of them for each kind of layer, for heads of few features."""
+    share = _small_rotary_share(rotary.get("partial_rotary_factor", 1.0))
+    pairs = int(HEAD_DIM * share) // 2
+    small: dict[str, Any] = {}
+    for name, value in rotary.items():
+        if isinstance(value, Mapping):
+            small[name] = _small_rotary(value)
+        elif name == "partial_rotary_factor":
+            small[name] = share
+        elif name == "mrope_section":
+            # The sections, of time, height and width, share out all pairs.
+            small[name] = [pairs // len(value) + (i < pairs % len(value)) for i in range(len(value))]
+        elif name in ("long_factor", "short_factor"):
+            small[name] = value[:pairs]
+        else:
+            small[name] = min(value, ROTARY[name]) if name in ROTARY else value
+    return small
+
+
+def _small_rotary_share(share: Any) -> Any:
+    """A share of a head's features that is two pairs of them at least, so that rotation is more than one angle."""
+    return max(share, ROTARY_DIM / HEAD_DIM) if isinstance(share, float) else share
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Which of the default's `total` layers the tiny model has; `total` is None where a configuration has no layers."""
+
+    total: int | None
+    kept: tuple[int, ...]
+
+    @classmethod
+    def chosen_from(cls, fields: Mapping[str, Any], total: object) -> _Layers:
+        """Keeps the first layer of each kind that the fields tell apart, and the first ones up to `LAYERS`."""
+        if type(total) is not int:
+            return cls(None, ())
+        tells = [value for value in fields.values() if _is_by_layer(value, total)]
+        first = {(i, str(kind)): at for i, kinds in enumerate(tells) for at, kind in reversed([*enumerate(kinds)])}
+        kept = sorted(set(first.values()))[:MOST_LAYERS]
+        kept += [at for at in range(total) if at not in kept][: max(LAYERS - len(kept), 0)]
+        return cls(total, tuple(sorted(kept)))
+
+    @property
+    def number(self) -> int:
+        """How many layers the tiny model has; 0 where its configuration has none."""
+        return len(self.kept) if self.total is None or self.total < LAYERS else max(len(self.kept), LAYERS)
+
+    def of(self, value: Sequence[Any]) -> Sequence[Any]:
+        """The part of a list that speaks of the kept layers; `value` itself where it does not go by layers."""
+        if self.total is None or not value:
+            return value
+        if _is_by_layer(value, self.total):
+            return [value[at] for at in self.kept]
+        if _counts_layers(value, self.total):
+            return [new for new, old in enumerate(self.kept) if old in value]
+        return value
+
+
+def _is_by_layer(value: object, total: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == total and not _counts_layers(value, total)
+
+
+def _counts_layers(value: Sequence[Any], total: int) -> bool:
+    """Whether a list gives numbers of layers, as `[3, 7, 11]` does, in place of saying something of each."""
+    return all(type(at) is int and 0 <= at < total for at in value) and sorted(set(value)) == list(value)
