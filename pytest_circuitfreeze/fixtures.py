@@ -33,15 +33,22 @@ def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> tor
 
     A model that cannot be loaded, or that the engine cannot serve, is an error of each test that asks for it.
     """
-    from freeze_core import InterventionConfig
-
-    settings = settings_of(request.config)
-    model = _load(request.param, settings)
-    supports = getattr(circuit_engine, "supports", None)
-    reason = supports(model, InterventionConfig()) if supports else None
+    model = _load(request.param, settings_of(request.config))
+    reason = _refusal(circuit_engine, model)
     if reason is not None:
         pytest.fail(f"engine {circuit_engine.name!r} cannot serve model {request.param!r}: {reason}", pytrace=False)
     return model
+
+
+def _refusal(engine: Engine, model: torch.nn.Module) -> str | None:
+    """Why an engine cannot serve a model at all, if it says so."""
+    supports = getattr(engine, "supports", None)
+    if supports is None:
+        return None
+    from freeze_core import InterventionConfig
+
+    reason: str | None = supports(model, InterventionConfig())
+    return reason
 
 
 def _load(target: str, settings: Settings) -> torch.nn.Module:

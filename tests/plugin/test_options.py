@@ -1,0 +1,90 @@
+"""Options: their help, their ini twins, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pytest_circuitfreeze.settings import OPTIONS
+
+Run = Callable[..., pytest.RunResult]
+BAD = {
+    "arch": ["nope", "gpt2,nope", "gpt2,gpt2", "", "all,gpt2"],
+    "model": [""],
+    "engine": ["nope", "", "a b:c"],
+    "profile": ["fast", ""],
+    "seed": ["-1", "1.5", "x", "4294967296", ""],
+    "device": ["gpu", "cuda:", ""],
+    "dtype": ["int8", "torch.float32"],
+    "attn": ["flash"],
+    "report": ["", "taken.txt"],
+}
+
+
+def test_help_lists_every_option(pytester: pytest.Pytester) -> None:
+    shown = pytester.runpytest_inprocess("--help").stdout.str()
+    for option in OPTIONS:
+        assert f"  {option.flag}" in shown
+        assert f"  {option.ini} (" in shown
+
+
+@pytest.mark.parametrize(("word", "value"), [(word, value) for word, values in BAD.items() for value in values])
+@pytest.mark.parametrize("place", ["command line", "ini file"])
+def test_bad_value_is_a_usage_error(pytester: pytest.Pytester, word: str, value: str, place: str) -> None:
+    pytester.path.joinpath("taken.txt").touch()
+    if place == "ini file":
+        Path("pytest.ini").write_text(f"[pytest]\ncircuitfreeze_{word} = {value}")
+        if word == "model" and not value:
+            pytest.skip("an empty list in an ini file is an empty list")
+        result = pytester.runpytest_inprocess("--circuitfreeze")
+        named = f"circuitfreeze_{word} (ini file)"
+    else:
+        result = pytester.runpytest_inprocess("--circuitfreeze", f"--circuitfreeze-{word}={value}")
+        named = f"--circuitfreeze-{word}"
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    message = result.stderr.str()
+    assert f"ERROR: {named}: " in message
+    bad = "nope" if value == "gpt2,nope" else "all" if value.startswith("all") else "gpt2" if "gpt2" in value else value
+    assert repr(bad) in message
+    assert len(message.strip().splitlines()) == 1
+
+
+def test_message_says_what_is_allowed(pytester: pytest.Pytester) -> None:
+    result = pytester.runpytest_inprocess("--circuitfreeze", "--circuitfreeze-arch", "gpt3")
+    result.stderr.fnmatch_lines(["*'gpt3' is no tiny architecture; choose from gpt2, *falcon_mqa*, or 'all' alone"])
+
+
+def test_ini_file_gives_defaults_and_the_command_line_wins(stand_in: Run) -> None:
+    Path("pytest.ini").write_text("[pytest]\ncircuitfreeze = true\ncircuitfreeze_arch = llama\ncircuitfreeze_seed = 7")
+    result = stand_in("--collect-only", "--circuitfreeze-seed", "8", "circuitfreeze")
+    result.stdout.fnmatch_lines(["circuitfreeze: *, engine idle:Engine on llama; profile standard, seed 8; cpu; torch *"])
+
+
+@pytest.mark.parametrize("flag", ["--circuitfreeze-bench", "--circuitfreeze-report=out"])
+def test_options_of_the_suites_need_the_switch(pytester: pytest.Pytester, flag: str) -> None:
+    result = pytester.runpytest_inprocess(flag)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {flag.partition('=')[0]} is about the shipped suites; give --circuitfreeze too"])
+
+
+def test_model_and_architecture_of_one_name_are_refused(pytester: pytest.Pytester) -> None:
+    result = pytester.runpytest_inprocess("--circuitfreeze", "--circuitfreeze-model", "gpt2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --circuitfreeze-model: 'gpt2' is already a tiny architecture of this run"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-p", "no:benchmark"), "*needs the plugin pytest-benchmark, which is not loaded"),
+        (("-n", "2"), "*measures in one process; leave out -n"),
+    ],
+)
+def test_benchmarks_that_would_not_measure_are_refused(
+    pytester: pytest.Pytester, arguments: tuple[str, ...], message: str
+) -> None:
+    result = pytester.runpytest_subprocess("--circuitfreeze", "--circuitfreeze-bench", *arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([message])
