@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from hypothesis import strategies as st
@@ -29,6 +29,7 @@ __all__ = [
     "batches",
     "circuits",
     "configs",
+    "configs_without_statistics",
     "freeze_types",
     "head_indices",
     "layer_indices",
@@ -37,6 +38,8 @@ __all__ = [
     "seeds",
     "strengths",
 ]
+
+T = TypeVar("T")
 
 LONGEST = 12
 """Longest drawn prompt, in tokens: longer than the tiny models' sliding window."""
@@ -62,7 +65,7 @@ class Batch:
         return self.attention_mask.bool()
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Keyword arguments for `model`: no cache, and positions that count real tokens, so that left padding is right."""
+        """Keyword arguments for `model`: no cache; positions count real tokens, so that left padding is right."""
         positions = (self.real.long().cumsum(-1) - 1).clamp_min(0)
         found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": positions}
         known = inspect.signature(model.forward).parameters
@@ -115,6 +118,10 @@ def noise_stds() -> st.SearchStrategy[float | None]:
     return st.one_of(st.none(), st.floats(0.0, 3.0))
 
 
+def _or(given: st.SearchStrategy[T] | None, usual: st.SearchStrategy[T]) -> st.SearchStrategy[T]:
+    return usual if given is None else given
+
+
 @st.composite
 def configs(
     draw: st.DrawFn,
@@ -138,19 +145,27 @@ def configs(
     from freeze_core import InterventionConfig
 
     config: Any = model.config
-    kind = draw(freeze_type or freeze_types())
+    kind = draw(_or(freeze_type, freeze_types()))
     noisy = kind == "noise"
     return InterventionConfig(
         layer_indices=draw(layer_indices(config.num_hidden_layers, most=most_layers)),
         head_indices=draw(head_indices(config.num_attention_heads)),
-        circuit=draw(circuit or circuits()),
+        circuit=draw(_or(circuit, circuits())),
         freeze_type=kind,
-        backward_mode=draw(backward_mode or st.sampled_from(["stopgrad", "ste"])),
-        kv_scope=draw(kv_scope or scopes()),
-        strength=draw(strength or strengths(least=0.01)),
+        backward_mode=draw(_or(backward_mode, st.sampled_from(["stopgrad", "ste"]))),
+        kv_scope=draw(_or(kv_scope, scopes())),
+        strength=draw(_or(strength, strengths(least=0.01))),
         seed=draw(seeds()) if noisy else 0,
-        noise_std=draw(noise_std or noise_stds()) if noisy else None,
+        noise_std=draw(_or(noise_std, noise_stds())) if noisy else None,
     )
+
+
+def configs_without_statistics(
+    model: PreTrainedModel, *, strength: st.SearchStrategy[float] | None = None
+) -> st.SearchStrategy[InterventionConfig]:
+    """`configs` whose replacement is no statistic of the pass: zero, or noise of its own size. Shrinks as they do."""
+    kinds = st.sampled_from(["zero", "noise"])
+    return configs(model, freeze_type=kinds, noise_std=st.floats(0.1, 3.0), strength=strength)
 
 
 @st.composite
@@ -171,8 +186,8 @@ def batches(
         rows, tokens: narrower strategies for the shape.
         padding: whether rows may be padded.
     """
-    batch = draw(rows or st.integers(1, 3))
-    length = draw(tokens or st.integers(1, LONGEST))
+    batch = draw(_or(rows, st.integers(1, 3)))
+    length = draw(_or(tokens, st.integers(1, LONGEST)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     vocabulary: int = model.config.vocab_size  # type: ignore[union-attr]
     input_ids = torch.randint(0, vocabulary, (batch, length), generator=generator)

@@ -1,14 +1,14 @@
 """What rounding may do, derived from dtype and sizes: the one place where tolerances come from.
 
-A bound is never a constant that happened to pass. It is what the same computation changes by when its operands are nudged by
-as much as rounding could have moved them: a sum of `n` products in a dtype with unit roundoff `u` is the exact sum of
-products that were each changed by a relative `gamma(n)`, where
+A bound is never a constant that happened to pass. It is what the same computation changes by when its operands are
+nudged by as much as rounding could have moved them: a sum of `n` products in a dtype with unit roundoff `u` is the
+exact sum of products that were each changed by a relative `gamma(n)`, where
 
     gamma(n) = 6 * sqrt(n) * u
 
-holds for one result with probability above 1 - 2 exp(-18) (Higham and Mary, "A New Approach to Probabilistic Rounding Error
-Analysis", 2019). So weights are nudged by `gamma` of their fan-in with random signs, and the largest change is the bound.
-What is claimed bit for bit has no tolerance.
+holds for one result with probability above 1 - 2 exp(-18) (Higham and Mary, "A New Approach to Probabilistic Rounding
+Error Analysis", 2019). So operands are nudged by `gamma` with random signs, and the largest change is the bound. What
+is claimed bit for bit has no tolerance.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ _COPIES: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def nudged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` whose parameters are nudged by as much as rounding in the model's dtype could.
+    """A copy of `model` that is off by as much as rounding in the model's dtype could put it off.
 
-    Made once a model and kept as long as it. What the copy gives differs from what the model gives by about as much as
-    rounding, six standard deviations of it, could make any other order of the same arithmetic differ.
+    Its weights are nudged by `gamma` of their fan-in, and so are the gradients that arrive at its linear layers, since
+    a gradient may be a sum that cancels whatever the weights are (that of a key's bias does). Made once a model and
+    kept as long as it.
     """
     if model not in _COPIES:
         twin = copy.deepcopy(model)
@@ -66,5 +67,16 @@ def nudged(model: PreTrainedModel) -> PreTrainedModel:
             for parameter in twin.parameters():
                 terms = min(parameter.shape) if parameter.ndim > 1 else 1
                 parameter.copy_(nudge(parameter.double(), terms))
+        for module in twin.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+                module.register_forward_hook(_nudge_gradient)
         _COPIES[model] = twin
     return cast(PreTrainedModel, _COPIES[model])
+
+
+def _nudge_gradient(module: nn.Module, args: object, output: Tensor) -> None:
+    """Nudges the gradient that arrives at a linear layer's output, alike on every pass."""
+    if output.requires_grad:
+        terms = output.shape[-1]
+        output.register_hook(lambda grad: Nudge(grad.dtype)(grad, terms))

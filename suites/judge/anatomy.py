@@ -156,7 +156,7 @@ class Site:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: features `i` and `i + n/2` of the first `n` form a plane. `x` `[batch, head, token, feature]`."""
+    """Rotary positions: features `i` and `i + n/2` of the first `n` turn. `x` is `[batch, head, token, feature]`."""
     width = cos.shape[-1]
     turned, kept = x[..., :width], x[..., width:]
     first, second = turned.chunk(2, dim=-1)

@@ -26,7 +26,7 @@ def engine_noise(
     """The draws `e` of one seed: all layers and heads, on one row of `columns` tokens without padding.
 
     Returns:
-        by seed, layer and role `[column, head, head_dim]`, float64 up to the rounding of the model's dtype, with as many
+        by seed, layer and role `[column, head, head_dim]`, right to the rounding of the model's dtype, with as many
         heads as the role has.
     """
     from freeze_core import InterventionConfig
@@ -36,16 +36,16 @@ def engine_noise(
 
 
 def read_noise(
-    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, row: int = 0
 ) -> dict[tuple[int, int, Role], Tensor]:
-    """The draws of the first row under `config`, which freezes whole layers to noise of standard deviation 1."""
+    """What q, k and v are in one row under `config`: the draws, where it freezes to noise of standard deviation 1."""
     known = sites(model)
     found = look(engine, model, config, batch)
     draws: dict[tuple[int, int, Role], Tensor] = {}
     for layer, seen in found.layers.items():
         site = known[layer]
         for role in ROLES:
-            x = site.unused(role, seen.qkv[role].double(), seen.rotary)[0]
+            x = site.unused(role, seen.qkv[role].double(), seen.rotary)[row]
             draws[config.seed, layer, role] = x[:, :: x.shape[1] // site.count(role)]
     return draws
 

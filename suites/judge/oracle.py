@@ -1,7 +1,8 @@
 """What a frozen attention layer should have computed, worked out anew in float64.
 
-Shares no code with any engine: it starts from the layer's input as it was recorded, multiplies by the clean weights, freezes
-as the contract says, and attends. Every head gets its own view of K and V, so both scopes are the same arithmetic here.
+Shares no code with any engine: it starts from the layer's input as it was recorded, multiplies by the clean weights,
+freezes as the contract says, and attends. Every head gets its own view of K and V, so both scopes are the same
+arithmetic here.
 """
 
 from __future__ import annotations
@@ -185,7 +186,9 @@ def _frozen(
             continue
         r = touch(_replacement(site, role, x.detach(), real, config, noise, touch), 8)
         r = r.expand(x.shape)[:, :, own[heads]]
-        result = result.index_copy(2, torch.tensor(heads, device=x.device), _blend(x[:, :, own[heads]], r, config, touch))
+        result = result.index_copy(
+            2, torch.tensor(heads, device=x.device), _blend(x[:, :, own[heads]], r, config, touch)
+        )
     return result
 
 

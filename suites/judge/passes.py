@@ -1,8 +1,8 @@
 """Runs one pass and keeps what attention consumed in it, in canonical form for every architecture.
 
-Queries, keys and values are taken where all families meet, at `scaled_dot_product_attention`; z at the input of the output
-projection; patterns from the model's own `output_attentions`. Nothing here knows how an engine works or how a family stores
-its heads, and all of it lies downstream of a freeze.
+Queries, keys and values are taken where all families meet, at `scaled_dot_product_attention`; z at the input of the
+output projection; patterns from the model's own `output_attentions`. Nothing here knows how an engine works or how a
+family stores its heads, and all of it lies downstream of a freeze.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["Pass", "Seen", "attention_implementation", "look", "observe"]
+__all__ = ["Pass", "Seen", "attention_implementation", "implementations", "look", "observe"]
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Seen:
     Args:
         hidden: the attention module's input `[batch, token, model_dim]`.
         rotary: cosines and sines `[batch, token, feature]` that it was handed, if any.
-        qkv: queries, keys and values as used, `[batch, head, token, head_dim]`, one KV head a query head or one a group;
-            under sdpa only.
+        qkv: queries, keys and values as used, `[batch, head, token, head_dim]`, one KV head a query head or one a
+            group; under sdpa only.
         probes: zeros that were added to `qkv`; after a backward pass their gradients are those of `qkv`.
         z: input of the output projection `[batch, token, head, head_dim]`.
         pattern: `[batch, head, query, key]`, if asked for.
@@ -100,7 +100,7 @@ def observe(
         gradients: make gradients with respect to `qkv` and `hidden` available after a backward pass.
 
     Raises:
-        CannotJudge: attention ran elsewhere than in `scaled_dot_product_attention` under sdpa, or more than once a layer.
+        CannotJudge: under sdpa, attention did not run through `scaled_dot_product_attention` once a layer.
     """
     recorder = _Recorder(gradients)
     tapped = model.config._attn_implementation == "sdpa"
@@ -116,6 +116,15 @@ def observe(
     elif tapped:
         _demand_all_tapped(known, recorder.layers)
     return Pass(output.logits, recorder.layers)
+
+
+def implementations(model: PreTrainedModel) -> list[str]:
+    """The attention implementations to judge `model` under.
+
+    Not eager in float64: several families overflow their mask in a float32 softmax there and give nan on left padding,
+    without any freeze.
+    """
+    return ["sdpa"] if model.dtype == torch.float64 else ["sdpa", "eager"]
 
 
 @contextmanager

@@ -1,0 +1,113 @@
+"""Gradient modes, by their identities: `dx = (1 - a) dx'` for stopgrad, `dx = dx'` for straight-through.
+
+Both are seen from outside, without knowing where an engine cut the graph. What arrives at q, k and v as attention
+used them is `dx'`; what leaves is the gradient of the projections' weights and of the layer's input, which is `dx`
+times the input and `dx` times the weights. The oracle carries the one to the other by the estimator's definition, in
+float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.judge.anatomy import sites
+from pytest_circuitfreeze.suites.judge.noise import noise_of
+from pytest_circuitfreeze.suites.judge.oracle import pulled_back
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, observe
+from pytest_circuitfreeze.suites.tolerance import Nudge
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["check_gradients_are_the_estimators", "weighted_sum", "without_gradients"]
+
+
+def check_gradients_are_the_estimators(
+    engine: Engine, model: PreTrainedModel, configs: Sequence[InterventionConfig], batch: Batch
+) -> Margin:
+    """In every layer the gradients of weights, biases and input are the estimators'; no parameter lost its own.
+
+    Exactly zero where they are due to be; within rounding elsewhere.
+
+    Raises:
+        ClaimBroken: they are not.
+    """
+    claim = Claim("gradients are the estimators'", model=model, engine=engine, configs=configs, batch=batch)
+    known = sites(model)
+    noise = noise_of(engine, model, configs, batch.input_ids.shape[1])
+    with without_gradients(model), attention_implementation(model, "sdpa"):
+        with engine.freeze(model, configs) as frozen, torch.enable_grad():
+            found = observe(frozen, model, batch, known, gradients=True)
+            weighted_sum(found.logits, batch).backward()  # type: ignore[no-untyped-call]
+        _demand_gradients(claim, model, batch)
+        real = batch.real.to(model.device)
+        for layer, site in known.items():
+            seen = found.layers[layer]
+            exact = pulled_back(site, seen, real, configs, noise)
+            moved = pulled_back(site, seen, real, configs, noise, Nudge(seen.hidden.dtype))
+            got = (_gradient(seen.hidden), site.weights(_gradient), site.biases(_gradient))
+            claim.within(
+                f"gradient of layer {layer}'s input",
+                got[0],
+                exact[0],
+                _largest(exact[0], moved[0]),
+                "batch token feature",
+            )
+            for kind, of_roles, due, other in zip(("weight", "bias"), got[1:], exact[1:], moved[1:], strict=True):
+                for role, gradient in of_roles.items():
+                    bound = (due[role] - other[role]).abs().flatten(1).amax(1)
+                    bound = bound.reshape(-1, *[1] * (gradient.ndim - 1))
+                    axes = "head feature input" if kind == "weight" else "head feature"
+                    claim.within(f"gradient of layer {layer}'s {role} {kind}", gradient, due[role], bound, axes)
+    return claim.margin
+
+
+def weighted_sum(logits: Tensor, batch: Batch) -> Tensor:
+    """A number that every logit of a real token enters with a weight of its own, drawn once and for all."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(logits.shape, generator=generator).to(logits) * batch.real[..., None].to(logits)
+    return (logits * weights).sum()
+
+
+def _demand_gradients(claim: Claim, model: PreTrainedModel, batch: Batch) -> None:
+    """Demands that no parameter's gradient is missing that the unfrozen model has."""
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    if not missing:
+        return
+    kept = {name: parameter.grad for name, parameter in model.named_parameters()}
+    with without_gradients(model), torch.enable_grad():
+        weighted_sum(model(**batch.arguments(model)).logits, batch).backward()  # type: ignore[no-untyped-call]
+        lost = [
+            name for name, parameter in model.named_parameters() if parameter.grad is not None and kept[name] is None
+        ]
+    claim.demand(not lost, f"parameters that the unfrozen model has gradients for lost theirs: {', '.join(lost)}")
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def _largest(exact: Tensor, moved: Tensor) -> float:
+    return float((exact - moved).abs().max())
+
+
+@contextmanager
+def without_gradients(model: PreTrainedModel) -> Iterator[None]:
+    """Takes the parameters' gradients away for the length of a block, and puts them back."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad

@@ -1,0 +1,132 @@
+"""Independence, per layer: where a head looks and what it moves are frozen apart from each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, Site, sites
+from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
+from pytest_circuitfreeze.suites.judge.passes import Pass, look
+from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["check_order_does_not_matter", "check_ov_leaves_qk", "check_qk_leaves_ov"]
+
+
+def check_qk_leaves_ov(engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> Margin:
+    """In the first frozen layer, freezing q or k leaves v, and the pattern of every head that reads none of it.
+
+    Bit for bit; within rounding where KV heads are un-shared.
+
+    Raises:
+        ClaimBroken: something else moved.
+    """
+    claim = Claim("freezing QK leaves OV and other patterns", model=model, engine=engine, config=config, batch=batch)
+    site = first_frozen(model, config)
+    frozen = {*chosen_heads(site, config, "q"), *chosen_heads(site, config, "k")}
+    spared = [head for head in range(site.heads) if head not in frozen]
+    _compare(claim, engine, model, config, batch, site, roles=("v",), heads=spared)
+    return claim.margin
+
+
+def check_ov_leaves_qk(engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> Margin:
+    """In the first frozen layer, freezing v leaves q, k and every pattern.
+
+    Bit for bit; within rounding where KV heads are un-shared.
+
+    Raises:
+        ClaimBroken: something else moved.
+    """
+    claim = Claim("freezing OV leaves QK", model=model, engine=engine, config=config, batch=batch)
+    site = first_frozen(model, config)
+    _compare(claim, engine, model, config, batch, site, roles=("q", "k"), heads=list(range(site.heads)))
+    return claim.margin
+
+
+def _compare(
+    claim: Claim,
+    engine: Engine,
+    model: PreTrainedModel,
+    config: InterventionConfig,
+    batch: Batch,
+    site: Site,
+    roles: tuple[Role, ...],
+    heads: list[int],
+) -> None:
+    """Demands that activations of `roles` and patterns of `heads` are the unfrozen model's."""
+    moved = nudged_look if unshares(site, config) else look  # the same pass again leaves no room: bit for bit
+    clean, frozen = (look(engine, model, which, batch) for which in (None, config))
+    other = moved(engine, model, None, batch)
+    for role in roles:
+        want, got = own_view(clean, site, role), own_view(frozen, site, role)
+        bound = largest_change(want, own_view(other, site, role))
+        claim.within(f"{role} of layer {site.layer}", got, want, bound, "batch head token feature")
+    clean, frozen = (look(engine, model, which, batch, attn="eager", patterns=True) for which in (None, config))
+    other = moved(engine, model, None, batch, attn="eager", patterns=True)
+    for head in heads:
+        want, got = patterns(clean, site)[:, head], patterns(frozen, site)[:, head]
+        bound = largest_change(want, patterns(other, site)[:, head])
+        claim.within(f"pattern of head {head} in layer {site.layer}", got, want, bound, "batch query key")
+
+
+def check_order_does_not_matter(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """Freezing QK, then OV is freezing OV, then QK, and is freezing both at once.
+
+    Args:
+        config: any; its circuit is set to `qk`, `ov` and `both` in turn.
+
+    Raises:
+        ClaimBroken: the logits differ (by more than rounding, where KV heads are un-shared).
+    """
+    claim = Claim("QK and OV commute", model=model, engine=engine, config=config, batch=batch)
+    qk, ov, both = (replace(config, circuit=circuit) for circuit in ("qk", "ov", "both"))
+    want = look(engine, model, both, batch).logits[batch.real]
+    bound = 0.0
+    if any(unshares(site, config) for site in sites(model).values()):
+        bound = largest_change(want, nudged_look(engine, model, both, batch).logits[batch.real])
+    for order in ([qk, ov], [ov, qk]):
+        name = " then ".join(str(part.circuit) for part in order)
+        claim.within(
+            f"logits of {name}", look(engine, model, order, batch).logits[batch.real], want, bound, "real word"
+        )
+    return claim.margin
+
+
+def unshares(site: Site, config: InterventionConfig) -> bool:
+    """Whether this freeze gives query heads of this layer KV heads of their own."""
+    shared: tuple[Role, ...] = ("k", "v")
+    own = str(config.kv_scope) == "head" and any(chosen_heads(site, config, role) for role in shared)
+    return own and site.group > 1
+
+
+def first_frozen(model: PreTrainedModel, config: InterventionConfig) -> Site:
+    """The first layer that `config` freezes: up to its input, both models are the same."""
+    known = sites(model)
+    return next(
+        known[layer] for layer in sorted(known) if any(chosen_heads(known[layer], config, role) for role in ROLES)
+    )
+
+
+def own_view(found: Pass, site: Site, role: Role) -> torch.Tensor:
+    """`role` as each query head reads it, `[batch, query head, token, head_dim]`."""
+    used = found.layers[site.layer].qkv[role]
+    return used.repeat_interleave(site.heads // used.shape[1], dim=1)
+
+
+def patterns(found: Pass, site: Site) -> torch.Tensor:
+    """`[batch, head, query, key]`, as the model gave them."""
+    pattern = found.layers[site.layer].pattern
+    if pattern is None:
+        raise CannotJudge(f"the model gave no pattern of layer {site.layer} under eager attention")
+    return pattern

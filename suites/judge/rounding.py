@@ -1,0 +1,94 @@
+"""How far rounding alone could move what a pass gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.judge.passes import Pass, look
+from pytest_circuitfreeze.suites.tolerance import Nudge, nudged
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["NudgedAttention", "largest_change", "nudged_look"]
+
+
+def nudged_look(
+    engine: Engine,
+    model: PreTrainedModel,
+    config: InterventionConfig | Sequence[InterventionConfig] | None,
+    batch: Batch,
+    *,
+    attn: str = "sdpa",
+    patterns: bool = False,
+) -> Pass:
+    """The pass that `look` would see if every weight were off by rounding (`tolerance.nudged`)."""
+    return look(engine, nudged(model), config, batch, attn=attn, patterns=patterns)
+
+
+def largest_change(exact: Tensor, moved: Tensor) -> float:
+    """The largest absolute difference between what was seen and what a nudge made of it: a bound."""
+    return float((exact.double() - moved.double()).abs().max()) if exact.numel() else 0.0
+
+
+class NudgedAttention(TorchFunctionMode):
+    """Takes `scaled_dot_product_attention` apart and nudges its backward pass where that subtracts.
+
+    The gradient of a score is `pattern * (dp - delta)`, where `delta` is the mean of `dp` under the pattern: the two
+    round apart and may cancel altogether (a query that sees one key has no gradient). Nothing that is done to weights
+    or to what arrives shows that, so `dp` is nudged and `delta` is not.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        key, value = (kv.repeat_interleave(query.shape[1] // kv.shape[1], dim=1) for kv in (key, value))
+        return _attention(query, key, value, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: object,
+) -> Tensor:
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    mixed: Tensor = _Mixed.apply(scores, value)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _Mixed(torch.autograd.Function):
+    """softmax(scores) @ value, with a nudged backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, value: Tensor) -> Tensor:
+        pattern = scores.softmax(-1).nan_to_num(0.0)  # a padded query sees nothing
+        mixed = pattern @ value
+        ctx.save_for_backward(pattern, value, mixed)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        pattern, value, mixed = ctx.saved_tensors
+        of_pattern = Nudge(grad.dtype)(grad @ value.transpose(-1, -2), grad.shape[-1])
+        delta = (grad * mixed).sum(-1, keepdim=True)
+        return pattern * (of_pattern - delta), pattern.transpose(-1, -2) @ grad

@@ -1,0 +1,81 @@
+"""A model's visible state: all that a freeze could leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = ["changes", "parameters_state", "training_flags", "visible_state"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def visible_state(model: PreTrainedModel) -> dict[str, object]:
+    """Every attribute, hook, parameter, buffer and class of every module, the configs, and torch's attention functions.
+
+    Tensors are told apart by identity, place in memory, version and a sum of their bits; other objects by identity.
+    """
+    found: dict[str, object] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            where = f"{path or 'model'}.{name}"
+            if isinstance(value, Mapping):
+                found |= {f"{where}[{key}]": _mark(entry) for key, entry in value.items()}
+            else:
+                found[where] = _mark(value)
+        kind = type(module)
+        found[f"{path or 'model'}: its class"] = kind
+        found |= {f"{kind.__name__}.{name}": id(value) for name, value in vars(kind).items() if callable(value)}
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
+        found[f"{type(config).__name__}: its values"] = repr(config.to_dict()) + config._attn_implementation
+    for name in ("scaled_dot_product_attention", "softmax", "linear"):
+        found[f"torch.nn.functional.{name}"] = id(getattr(F, name))
+    found |= {f"attention function {name}": id(ALL_ATTENTION_FUNCTIONS[name]) for name in ALL_ATTENTION_FUNCTIONS}
+    return found
+
+
+def parameters_state(model: nn.Module) -> dict[str, object]:
+    """The parameters alone, by name."""
+    return {name: _mark(parameter) for name, parameter in model.named_parameters()}
+
+
+def training_flags(model: nn.Module) -> dict[str, object]:
+    """`training` of every module, by name."""
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    """What was added, removed or changed, in words."""
+    found = [f"{name} is new" for name in after if name not in before]
+    found += [f"{name} is gone" for name in before if name not in after]
+    found += [f"{name} changed" for name in before if name in after and before[name] != after[name]]
+    return found
+
+
+def _mark(value: object) -> object:
+    if isinstance(value, Tensor):
+        return (
+            id(value),
+            value.data_ptr(),
+            value._version,
+            value.requires_grad,
+            value.dtype,
+            value.shape,
+            _bits(value),
+        )
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    return id(value)
+
+
+def _bits(tensor: Tensor) -> int:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if tensor.is_meta or tensor.element_size() not in integers:
+        return 0
+    return int(tensor.detach().contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64))

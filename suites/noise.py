@@ -1,0 +1,101 @@
+"""Noise: standard normal, and a function of seed, layer, activation, column, head and feature alone."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.judge.anatomy import sites
+from pytest_circuitfreeze.suites.judge.noise import engine_noise, read_noise
+from pytest_circuitfreeze.suites.judge.oracle import frozen_roles
+from pytest_circuitfreeze.suites.tolerance import gamma
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["check_noise_depends_on_its_place_alone", "check_noise_is_standard_normal"]
+
+DOUBT = 1e-9
+"""How often one comparison may refuse draws that are as they should be."""
+
+
+def check_noise_is_standard_normal(engine: Engine, model: PreTrainedModel, seed: int, columns: int = 64) -> Margin:
+    """Draws are standard normal, and uncorrelated across seed, layer, activation, column and head.
+
+    The distribution is compared with the normal one by the Dvoretzky-Kiefer-Wolfowitz inequality. Two lists of draws
+    are compared by their product, which given the one is normal with that one's length as standard deviation.
+
+    Raises:
+        ClaimBroken: less likely than `DOUBT` if the draws were as claimed.
+    """
+    claim = Claim("noise is standard normal and independent", model=model, engine=engine, seed=seed)
+    draws = engine_noise(engine, model, seed, columns)
+    others = engine_noise(engine, model, seed + 1, columns)
+    values = torch.cat([draw.flatten() for draw in draws.values()]).sort().values
+    normal = torch.special.ndtr(values)
+    steps = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device) / len(values)
+    distance = float(torch.maximum((steps - normal).abs(), (normal - steps + 1 / len(values)).abs()).max())
+    bound = math.sqrt(math.log(2 / DOUBT) / (2 * len(values)))
+    claim.demand(distance <= bound, f"the distribution is {distance:.3g} from normal, where {bound:.3g} is chance")
+    claim.observe(distance, bound)
+    for (_, layer, role), draw in draws.items():
+        where = f"{role} of layer {layer}"
+        _demand_unrelated(claim, f"{where}, seeds {seed} and {seed + 1}", draw, others[seed + 1, layer, role])
+        _demand_unrelated(claim, f"{where}, neighbouring columns", draw[1:], draw[:-1])
+        _demand_unrelated(claim, f"{where}, neighbouring heads", draw[:, 1:], draw[:, :-1])
+        _demand_unrelated(claim, f"{where}, neighbouring features", draw[..., 1:], draw[..., :-1])
+    for (first, one), (second, other) in combinations(draws.items(), 2):
+        heads = min(one.shape[1], other.shape[1])
+        where = f"{first[2]} of layer {first[1]} and {second[2]} of layer {second[1]}"
+        _demand_unrelated(claim, where, one[:, :heads], other[:, :heads])
+    return claim.margin
+
+
+def _demand_unrelated(claim: Claim, where: str, one: Tensor, other: Tensor) -> None:
+    if one.numel() == 0:  # one head has no neighbour
+        return
+    likeness = float((one * other).sum().abs() / other.square().sum().sqrt())
+    # Phi(-6.2) is 3e-10, so both tails together are below DOUBT.
+    bound = float(-torch.special.ndtri(torch.tensor(DOUBT / 2, dtype=torch.float64)))
+    claim.demand(
+        likeness <= bound, f"{where} are related: {likeness:.3g} standard deviations, chance gives {bound:.2g}"
+    )
+
+
+def check_noise_depends_on_its_place_alone(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """Draws are the same in any batch, on every row and pass, and whatever else is frozen.
+
+    Args:
+        config: freezes to noise; its seed, layers and circuit are used, on all heads.
+        batch: what the draws are compared on, with one row of zeros without padding.
+
+    Raises:
+        ClaimBroken: they differ by more than turning rotary positions back explains.
+    """
+    from freeze_core import InterventionConfig
+
+    claim = Claim("noise depends on its place alone", model=model, engine=engine, config=config, batch=batch)
+    known = sites(model)
+    alone = InterventionConfig(
+        layer_indices=config.layer_indices, circuit=config.circuit, freeze_type="noise", noise_std=1.0, seed=config.seed
+    )
+    want = engine_noise(engine, model, config.seed, batch.input_ids.shape[1])
+    for row in range(len(batch.input_ids)):
+        got = read_noise(engine, model, alone, batch, row)
+        for layer in alone.layer_indices or known:
+            for role in frozen_roles(alone):
+                key = (config.seed, layer, role)
+                bound = gamma(8, model.dtype) * float(want[key].abs().max())
+                what = f"draws of {role} in layer {layer}, row {row}"
+                claim.within(what, got[key], want[key], bound, "column head feature")
+    return claim.margin

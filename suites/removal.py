@@ -1,0 +1,166 @@
+"""Removal: afterwards the model is what it was, however the freeze ended and however freezes were nested."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.independence import first_frozen
+from pytest_circuitfreeze.suites.judge.anatomy import sites
+from pytest_circuitfreeze.suites.judge.passes import look, observe
+from pytest_circuitfreeze.suites.judge.state import changes, visible_state
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = [
+    "check_error_in_body_leaves_no_trace",
+    "check_error_in_forward_leaves_no_trace",
+    "check_freezes_can_be_repeated",
+    "check_nesting_is_a_list",
+    "check_removal_leaves_no_trace",
+]
+
+
+class _Interruption(Exception):
+    """Raised on purpose."""
+
+
+def check_removal_leaves_no_trace(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """After a freeze, outputs are the unfrozen model's bit for bit and nothing of it is left on the model.
+
+    Raises:
+        ClaimBroken: an output, hook, attribute, parameter, buffer or class is not what it was.
+    """
+    claim = Claim("removal leaves no trace", model=model, engine=engine, config=config, batch=batch)
+    clean = look(engine, model, None, batch).logits
+    before = visible_state(model)
+    look(engine, model, config, batch)
+    _demand_no_trace(claim, model, before)
+    claim.same("logits", look(engine, model, None, batch).logits, clean, "batch token word")
+    return claim.margin
+
+
+def check_error_in_body_leaves_no_trace(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """When the block under a freeze raises, the error comes through and the model is what it was.
+
+    Raises:
+        ClaimBroken: it is not, or the error was swallowed.
+    """
+    claim = Claim("an error under a freeze leaves no trace", model=model, engine=engine, config=config, batch=batch)
+    clean = look(engine, model, None, batch).logits
+    before = visible_state(model)
+    try:
+        with engine.freeze(model, config):
+            raise _Interruption
+    except _Interruption:
+        pass
+    else:
+        claim.broken("the error was swallowed")
+    _demand_no_trace(claim, model, before)
+    claim.same("logits", look(engine, model, None, batch).logits, clean, "batch token word")
+    return claim.margin
+
+
+def check_error_in_forward_leaves_no_trace(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """When a frozen forward raises inside a frozen layer, the next one is right, and so is the model afterwards.
+
+    Raises:
+        ClaimBroken: the failed pass is felt later, or its error was swallowed.
+    """
+    claim = Claim(
+        "an error in a frozen forward leaves no trace", model=model, engine=engine, config=config, batch=batch
+    )
+    clean = look(engine, model, None, batch).logits
+    want = look(engine, model, config, batch).logits
+    before = visible_state(model)
+    known = sites(model)
+    interrupted = first_frozen(model, config).output
+    with engine.freeze(model, config) as frozen:
+        handle = interrupted.register_forward_pre_hook(_interrupt)
+        try:
+            frozen(**batch.arguments(model))
+        except _Interruption:
+            pass
+        else:
+            claim.broken("the error was swallowed")
+        finally:
+            handle.remove()
+        got = observe(frozen, model, batch, known).logits.detach()
+    claim.same("logits of the next frozen pass", got, want, "batch token word")
+    _demand_no_trace(claim, model, before)
+    claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "batch token word")
+    return claim.margin
+
+
+def _interrupt(module: nn.Module, args: Any) -> None:
+    raise _Interruption
+
+
+def check_freezes_can_be_repeated(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, other: Batch
+) -> Margin:
+    """The same freeze gives the same logits again, bit for bit: on a later pass, after another batch, anew.
+
+    Raises:
+        ClaimBroken: it does not.
+    """
+    claim = Claim("a freeze can be repeated", model=model, engine=engine, config=config, batch=batch, other=other)
+    want = look(engine, model, config, batch).logits
+    known = sites(model)
+    with engine.freeze(model, config) as frozen:
+        observe(frozen, model, other, known)
+        again = observe(frozen, model, batch, known).logits.detach()
+    claim.same("logits after another batch", again, want, "batch token word")
+    claim.same("logits when installed anew", look(engine, model, config, batch).logits, want, "batch token word")
+    return claim.margin
+
+
+def check_nesting_is_a_list(
+    engine: Engine, model: PreTrainedModel, configs: Sequence[InterventionConfig], batch: Batch
+) -> Margin:
+    """Nested freezes equal one list in the same order, and leave in any order: what is still on stays in force.
+
+    The nested freezes are ended in the order in which they began.
+
+    Raises:
+        ClaimBroken: they do not, bit for bit.
+    """
+    claim = Claim("nested freezes are one list in order", model=model, engine=engine, configs=configs, batch=batch)
+    clean = look(engine, model, None, batch).logits
+    want = [look(engine, model, configs[start:], batch).logits for start in range(len(configs))]
+    before = visible_state(model)
+    known = sites(model)
+    entered: list[AbstractContextManager[Any]] = []
+    try:
+        for config in configs:
+            entered.append(engine.freeze(model, config))
+            frozen = entered[-1].__enter__()
+        for start in range(len(configs)):
+            got = observe(frozen, model, batch, known).logits.detach()
+            claim.same(f"logits under freezes {start} to {len(configs) - 1}", got, want[start], "batch token word")
+            entered.pop(0).__exit__(None, None, None)
+    finally:
+        for context in reversed(entered):
+            context.__exit__(None, None, None)
+    _demand_no_trace(claim, model, before)
+    claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "batch token word")
+    return claim.margin
+
+
+def _demand_no_trace(claim: Claim, model: PreTrainedModel, before: dict[str, object]) -> None:
+    found = changes(before, visible_state(model))
+    claim.demand(not found, f"{len(found)} traces, such as: {'; '.join(found[:3])}")

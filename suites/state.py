@@ -1,0 +1,120 @@
+"""State: a freeze touches no parameter, no flag, no generator and no input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.judge.anatomy import sites
+from pytest_circuitfreeze.suites.judge.passes import observe
+from pytest_circuitfreeze.suites.judge.state import changes, parameters_state, training_flags
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["check_generators_are_untouched", "check_inputs_are_not_written_to", "check_parameters_are_untouched"]
+
+
+def check_parameters_are_untouched(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, training: bool = False
+) -> Margin:
+    """While a freeze is on, before and after a pass, parameters and training flags are the unfrozen model's.
+
+    Args:
+        training: whether the model is in training mode meanwhile.
+
+    Raises:
+        ClaimBroken: a parameter or flag is not what it was.
+    """
+    claim = Claim("a freeze touches no parameter and no flag", model=model, engine=engine, config=config, batch=batch)
+    was = [(module, module.training) for module in model.modules()]
+    known = sites(model)
+    try:
+        model.train(training)
+        before = {**parameters_state(model), **training_flags(model)}
+        with engine.freeze(model, config) as frozen:
+            _demand_unchanged(claim, before, model, "when installed")
+            with torch.random.fork_rng(devices=[]):  # dropout draws when training
+                observe(frozen, model, batch, known)
+            _demand_unchanged(claim, before, model, "after a pass")
+        _demand_unchanged(claim, before, model, "when removed")
+    finally:
+        for module, flag in was:
+            module.training = flag
+    return claim.margin
+
+
+def _demand_unchanged(claim: Claim, before: dict[str, object], model: PreTrainedModel, when: str) -> None:
+    found = changes(before, {**parameters_state(model), **training_flags(model)})
+    claim.demand(not found, f"{when}: {'; '.join(found[:3])}")
+
+
+def check_generators_are_untouched(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """Torch's generator is, after install, pass and removal, where it was before, and the logits do not depend on it.
+
+    Raises:
+        ClaimBroken: it moved, or they do.
+    """
+    claim = Claim("torch's generators are untouched", model=model, engine=engine, config=config, batch=batch)
+    known = sites(model)
+    logits = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            with engine.freeze(model, config) as frozen:
+                claim.demand(torch.equal(torch.get_rng_state(), before), "the CPU's generator moved when installed")
+                logits.append(observe(frozen, model, batch, known).logits)
+            claim.demand(torch.equal(torch.get_rng_state(), before), "the CPU's generator moved in the pass")
+    claim.same("logits after another manual_seed", logits[1], logits[0], "batch token word")
+    return claim.margin
+
+
+def check_inputs_are_not_written_to(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """A frozen pass writes neither into what the model was called with nor into what a frozen layer was handed.
+
+    Raises:
+        ClaimBroken: a tensor was written to, by its version counter or its values.
+    """
+    claim = Claim("a freeze writes to no one's tensors", model=model, engine=engine, config=config, batch=batch)
+    known = sites(model)
+    held: list[tuple[str, Tensor, Tensor, int]] = []
+
+    def hold(what: str, tensor: Tensor) -> None:
+        held.append((what, tensor, tensor.clone(), tensor._version))
+
+    def hold_hidden(layer: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if isinstance(hidden, Tensor):
+            hold(f"input of layer {layer}", hidden)
+
+    arguments = batch.arguments(model)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            hold(name, value)
+    handles = [
+        site.module.register_forward_pre_hook(
+            lambda _, args, kwargs, layer=layer: hold_hidden(layer, args, kwargs), with_kwargs=True
+        )
+        for layer, site in known.items()
+    ]
+    try:
+        with torch.no_grad(), engine.freeze(model, config) as frozen:
+            frozen(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for what, tensor, values, version in held:
+        claim.same(what, tensor, values)
+        claim.demand(tensor._version == version, f"{what} was written to")
+    return claim.margin

@@ -1,0 +1,78 @@
+"""Equivalence: the same weights stored fused or separate give the same outputs and gradients under the same freeze."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.gradients import weighted_sum, without_gradients
+from pytest_circuitfreeze.suites.judge.anatomy import Role, Site, sites
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation
+from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention, largest_change
+from pytest_circuitfreeze.suites.judge.twins import Twin
+from pytest_circuitfreeze.suites.tolerance import nudged
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["check_storage_does_not_matter"]
+
+
+def check_storage_does_not_matter(
+    engine: Engine, model: PreTrainedModel, twin: Twin, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """`model` and its twin give the same logits and gradients under the same freeze, within rounding.
+
+    Gradients of the embeddings and of every q, k and v weight and bias, compared head by head.
+
+    Raises:
+        ClaimBroken: they do not.
+    """
+    claim = Claim("storage does not matter", model=model, twin=twin.name, engine=engine, config=config, batch=batch)
+    got = _results(engine, model, config, batch)
+    want = _results(engine, twin.model, config, batch)
+    with NudgedAttention():
+        moved = _results(engine, nudged(twin.model), config, batch)
+    claim.demand(set(got) == set(want), f"the one has gradients of {sorted(got)}, the other of {sorted(want)}")
+    for what, value in got.items():
+        claim.within(what, value, want[what], largest_change(want[what], moved[what]))
+    return claim.margin
+
+
+def _results(engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> dict[str, Tensor]:
+    """Logits of real tokens and gradients, by names that do not depend on the storage."""
+    known = sites(model)
+    with without_gradients(model), attention_implementation(model, "sdpa"), torch.enable_grad():
+        with engine.freeze(model, config) as frozen:
+            logits = frozen(**batch.arguments(model)).logits
+            weighted_sum(logits, batch).backward()  # type: ignore[no-untyped-call]
+        found = {"logits": logits.detach()[batch.real]}
+        embeddings = model.get_input_embeddings().weight.grad  # type: ignore[union-attr]
+        if embeddings is not None:
+            found["gradient of the embeddings"] = embeddings  # type: ignore[assignment]
+        for layer, site in known.items():
+            for role, gradient in _projection_gradients(site).items():
+                found[f"gradient of layer {layer}'s {role}"] = gradient
+    return found
+
+
+def _projection_gradients(site: Site) -> dict[Role, Tensor]:
+    """Gradients of each role's weight `[head, feature, model_dim]`, with the bias's, if any, as one more input of 1.
+
+    Kept together because the bias's alone may be a sum that cancels: its rounding is that of what was summed.
+    """
+    weights, biases = site.weights(_grad), site.biases(_grad)
+    return {
+        role: torch.cat([weight, biases[role][..., None]], -1) if role in biases else weight
+        for role, weight in weights.items()
+    }
+
+
+def _grad(parameter: Tensor) -> Tensor | None:
+    return parameter.grad

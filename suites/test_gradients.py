@@ -1,0 +1,22 @@
+"""Gradients are those of the estimators."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.strategies import batches, configs
+from pytest_circuitfreeze.suites.gradients import check_gradients_are_the_estimators
+from pytest_circuitfreeze.suites.properties import proven
+
+
+@proven
+def test_gradients_are_the_estimators(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """Gradients through a freeze are (1 - strength) times, or straight through, as its mode says."""
+    several = data.draw(st.lists(configs(circuit_model), min_size=1, max_size=2), label="configs")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_gradients_are_the_estimators(circuit_engine, circuit_model, several, batch))

@@ -1,0 +1,58 @@
+"""Other heads, layers, positions and rows do not notice."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics
+from pytest_circuitfreeze.suites.locality import (
+    check_earlier_layers_are_untouched,
+    check_later_tokens_do_not_matter,
+    check_other_heads_are_untouched,
+    check_rows_do_not_matter,
+)
+from pytest_circuitfreeze.suites.properties import proven
+
+
+@proven
+def test_other_heads_are_untouched(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """Heads that read nothing frozen give what they gave."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_other_heads_are_untouched(circuit_engine, circuit_model, config, batch))
+
+
+@proven
+def test_earlier_layers_are_untouched(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """Layers before the first frozen one are untouched, bit for bit."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_earlier_layers_are_untouched(circuit_engine, circuit_model, config, batch))
+
+
+@proven
+def test_later_tokens_do_not_matter(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """No position depends on later tokens, statistics of the pass aside."""
+    config = data.draw(configs_without_statistics(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model, tokens=st.integers(2, 12)), label="batch")
+    column = data.draw(st.integers(1, batch.input_ids.shape[1] - 1), label="column")
+    circuit_record.observe(check_later_tokens_do_not_matter(circuit_engine, circuit_model, config, batch, column))
+
+
+@proven
+def test_rows_do_not_matter(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """No row depends on the others, statistics of the pass aside."""
+    config = data.draw(configs_without_statistics(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model, rows=st.integers(2, 3)), label="batch")
+    circuit_record.observe(check_rows_do_not_matter(circuit_engine, circuit_model, config, batch))

@@ -1,0 +1,69 @@
+"""Afterwards the model is what it was."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.strategies import batches, configs
+from pytest_circuitfreeze.suites.properties import proven
+from pytest_circuitfreeze.suites.removal import (
+    check_error_in_body_leaves_no_trace,
+    check_error_in_forward_leaves_no_trace,
+    check_freezes_can_be_repeated,
+    check_nesting_is_a_list,
+    check_removal_leaves_no_trace,
+)
+
+
+@proven
+def test_removal_leaves_no_trace(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """After a freeze the model is what it was, bit for bit and attribute by attribute."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_removal_leaves_no_trace(circuit_engine, circuit_model, config, batch))
+
+
+@proven
+def test_error_in_body_leaves_no_trace(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """After an error under a freeze the model is what it was."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_error_in_body_leaves_no_trace(circuit_engine, circuit_model, config, batch))
+
+
+@proven
+def test_error_in_forward_leaves_no_trace(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """After an error inside a frozen layer the next pass is right, and so is the model afterwards."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_error_in_forward_leaves_no_trace(circuit_engine, circuit_model, config, batch))
+
+
+@proven
+def test_freezes_can_be_repeated(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """A freeze gives the same again: on a later pass, after another batch, installed anew."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    other = data.draw(batches(circuit_model), label="other")
+    circuit_record.observe(check_freezes_can_be_repeated(circuit_engine, circuit_model, config, batch, other))
+
+
+@proven
+def test_nesting_is_a_list(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """Nested freezes equal one list in order, and may leave in any order."""
+    several = data.draw(st.lists(configs(circuit_model), min_size=2, max_size=3), label="configs")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_nesting_is_a_list(circuit_engine, circuit_model, several, batch))

@@ -1,0 +1,47 @@
+"""A freeze keeps its hands off what is not its own."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.strategies import batches, configs
+from pytest_circuitfreeze.suites.properties import proven
+from pytest_circuitfreeze.suites.state import (
+    check_generators_are_untouched,
+    check_inputs_are_not_written_to,
+    check_parameters_are_untouched,
+)
+
+
+@proven
+def test_parameters_are_untouched(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """While a freeze is on, parameters and training flags are the unfrozen model's."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    training = data.draw(st.booleans(), label="training")
+    circuit_record.observe(check_parameters_are_untouched(circuit_engine, circuit_model, config, batch, training))
+
+
+@proven
+def test_generators_are_untouched(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """A freeze neither moves torch's generators nor depends on them."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_generators_are_untouched(circuit_engine, circuit_model, config, batch))
+
+
+@proven
+def test_inputs_are_not_written_to(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """A frozen pass writes to no tensor that others hold."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_inputs_are_not_written_to(circuit_engine, circuit_model, config, batch))

@@ -1,0 +1,70 @@
+"""Frozen values, to rounding."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics
+from pytest_circuitfreeze.suites.judge.passes import implementations
+from pytest_circuitfreeze.suites.properties import proven
+from pytest_circuitfreeze.suites.values import (
+    check_full_strength_replaces_anything,
+    check_implementations_agree,
+    check_values_are_the_oracles,
+    check_zero_strength_is_unfrozen,
+)
+
+
+@proven
+def test_values_are_the_oracles(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """What attention consumes under a freeze is what a float64 oracle computes."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    attn = data.draw(st.sampled_from(implementations(circuit_model)), label="attn")
+    circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, [config], batch, attn))
+
+
+@proven
+def test_several_freezes_win_in_order(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """Of several freezes the later one wins where they meet, each on the unfrozen activation."""
+    several = data.draw(st.lists(configs(circuit_model, most_layers=1), min_size=2, max_size=3), label="configs")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, several, batch))
+
+
+@proven
+def test_zero_strength_is_unfrozen(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """A freeze of strength 0 is the unfrozen model, bit for bit."""
+    config = data.draw(configs(circuit_model, strength=st.just(0.0)), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_zero_strength_is_unfrozen(circuit_engine, circuit_model, config, batch))
+
+
+@proven
+def test_full_strength_replaces_anything(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """A freeze of strength 1 leaves nothing of the activation, not even inf or nan."""
+    config = data.draw(configs_without_statistics(circuit_model, strength=st.just(1.0)), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    poison = data.draw(st.sampled_from([float("nan"), float("inf")]), label="poison")
+    circuit_record.observe(check_full_strength_replaces_anything(circuit_engine, circuit_model, config, batch, poison))
+
+
+@proven
+def test_implementations_agree(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """A freeze gives the same outputs under eager and sdpa attention."""
+    config = data.draw(configs(circuit_model), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    circuit_record.observe(check_implementations_agree(circuit_engine, circuit_model, config, batch))
