@@ -1,8 +1,8 @@
 """Tiny models with random weights that leave a bug nowhere to hide.
 
 A freshly initialised model hides mistakes: its biases are zero, its norms are ones, its attention is nearly uniform.
-Here every parameter is drawn, so that no two heads are alike and every bias and norm matters, and queries and keys are
-drawn larger, so that attention has something to choose. Nothing is downloaded.
+Here every parameter is drawn, so that no two heads are alike and every bias and norm matters, and queries and keys
+are drawn larger, so that attention has something to choose. Nothing is downloaded.
 
 Importing this module imports no torch: the names are needed while options are read.
 """
