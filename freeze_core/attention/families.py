@@ -50,7 +50,7 @@ SEPARATE = (
 """The first that an attention module has all of. A norm over all heads before the output projection comes first: its
 input is z, since behind it the heads are not separate."""
 
-GATED_QUERY = ("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpAttention")
+GATED_QUERY = ("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpTextAttention")
 """Classes whose query projection holds, for each head, its query and then an output gate of the same size."""
 
 
@@ -192,11 +192,18 @@ HARMLESS = {
     *("rotary_emb", "rotary_fn", "act_fn", "sinks"),
     # Gates on what the heads put out come after z was mixed: they are no part of the OV circuit.
     *("gate_proj", "g_proj", "gate_bias"),
+    # Chooses, from the hidden states alone, which keys a query may see at all: a mask.
+    "indexer",
 }
 """Children and parameters of an attention module that leave what q, k and v are."""
 
-NOT_SOFTMAX = ("BailingHybridDeltaAttention", "KimiLinearDeltaAttention", "MiniMaxLightningAttention")
-"""Classes that are called attention and have projections, but mix by a recurrence, without a pattern."""
+NOT_SOFTMAX = (
+    "BailingHybridDeltaAttention",
+    "KimiLinearDeltaAttention",
+    "MiniMaxLightningAttention",
+    "OlmoHybridGatedDeltaNet",
+)
+"""Classes that have q, k and v projections, but mix by a recurrence, without a pattern."""
 
 UNSEPARABLE = {
     "DogeAttention": "its mask is computed from the values, so that freezing OV would move the pattern",

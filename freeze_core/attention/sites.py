@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ __all__ = ["AttentionSite", "Sites", "find_sites"]
 
 CROSS = ("crossattention", "cross_attn", "encoder_attn", "EncDecAttention")
 """What decoder layers call the attention that reads an encoder's states, which is not self-attention."""
+
+SHARED = "is_kv_shared_layer"
+"""What is true of an attention module that reads the keys and values of an earlier layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,11 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None) 
         except UnsupportedModelError as error:
             by_layer.pop(one.layer, None)
             refused[one.layer] = f"{one.name}: {error}"
+    if any(getattr(one.attention, SHARED, False) for one in found):
+        # The layers that read another's keys and values would read them unshared.
+        by_layer = {
+            layer: replace(site, layout=replace(site.layout, unshared=None)) for layer, site in by_layer.items()
+        }
     _refuse_shared(by_layer, refused, [one for one in found if one.stack == stack])
     if not by_layer:
         raise UnsupportedModelError("; ".join(dict.fromkeys(refused.values())))
@@ -120,7 +128,7 @@ def _attention_modules(model: nn.Module) -> Iterator[_Found]:
         if isinstance(module, nn.ModuleList):
             lists[name] = module
         parts = name.split(".")
-        if stores_projections(module) and not _is_recurrent(module) and not set(CROSS) & set(parts):
+        if _can_attend(module) and not set(CROSS) & set(parts):
             for depth in range(1, len(parts)):
                 stack = ".".join(parts[:depth])
                 if stack in lists:
@@ -128,30 +136,31 @@ def _attention_modules(model: nn.Module) -> Iterator[_Found]:
                     break
 
 
-def _is_recurrent(attention: nn.Module) -> bool:
-    return any(cls.__name__ in NOT_SOFTMAX for cls in type(attention).__mro__)
+def _can_attend(module: nn.Module) -> bool:
+    recurrent = any(cls.__name__ in NOT_SOFTMAX for cls in type(module).__mro__)
+    return getattr(module, SHARED, False) or (stores_projections(module) and not recurrent)
 
 
 def _decoder_stack(model: nn.Module, stacks: list[str]) -> str:
-    """The list of layers that decodes: the only one, or the one inside the model's own decoder."""
+    """The list of layers that decodes: the only one, or the outermost one inside the model's own decoder."""
     if len(stacks) == 1:
         return stacks[0]
     get_decoder: Any = getattr(model, "get_decoder", None)
     inside = set(get_decoder().modules()) if get_decoder else set()
-    decoding = [stack for stack in stacks if model.get_submodule(stack) in inside]
-    if len(decoding) != 1:
+    decoding = sorted((stack.count("."), stack) for stack in stacks if model.get_submodule(stack) in inside)
+    if not decoding or [depth for depth, _ in decoding].count(decoding[0][0]) > 1:
         raise UnsupportedModelError(
             f"{type(model).__name__} has attention in several stacks of layers ({', '.join(stacks)}): "
             "pass the module that holds the one to freeze, such as the model's decoder"
         )
-    return decoding[0]
+    return decoding[0][1]
 
 
 def _site(model: nn.Module, found: _Found, architecture: ModelArchitecture | None) -> AttentionSite:
     live = getattr(getattr(found.attention.forward, "__self__", None), "site", None)
     if isinstance(live, AttentionSite):  # frozen already: its attributes may be those of the unshared storage
         return live
-    if getattr(found.attention, "is_kv_shared_layer", False):
+    if getattr(found.attention, SHARED, False):
         raise UnsupportedModelError("its keys and values are an earlier layer's")
     parent = model.get_submodule(found.name.rpartition(".")[0])
     return AttentionSite(found.layer, found.name, found.attention, layout_of(found.attention, parent, architecture))

@@ -264,8 +264,12 @@ def _head_dim(attention: nn.Module) -> int:
 
 
 def _width(projection: nn.Module) -> int:
-    """Features that a linear layer gives: `out_features`, or `nf` of transformers' Conv1D."""
-    return cast(int, getattr(projection, "out_features", getattr(projection, "nf", 0)))
+    """Features that a linear layer gives: `out_features`, `nf` of transformers' Conv1D, or those of what it wraps."""
+    for name in ("out_features", "nf"):
+        if hasattr(projection, name):
+            return cast(int, getattr(projection, name))
+    inner = getattr(projection, "linear", None)
+    return _width(inner) if isinstance(inner, nn.Module) else 0
 
 
 def _width_in(module: nn.Module) -> int:
@@ -273,5 +277,8 @@ def _width_in(module: nn.Module) -> int:
     for name in ("in_features", "nx"):
         if hasattr(module, name):
             return cast(int, getattr(module, name))
+    inner = getattr(module, "linear", None)
+    if isinstance(inner, nn.Module):
+        return _width_in(inner)
     weight = getattr(module, "weight", None)
     return weight.numel() if isinstance(weight, Tensor) else 0
