@@ -189,7 +189,7 @@ def batches(
     batch = draw(_or(rows, st.integers(1, 3)))
     length = draw(_or(tokens, st.integers(1, LONGEST)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr]
+    vocabulary: int = model.config.vocab_size
     input_ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
     side = draw(st.sampled_from(["none", "ones", "left", "right"] if padding else ["none", "ones"]))
     if side == "none":

@@ -47,7 +47,7 @@ def check_gradients_are_the_estimators(
     with without_gradients(model), attention_implementation(model, "sdpa"):
         with engine.freeze(model, configs) as frozen, torch.enable_grad():
             found = observe(frozen, model, batch, known, gradients=True)
-            weighted_sum(found.logits, batch).backward()  # type: ignore[no-untyped-call]
+            weighted_sum(found.logits, batch).backward()
         _demand_gradients(claim, model, batch)
         real = batch.real.to(model.device)
         for layer, site in known.items():
@@ -85,7 +85,7 @@ def _demand_gradients(claim: Claim, model: PreTrainedModel, batch: Batch) -> Non
         return
     kept = {name: parameter.grad for name, parameter in model.named_parameters()}
     with without_gradients(model), torch.enable_grad():
-        weighted_sum(model(**batch.arguments(model)).logits, batch).backward()  # type: ignore[no-untyped-call]
+        weighted_sum(model(**batch.arguments(model)).logits, batch).backward()
         lost = [
             name for name, parameter in model.named_parameters() if parameter.grad is not None and kept[name] is None
         ]

@@ -90,7 +90,7 @@ def check_later_tokens_do_not_matter(
     )
     _demand_no_statistics(claim, config)
     other = batch.input_ids.clone()
-    other[:, column:] = (other[:, column:] + 1) % model.config.vocab_size  # type: ignore[union-attr]
+    other[:, column:] = (other[:, column:] + 1) % model.config.vocab_size
     want = look(engine, model, config, batch).logits[:, :column]
     got = look(engine, model, config, Batch(other, batch.attention_mask)).logits[:, :column]
     real = batch.real[:, :column]

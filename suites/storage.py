@@ -51,11 +51,11 @@ def _results(engine: Engine, model: PreTrainedModel, config: InterventionConfig,
     with without_gradients(model), attention_implementation(model, "sdpa"), torch.enable_grad():
         with engine.freeze(model, config) as frozen:
             logits = frozen(**batch.arguments(model)).logits
-            weighted_sum(logits, batch).backward()  # type: ignore[no-untyped-call]
+            weighted_sum(logits, batch).backward()
         found = {"logits": logits.detach()[batch.real]}
-        embeddings = model.get_input_embeddings().weight.grad  # type: ignore[union-attr]
+        embeddings = model.get_input_embeddings().weight.grad
         if embeddings is not None:
-            found["gradient of the embeddings"] = embeddings  # type: ignore[assignment]
+            found["gradient of the embeddings"] = embeddings
         for layer, site in known.items():
             for role, gradient in _projection_gradients(site).items():
                 found[f"gradient of layer {layer}'s {role}"] = gradient

@@ -117,12 +117,13 @@ class Site:
 
     def _cut(self, rows: Tensor) -> dict[Role, Tensor]:
         """A fused projection's features `[out, ...]` as `[head, feature, ...]` of each role."""
+        config: Any = self.module.config
         heads, kv_heads, features = self.heads, self.kv_heads, self.head_dim
         blocks = rows.unflatten(0, (-1, features))
-        if self.family.fused == "query_key_value" and self.module.config.new_decoder_architecture:
+        if self.family.fused == "query_key_value" and config.new_decoder_architecture:
             groups = blocks.unflatten(0, (kv_heads, self.group + 2))
             return {"q": groups[:, :-2].flatten(0, 1), "k": groups[:, -2], "v": groups[:, -1]}
-        if self.family.fused == "query_key_value" and not self.module.config.multi_query:
+        if self.family.fused == "query_key_value" and not config.multi_query:
             return {"q": blocks[0::3], "k": blocks[1::3], "v": blocks[2::3]}
         return {
             "q": blocks[:heads],

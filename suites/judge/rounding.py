@@ -87,7 +87,7 @@ class _Mixed(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         pattern, value, mixed = ctx.saved_tensors
         of_pattern = Nudge(grad.dtype)(grad @ value.transpose(-1, -2), grad.shape[-1])
         delta = (grad * mixed).sum(-1, keepdim=True)

@@ -53,7 +53,7 @@ def twins(model: PreTrainedModel) -> list[Twin]:
         made = []
         if any(site.family.fused and not hasattr(site.module, "q_proj") for site in sites(model).values()):
             made.append(Twin("its fused projection split", _split(model), unshares=False))
-        other = _OTHER_FAMILY.get(model.config.model_type)  # type: ignore[union-attr]
+        other = _OTHER_FAMILY.get(model.config.model_type)
         if other is not None:
             name, build = other
             made.append(Twin(name, build(model), unshares=True))
@@ -211,9 +211,9 @@ def _as_phi3(model: PreTrainedModel) -> PreTrainedModel:
     return _with_projections_of(model, twin)
 
 
-def _copy(source: nn.Module, target: nn.Module) -> None:
+def _copy(source: Any, target: Any) -> None:
     """Copies weight and bias, and a norm's epsilon; a bias that the target's family leaves out is added."""
-    target.weight.copy_(source.weight)  # type: ignore[operator, union-attr, arg-type]
+    target.weight.copy_(source.weight)
     bias = getattr(source, "bias", None)
     if bias is not None:
         target.bias = nn.Parameter(bias.detach().clone())

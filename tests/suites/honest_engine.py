@@ -1,6 +1,6 @@
 """An honest engine made of plain forward hooks, and so of another kind than freeze_core: what checks must accept.
 
-Small methods, so that a broken engine (`broken.py`) is an honest one with a single method changed.
+Small methods, so that a broken engine (`broken_engines.py`) is an honest one with a single method changed.
 """
 
 from __future__ import annotations
