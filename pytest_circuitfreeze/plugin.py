@@ -117,4 +117,4 @@ class SuiteRun:
         if results:
             write_summary(terminalreporter, results, self._settings)
         for line in self._report_lines:
-            terminalreporter.write_line(line)
+            self._config.get_terminal_writer().line(line)

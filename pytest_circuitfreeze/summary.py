@@ -6,12 +6,16 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_circuitfreeze import __version__, matrix
 from pytest_circuitfreeze.results import Result
 from pytest_circuitfreeze.settings import Settings
+
+if TYPE_CHECKING:
+    from _pytest._io import TerminalWriter
 
 _COLOURS = {"FAIL": "red", "ERROR": "red", "skip": "yellow", "pass": "green"}
 _LAST_HEAD = ("of", "bound")
@@ -45,18 +49,20 @@ def header(settings: Settings) -> str:
 def write_summary(terminal: pytest.TerminalReporter, results: Sequence[Result], settings: Settings) -> None:
     """The section ``circuitfreeze``: the table, what went wrong before a test could run, and the totals."""
     terminal.section(f"circuitfreeze: {settings.engine}")
-    _write_table(terminal, results, settings.targets)
-    terminal.write_line("")
+    # The reporter's own write_line may start with an empty line; the writer below it does what it is told.
+    writer = terminal.config.get_terminal_writer()
+    _write_table(writer, results, settings.targets)
+    writer.line()
     for message in dict.fromkeys(result.message for result in results if result.outcome == "error"):
-        terminal.write_line(f"ERROR {message}", red=True)
-    terminal.write_line(matrix.totals(results))
+        writer.line(f"ERROR {message}", red=True)
+    writer.line(matrix.totals(results))
 
 
-def _write_table(terminal: pytest.TerminalReporter, results: Sequence[Result], order: Sequence[str]) -> None:
+def _write_table(writer: TerminalWriter, results: Sequence[Result], order: Sequence[str]) -> None:
     """The table; heads are folded where the terminal is narrow, and what still does not fit starts a new block."""
     models = matrix.columns(results, order)
     rows = matrix.rows(results, models)
-    full = terminal.config.get_terminal_writer().fullwidth
+    full = writer.fullwidth
     label = max(len(_GAP + matrix.words(row.claim)) for row in rows)
     heads = [[model] for model in models]
     if label + _width(heads) > full:
@@ -66,11 +72,11 @@ def _write_table(terminal: pytest.TerminalReporter, results: Sequence[Result], o
     if label + _width(heads) <= full:
         fitting = len(heads)
     for start in range(0, len(heads), fitting):
-        _write_block(terminal, rows, slice(start, start + fitting), heads, label)
+        _write_block(writer, rows, slice(start, start + fitting), heads, label)
 
 
 def _write_block(
-    terminal: pytest.TerminalReporter,
+    writer: TerminalWriter,
     rows: Sequence[matrix.Row],
     shown: slice,
     heads: Sequence[Sequence[str]],
@@ -82,16 +88,16 @@ def _write_block(
     depth = max(map(len, heads))
     for line in range(depth):
         words = [head[line - depth + len(head)] if line >= depth - len(head) else "" for head in heads]
-        terminal.write(" " * label)
-        terminal.write_line(_cells(words, widths), bold=True)
+        writer.write(" " * label)
+        writer.line(_cells(words, widths), bold=True)
     for file, group in groupby(rows, key=lambda row: row.file):
-        terminal.write_line(matrix.subject(file), bold=True)
+        writer.line(matrix.subject(file), bold=True)
         for row in group:
-            terminal.write(_shorten(_GAP + matrix.words(row.claim), label))
+            writer.write(_shorten(_GAP + matrix.words(row.claim), label))
             for cell, width in zip((*row.cells[shown], row.closest), widths, strict=True):
                 colour = {_COLOURS[cell]: True} if cell in _COLOURS else {}
-                terminal.write(_cells([cell], [width]), **colour)
-            terminal.write_line("")
+                writer.write(_cells([cell], [width]), **colour)
+            writer.line()
 
 
 def _cells(words: Sequence[str], widths: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from pytest_circuitfreeze.results import Result
 def render(report: Report) -> str:
     """The whole document."""
     parts = [
-        f"# circuitfreeze: {report.settings['engine']}",
+        f"# circuitfreeze: {_escape(report.settings['engine'])}",
         matrix.totals(report.results),
         *_tables(report),
         *_failures(report.results),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 Run = Callable[..., pytest.RunResult]
 ALPHA = "circuitfreeze/test_alpha.py"
 BETA = "circuitfreeze/test_beta.py"
@@ -30,7 +29,12 @@ def test_ids_name_file_claim_and_model(stand_in: Run) -> None:
 
 def test_default_architectures(stand_in: Run) -> None:
     result = stand_in("--circuitfreeze", "--collect-only", "-q", BETA)
-    assert [line.partition("[")[2].rstrip("]") for line in ids(result)] == ["gpt2", "llama", "mistral_gqa", "falcon_mqa"]
+    assert [line.partition("[")[2].rstrip("]") for line in ids(result)] == [
+        "gpt2",
+        "llama",
+        "mistral_gqa",
+        "falcon_mqa",
+    ]
 
 
 def test_project_with_its_own_tests_keeps_them(stand_in: Run) -> None:
@@ -41,7 +45,9 @@ def test_project_with_its_own_tests_keeps_them(stand_in: Run) -> None:
 
 
 def test_odd_ini_of_the_project_does_not_reach_the_suites(stand_in: Run) -> None:
-    Path("pytest.ini").write_text("[pytest]\npython_files = odd_*.py\npython_functions = odd_*\naddopts = --strict-markers")
+    Path("pytest.ini").write_text(
+        "[pytest]\npython_files = odd_*.py\npython_functions = odd_*\naddopts = --strict-markers"
+    )
     assert len(ids(stand_in(*ON, "--collect-only", "-q"))) == 6
 
 
@@ -68,7 +74,9 @@ def test_ids_can_be_handed_back(stand_in: Run, asked: list[str], count: int) -> 
 def test_unknown_file_is_a_usage_error(stand_in: Run, workers: tuple[str, ...]) -> None:
     result = stand_in(*ON, "circuitfreeze/test_gamma.py", *workers)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"*not in the circuitfreeze suites: circuitfreeze/test_gamma.py (there are {ALPHA}, {BETA})"])
+    result.stderr.fnmatch_lines(
+        [f"*not in the circuitfreeze suites: circuitfreeze/test_gamma.py (there are {ALPHA}, {BETA})"]
+    )
 
 
 def test_folder_of_that_name_is_the_projects(stand_in: Run) -> None:

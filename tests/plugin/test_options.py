@@ -59,14 +59,18 @@ def test_message_says_what_is_allowed(pytester: pytest.Pytester) -> None:
 def test_ini_file_gives_defaults_and_the_command_line_wins(stand_in: Run) -> None:
     Path("pytest.ini").write_text("[pytest]\ncircuitfreeze = true\ncircuitfreeze_arch = llama\ncircuitfreeze_seed = 7")
     result = stand_in("--collect-only", "--circuitfreeze-seed", "8", "circuitfreeze")
-    result.stdout.fnmatch_lines(["circuitfreeze: *, engine idle:Engine on llama; profile standard, seed 8; cpu; torch *"])
+    result.stdout.fnmatch_lines(
+        ["circuitfreeze: *, engine idle:Engine on llama; profile standard, seed 8; cpu; torch *"]
+    )
 
 
 @pytest.mark.parametrize("flag", ["--circuitfreeze-bench", "--circuitfreeze-report=out"])
 def test_options_of_the_suites_need_the_switch(pytester: pytest.Pytester, flag: str) -> None:
     result = pytester.runpytest_inprocess(flag)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"ERROR: {flag.partition('=')[0]} is about the shipped suites; give --circuitfreeze too"])
+    result.stderr.fnmatch_lines(
+        [f"ERROR: {flag.partition('=')[0]} is about the shipped suites; give --circuitfreeze too"]
+    )
 
 
 def test_model_and_architecture_of_one_name_are_refused(pytester: pytest.Pytester) -> None:

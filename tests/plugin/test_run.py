@@ -1,0 +1,189 @@
+"""A run from start to end: exit status, table, JUnit, report, distributed or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+Run = Callable[..., pytest.RunResult]
+ON = ("--circuitfreeze", "--circuitfreeze-arch", "gpt2,falcon_mqa", "circuitfreeze")
+BREAKS = """
+    def test_breaks(circuit_model):
+        '''A claim that one model breaks.'''
+        assert circuit_model == "gpt2", "another model"
+"""
+WORKERS = pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "two workers"])
+
+
+def table(result: pytest.RunResult) -> list[str]:
+    """The lines of the section, without its title."""
+    lines = result.outlines
+    start = next(place for place, line in enumerate(lines) if " circuitfreeze: " in line and line.startswith("==="))
+    end = next(place for place in range(start + 1, len(lines)) if lines[place].startswith("==="))
+    # pytest-benchmark may end it with an empty line.
+    return lines[start + 1 : end - (not lines[end - 1])]
+
+
+@WORKERS
+def test_all_hold(stand_in: Run, workers: tuple[str, ...]) -> None:
+    result = stand_in(*ON, *workers)
+    assert result.ret == 0
+    result.assert_outcomes(passed=6)
+    result.stdout.fnmatch_lines(
+        ["circuitfreeze: *, engine idle:Engine on gpt2, falcon_mqa; profile standard, seed 0; cpu; torch*"]
+    )
+    # Workers end in any order; the table is the same.
+    assert [line.rstrip() for line in table(result)] == [
+        "                                        of",
+        "                   gpt2  falcon_mqa  bound",
+        "alpha",
+        "  second by name   pass        pass  exact",
+        "  a property       pass        pass    25%",
+        "beta",
+        "  something else   pass        pass      -",
+        "",
+        "3 claims on 2 models: 6 passed; 52 examples",
+        "closest to its bound: a property, falcon_mqa, 25% of it",
+    ]
+
+
+@WORKERS
+def test_broken_claim_fails_the_run_and_stands_out(stand_in: Run, workers: tuple[str, ...]) -> None:
+    result = stand_in(*ON, *workers, test_gamma=BREAKS)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "  breaks           pass        FAIL      -" in table(result)
+    assert "4 claims on 2 models: 1 failed, 7 passed; 52 examples" in table(result)
+
+
+def test_error_in_a_fixture_is_no_pass(stand_in: Run) -> None:
+    broken = """
+        import pytest
+
+        @pytest.fixture
+        def broken():
+            raise RuntimeError("no set-up today")
+
+        @pytest.fixture
+        def late():
+            yield
+            raise RuntimeError("no tear-down today")
+
+        def test_needs_broken(circuit_model, broken): pass
+        def test_needs_late(circuit_model, late): pass
+    """
+    result = stand_in(*ON, "-k", "gamma", test_gamma=broken)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    shown = table(result)
+    assert "  needs broken  ERROR       ERROR      -" in shown
+    assert "  needs late    ERROR       ERROR      -" in shown
+    assert "ERROR RuntimeError: no set-up today" in shown
+    assert "2 claims on 2 models: 4 error; 0 examples" in shown
+
+
+def test_margin_beyond_its_bound_is_refused(stand_in: Run) -> None:
+    careless = """
+        from types import SimpleNamespace
+
+        import pytest
+
+        @pytest.mark.parametrize(("error", "bound"), [(2.0, 1.0), (1e-9, 0.0), (float("nan"), 1.0), (-1.0, 1.0)])
+        def test_careless(circuit_model, circuit_record, error, bound):
+            circuit_record.observe(SimpleNamespace(error=error, bound=bound))
+    """
+    result = stand_in(*ON, "-k", "careless and gpt2", test_gamma=careless)
+    result.assert_outcomes(failed=4, deselected=10)
+    result.stdout.fnmatch_lines(["*a check passed an error of nan where the bound is 1.0*"])
+
+
+def test_projects_own_tests_are_not_in_the_table(stand_in: Run) -> None:
+    Path("test_mine.py").write_text("def test_mine(circuit_model): pass")
+    result = stand_in(*ON[:-1])
+    result.assert_outcomes(passed=8)
+    assert "3 claims on 2 models: 6 passed; 52 examples" in table(result)
+
+
+def test_narrow_terminal_folds_names(stand_in: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    names = "gpt2,llama,mistral_gqa,falcon_mqa"
+    result = stand_in("--circuitfreeze", "--circuitfreeze-arch", names, "circuitfreeze")
+    shown = table(result)
+    assert shown[0].split() == ["mistral_", "falcon_", "of"]
+    assert shown[1].split() == ["gpt2", "llama", "gqa", "mqa", "bound"]
+    assert max(map(len, shown[:-2])) <= 60
+
+
+def test_too_many_models_for_a_line_start_a_new_block(stand_in: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    result = stand_in("--circuitfreeze", "--circuitfreeze-arch", "all", "circuitfreeze")
+    shown = table(result)
+    assert shown.count("alpha") > 1
+    rows = [line for line in shown if line.startswith("  a property")]
+    assert sum(row.count("pass") for row in rows) == 9
+    assert max(map(len, shown[:-2])) <= 60
+
+
+@WORKERS
+def test_junit_carries_the_findings(stand_in: Run, workers: tuple[str, ...]) -> None:
+    stand_in(*ON, "--junitxml=junit.xml", *workers)
+    cases = {case.get("name"): case for case in ElementTree.parse("junit.xml").iter("testcase")}
+    case = cases["test_a_property[gpt2]"]
+    assert case.get("classname") == "circuitfreeze.test_alpha"
+    assert {entry.get("name"): entry.get("value") for entry in case.iter("property")} == {
+        "circuitfreeze.claim": "a_property",
+        "circuitfreeze.sentence": "A claim that holds within a bound.",
+        "circuitfreeze.model": "gpt2",
+        "circuitfreeze.engine": "idle:Engine",
+        "circuitfreeze.examples": "25",
+        "circuitfreeze.error": "0.25",
+        "circuitfreeze.bound": "1.0",
+    }
+
+
+@WORKERS
+def test_report_is_written(stand_in: Run, workers: tuple[str, ...]) -> None:
+    result = stand_in(*ON, "--circuitfreeze-report", "out/deep", *workers, test_gamma=BREAKS)
+    result.stdout.fnmatch_lines(["report: out/deep/report.json", "report: out/deep/report.md"])
+    assert sorted(path.name for path in Path("out/deep").iterdir()) == ["report.json", "report.md"]
+    document = json.loads(Path("out/deep/report.json").read_text())
+    assert document["exit_status"] == 1
+    outcomes = [(entry["claim"], entry["model"], entry["outcome"]) for entry in document["results"]]
+    assert outcomes == [
+        (claim, model, "failed" if (claim, model) == ("breaks", "falcon_mqa") else "passed")
+        for claim in ("second_by_name", "a_property", "something_else", "breaks")
+        for model in ("falcon_mqa", "gpt2")
+    ]
+    assert (
+        "| A claim that one model breaks. | pass   | FAIL          | -          |"
+        in Path("out/deep/report.md").read_text()
+    )
+
+
+def test_report_that_cannot_be_written_fails_the_run(stand_in: Run) -> None:
+    Path("out").write_text("a file where the folder should be")
+    result = stand_in(*ON, "--circuitfreeze-report", "out/deep")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["ERROR the report cannot be written: *out*"])
+
+
+def test_nothing_is_left_in_the_folder(stand_in: Run) -> None:
+    # Hypothesis's plugin and pytest-benchmark's make folders of their own in any run.
+    stand_in(*ON, "-p", "no:cacheprovider", "-p", "no:benchmark")
+    assert [path.name for path in Path().iterdir() if path.name != ".hypothesis"] == []
+
+
+def test_thorough_profile_draws_a_seed_and_shares_it(stand_in: Run) -> None:
+    seeds = """
+        def test_seed(request, record_property, circuit_model):
+            record_property("seed", request.config.pluginmanager.get_plugin("circuitfreeze-collection")._seed)
+    """
+    result = stand_in(
+        *ON, "-n", "2", "-v", "--circuitfreeze-profile=thorough", "--junitxml=x.xml", "-k", "seed", test_gamma=seeds
+    )
+    shown = result.stdout.str().partition("profile thorough, seed ")[2].partition(";")[0]
+    assert int(shown) > 0
+    found = [entry.get("value") for entry in ElementTree.parse("x.xml").iter("property") if entry.get("name") == "seed"]
+    assert found == [shown, shown]

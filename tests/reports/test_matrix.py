@@ -1,0 +1,58 @@
+"""Claims by models: what a cell says, and which rows and columns there are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pytest_circuitfreeze import matrix
+from pytest_circuitfreeze.results import Result
+
+PASSED = Result("circuitfreeze/test_a.py::test_x[m]", "x", "X holds.", "m", "e", "passed", 0.1, 5, 0.0, 0.0, "")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "word"),
+    [
+        (["passed"], "pass"),
+        (["passed", "skipped"], "skip"),
+        (["skipped", "error", "passed"], "ERROR"),
+        (["passed", "failed", "error"], "FAIL"),
+        ([], "-"),
+    ],
+)
+def test_cell_of_several_tests_says_the_worst(outcomes: list[str], word: str) -> None:
+    others = [replace(PASSED, model="other")]
+    results = others + [replace(PASSED, outcome=outcome) for outcome in outcomes]
+    (row,) = matrix.rows(results, ["other", "m"])
+    assert row.cells == ("pass", word)
+
+
+@pytest.mark.parametrize(
+    ("margins", "shown"),
+    [
+        ([(0.0, 0.0)], "exact"),
+        ([(0.0, 0.0), (0.0, 1.0)], "0%"),
+        ([(0.001, 1.0)], "<1%"),
+        ([(0.5, 1.0), (0.3, 0.4)], "75%"),
+        ([], "-"),
+    ],
+)
+def test_closest_is_the_largest_share_of_a_bound(margins: list[tuple[float, float]], shown: str) -> None:
+    assert matrix.closest([replace(PASSED, error=error, bound=bound) for error, bound in margins]) == shown
+
+
+def test_tests_that_failed_have_no_share() -> None:
+    assert matrix.closest([replace(PASSED, outcome="failed", bound=1.0)]) == "-"
+
+
+def test_columns_are_in_the_order_asked_for_and_only_what_ran() -> None:
+    results = [replace(PASSED, model=model) for model in ("b", None, "a")]
+    assert matrix.columns(results, ["c", "b", "a"]) == ("b", "a", matrix.WITHOUT_MODEL)
+
+
+def test_one_claim_name_in_two_files_is_two_claims() -> None:
+    results = [PASSED, replace(PASSED, id="circuitfreeze/test_b.py::test_x[m]")]
+    assert [row.file for row in matrix.rows(results, ["m"])] == ["test_a.py", "test_b.py"]
+    assert matrix.totals(results) == "2 claims on 1 model: 2 passed; 10 examples"

@@ -1,0 +1,153 @@
+"""The report's files: what they say, that they are whole, and what is refused as one."""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pytest_circuitfreeze import reports
+from pytest_circuitfreeze.reports import ReportError, files
+from pytest_circuitfreeze.results import Result
+from pytest_circuitfreeze.settings import Settings
+
+SETTINGS = Settings(
+    enabled=True,
+    architectures=("gpt2", "falcon_mqa"),
+    models=("my|model",),
+    engine="freeze_core",
+    profile="standard",
+    seed=7,
+    device="cpu",
+    dtype=None,
+    attn=None,
+    bench=False,
+    report=Path("secret/folder"),
+)
+HOLDS = Result(
+    id="circuitfreeze/test_values.py::test_values_agree[gpt2]",
+    claim="values_agree",
+    sentence="Frozen values are r * strength.",
+    model="gpt2",
+    engine="freeze_core",
+    outcome="passed",
+    seconds=0.5,
+    examples=25,
+    error=1e-9,
+    bound=4e-9,
+    message="",
+)
+BREAKS = replace(
+    HOLDS,
+    id="circuitfreeze/test_values.py::test_values_agree[my|model]",
+    model="my|model",
+    outcome="failed",
+    examples=3,
+    message="v differs by 1 | at <token> 0",
+)
+MARKDOWN = r"""# circuitfreeze: freeze\_core
+
+1 claim on 2 models: 1 failed, 1 passed; 28 examples
+closest to its bound: values agree, gpt2, 25% of it
+
+## Values
+
+| claim                            | gpt2   | my\|model   | of bound   |
+|----------------------------------|--------|-------------|------------|
+| Frozen values are r \* strength. | pass   | FAIL        | 25%        |
+
+## What failed
+
+- `circuitfreeze/test_values.py::test_values_agree[my|model]`: v differs by 1 \| at \<token> 0
+
+## What was run
+
+| setting       | value             |
+|---------------|-------------------|
+| architectures | gpt2, falcon\_mqa |
+| models        | my\|model         |
+| engine        | freeze\_core      |
+| profile       | standard          |
+| seed          | 7                 |
+| device        | cpu               |
+| dtype         | default           |
+| attn          | default           |
+| bench         | False             |
+"""
+
+
+@pytest.fixture
+def document() -> dict[str, object]:
+    return reports.build(SETTINGS, {"torch": "2.13.0"}, [HOLDS, BREAKS], 1)
+
+
+def test_markdown_says_it_all(document: dict[str, object], tmp_path: Path) -> None:
+    _, shown = reports.write(document, tmp_path)
+    text = shown.read_text(encoding="utf-8")
+    assert text.startswith(MARKDOWN)
+    assert [line.split() for line in text.splitlines() if "torch" in line] == [["|", "torch", "|", "2.13.0", "|"]]
+
+
+def test_what_was_written_is_what_is_read(document: dict[str, object], tmp_path: Path) -> None:
+    source, _ = reports.write(document, tmp_path / "new" / "folder")
+    found = reports.read(source)
+    assert found.results == (HOLDS, BREAKS)
+    assert found.targets == ("gpt2", "falcon_mqa", "my|model")
+    assert json.loads(source.read_text()) == document
+
+
+def test_place_of_the_report_is_not_in_it(document: dict[str, object]) -> None:
+    assert "secret" not in json.dumps(document)
+
+
+def test_second_report_replaces_the_first(document: dict[str, object], tmp_path: Path) -> None:
+    reports.write({**document, "results": []}, tmp_path)
+    source, shown = reports.write(document, tmp_path)
+    assert len(reports.read(source).results) == 2
+    assert sorted(tmp_path.iterdir()) == [source, shown]
+    assert source.stat().st_mode & stat.S_IRUSR
+
+
+def test_failed_write_leaves_the_old_report(
+    document: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, shown = reports.write(document, tmp_path)
+    before = source.read_text()
+
+    def no_space(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files.Path, "replace", no_space)
+    with pytest.raises(OSError, match="no space left"):
+        reports.write({**document, "results": []}, tmp_path)
+    assert source.read_text() == before
+    assert sorted(tmp_path.iterdir()) == [source, shown]
+
+
+def test_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    document = reports.build(SETTINGS, {}, [replace(HOLDS, error=float("inf"))], 0)
+    with pytest.raises(ValueError, match="Out of range float"):
+        reports.write(document, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "is no circuitfreeze report: JSONDecodeError"),
+        ("{}", "is no circuitfreeze report: KeyError: 'schema'"),
+        ("[]", "is no circuitfreeze report: TypeError"),
+        ('{"schema": 99}', "has schema 99; this version reads 1"),
+        ('{"schema": 1, "results": [{"id": "x"}]}', "is no circuitfreeze report: TypeError"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(ReportError) as caught:
+        reports.read(path)
+    assert str(caught.value).startswith(str(path))
+    assert reason in str(caught.value)
