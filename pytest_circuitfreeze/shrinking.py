@@ -1,8 +1,8 @@
 """A tiny model of any causal language model type that the installed transformers has.
 
-Nothing here knows a family by heart: the configuration class of a type is asked for its defaults, and every field is made
-small by its name and by how it relates to the others. So a type that is released tomorrow is tried without new code; what
-no rule could know is a line of `shrinking_rules`. `python -m pytest_circuitfreeze.shrinking` tries every type there is.
+Nothing here knows a family by heart: a type's configuration class is asked for its defaults, and every field is made
+small by its name and by how it relates to the others. So a type that is released tomorrow is tried without new code;
+what no rule could know is a line of `shrinking_rules`. `python -m pytest_circuitfreeze.shrinking` tries every type.
 
 Importing this module imports neither torch nor transformers.
 """
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_circuitfreeze.models import draw_parameters
+from pytest_circuitfreeze.shrinking_draws import SHARPNESS, draw
 from pytest_circuitfreeze.shrinking_rules import (
     AT_MOST,
     DROPOUT,
@@ -27,6 +27,7 @@ from pytest_circuitfreeze.shrinking_rules import (
     ROTARY,
     ROTARY_DIM,
     SET,
+    SOFTER,
 )
 
 if TYPE_CHECKING:
@@ -53,10 +54,9 @@ def shrunken_config(model_type: str) -> PretrainedConfig:
     if model_type not in causal_lm_types():
         known = ", ".join(causal_lm_types())
         raise ValueError(f"transformers has no causal language model type {model_type!r}; it has {known}")
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     try:
-        return _own_config(_model_class(model_type), _shrunken(CONFIG_MAPPING[model_type]()))
+        default = _config_class(model_type)()
+        return type(default)(**_small_fields(default))
     except Exception as error:
         raise ValueError(_cannot(model_type, "be configured", error)) from error
 
@@ -79,7 +79,8 @@ def tiny_of_type(
         attn: attention implementation, `"eager"` or `"sdpa"`.
 
     Raises:
-        ValueError: no such type, or its class cannot be built, under `attn` perhaps, with transformers' reason.
+        ValueError: no such type, or its model cannot be built (under `attn`, perhaps) or cannot run on token ids
+            alone, with transformers' reason.
 
     >>> tiny_of_type("qwen2").config.num_key_value_heads
     2
@@ -87,6 +88,9 @@ def tiny_of_type(
     config = shrunken_config(model_type)
     import torch
 
+    if hasattr(type(config), "_experts_implementation"):
+        # The plain loop over experts serves every dtype; the grouped product does not.
+        config._experts_implementation = "eager"
     try:
         # What the class draws into buffers is a function of the seed as well.
         with torch.random.fork_rng(devices=[]):
@@ -94,12 +98,27 @@ def tiny_of_type(
             model: PreTrainedModel = _model_class(model_type)._from_config(config, attn_implementation=attn)
     except Exception as error:
         raise ValueError(_cannot(model_type, f"be built with attention {attn!r}", error)) from error
-    draw_parameters(model, seed)
-    return model.to(device=device, dtype=dtype or torch.float32).eval()
+    draw(model, seed, SOFTER.get(model_type, SHARPNESS))
+    model = model.to(device=device, dtype=dtype or torch.float32).eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model(torch.ones(1, 2, dtype=torch.long, device=device))
+    except Exception as error:
+        raise ValueError(_cannot(model_type, "run on token ids alone", error)) from error
+    return model
 
 
 def _cannot(model_type: str, what: str, error: Exception) -> str:
-    return f"a tiny model of type {model_type!r} cannot {what}: {type(error).__name__}: {error}"
+    reason = " ".join(str(error).split())
+    return f"a tiny model of type {model_type!r} cannot {what}: {type(error).__name__}: {reason}"
+
+
+def _config_class(model_type: str) -> Any:
+    """The configuration class that the model is built from: a decoder's own, say, where the type is a larger whole."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    whole, own = CONFIG_MAPPING[model_type], _model_class(model_type).config_class
+    return whole if own is None or issubclass(whole, own) else own
 
 
 def _model_class(model_type: str) -> Any:
@@ -110,32 +129,28 @@ def _model_class(model_type: str) -> Any:
     return found[0] if isinstance(found, (list, tuple)) else found
 
 
-def _own_config(model_class: Any, config: PretrainedConfig) -> PretrainedConfig:
-    """The part of `config` that `model_class` says it is built from: a decoder's, say, in place of the whole."""
-    wanted = inspect.signature(model_class.__init__).parameters["config"].annotation
-    name = getattr(wanted, "__name__", wanted)
-    parts = [part for part in vars(config).values() if type(part).__name__ == name]
-    return parts[0] if parts else config
+def _small_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """What `config`'s class is built from, made small; a configuration inside it as a mapping.
 
-
-def _shrunken(config: PretrainedConfig) -> PretrainedConfig:
-    """A new configuration of `config`'s class with `config`'s values made small."""
-    # What the class works out for itself is left to it: only what it is built from is handed over.
-    names = set(inspect.signature(type(config)).parameters) - {"kwargs"}
-    aliases = config.attribute_map
-    fields = {name: vars(config).get(aliases.get(name, name)) for name in sorted(names)}
+    Only what differs from the class's own defaults: what the class works out from other fields is left to it.
+    """
+    names = inspect.signature(type(config)).parameters
+    fields = {name: vars(config).get(config.attribute_map.get(name, name)) for name in names}
     layers = _Layers.chosen_from(fields, getattr(config, "num_hidden_layers", None))
     small = {name: _small(name, value, layers) for name, value in fields.items()} | _latent_attention(fields)
-    changed = {name: value for name, value in small.items() if value is not fields[name]}
+    defaults = vars(type(config)())
+    changed = {
+        name: value for name, value in small.items() if value != defaults.get(config.attribute_map.get(name, name))
+    }
     for name, value in EXCEPTIONS.get(config.model_type, {}).items():
-        changed[name] = {**changed.get(name, {}), **value} if isinstance(value, Mapping) else value
-    return type(config)(**changed)
+        changed[name] = {**(changed.get(name) or {}), **value} if isinstance(value, Mapping) else value
+    return changed
 
 
 def _small(name: str, value: Any, layers: _Layers) -> Any:
     """The small value of the field `name`; `value` itself where there is nothing to do."""
     if hasattr(value, "to_dict"):
-        return _shrunken(value).to_dict()
+        return {"model_type": value.model_type, **_small_fields(value)}
     if name in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
         return _small_rotary(value)
     if isinstance(value, (list, tuple)):
@@ -151,7 +166,7 @@ def _small_number(name: str, value: Any, layers: _Layers) -> Any:
         return _small_rotary_share(value)
     for pattern, fixed in SET:
         if re.fullmatch(pattern, name):
-            return layers.number if fixed == LAYERS and layers.number else fixed
+            return (len(layers.kept) or LAYERS) if fixed == LAYERS else fixed
     if type(value) is int:
         for pattern, most in AT_MOST:
             if re.fullmatch(pattern, name):
@@ -160,7 +175,7 @@ def _small_number(name: str, value: Any, layers: _Layers) -> Any:
 
 
 def _latent_attention(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What multi-head latent attention (MLA) asks of its sizes: a KV head a query head, and rotary heads of their own."""
+    """What multi-head latent attention (MLA) asks of its sizes: a KV head a query head, and rotary parts."""
     if not isinstance(fields.get("kv_lora_rank"), int):
         return {}
     sizes = {
@@ -206,26 +221,24 @@ class _Layers:
 
     @classmethod
     def chosen_from(cls, fields: Mapping[str, Any], total: object) -> _Layers:
-        """Keeps the first layer of each kind that the fields tell apart, and the first ones up to `LAYERS`."""
+        """Keeps the first layer of each kind that the fields tell apart, and the first ones up to `LAYERS`.
+
+        Where the default has fewer layers than that, they come round again.
+        """
         if type(total) is not int:
             return cls(None, ())
         tells = [value for value in fields.values() if _is_by_layer(value, total)]
         first = {(i, str(kind)): at for i, kinds in enumerate(tells) for at, kind in reversed([*enumerate(kinds)])}
         kept = sorted(set(first.values()))[:MOST_LAYERS]
-        kept += [at for at in range(total) if at not in kept][: max(LAYERS - len(kept), 0)]
+        kept += [at for at in range(max(total, LAYERS)) if at not in kept][: max(LAYERS - len(kept), 0)]
         return cls(total, tuple(sorted(kept)))
-
-    @property
-    def number(self) -> int:
-        """How many layers the tiny model has; 0 where its configuration has none."""
-        return len(self.kept) if self.total is None or self.total < LAYERS else max(len(self.kept), LAYERS)
 
     def of(self, value: Sequence[Any]) -> Sequence[Any]:
         """The part of a list that speaks of the kept layers; `value` itself where it does not go by layers."""
         if self.total is None or not value:
             return value
         if _is_by_layer(value, self.total):
-            return [value[at] for at in self.kept]
+            return [value[at % self.total] for at in self.kept]
         if _counts_layers(value, self.total):
             return [new for new, old in enumerate(self.kept) if old in value]
         return value
@@ -238,3 +251,27 @@ def _is_by_layer(value: object, total: int) -> bool:
 def _counts_layers(value: Sequence[Any], total: int) -> bool:
     """Whether a list gives numbers of layers, as `[3, 7, 11]` does, in place of saying something of each."""
     return all(type(at) is int and 0 <= at < total for at in value) and sorted(set(value)) == list(value)
+
+
+def _census(attn: str) -> None:
+    """Prints what becomes of each type: its sizes and the seconds it took, or why it cannot be had."""
+    import time
+
+    built = 0
+    for model_type in causal_lm_types():
+        start = time.perf_counter()
+        try:
+            model = tiny_of_type(model_type, attn=attn)
+        except ValueError as error:
+            print(f"{model_type:28}{str(error).partition(': ')[2][:160]}")
+            continue
+        built += 1
+        size, seconds = sum(parameter.numel() for parameter in model.parameters()), time.perf_counter() - start
+        print(f"{model_type:28}{size:9,} parameters {seconds:6.2f} s")
+    print(f"{built} of {len(causal_lm_types())} with attention {attn!r}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    _census(sys.argv[1] if len(sys.argv) > 1 else "eager")

@@ -1,7 +1,7 @@
 """What the fields of configurations are called, and how small they get: plain data, read by `shrinking`.
 
-Families name one and the same size in many ways. A rule is a pattern that must match the whole name of a field; the first
-that matches decides, `SET` before `AT_MOST`. A field that no rule knows keeps its default.
+Families name one and the same size in many ways. A rule is a pattern that must match the whole name of a field; the
+first that matches decides, `SET` before `AT_MOST`. A field that no rule knows keeps its default.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WINDOW = 6
 SET: tuple[tuple[str, object], ...] = (
     (r".*vocab_size.*", VOCABULARY),
     (r"hidden_size|d_model|n_embd|emb_dim|(\w+_)?embedding_(dim|size)|word_embed_proj_dim|lru_width", HIDDEN),
-    (r"num_hidden_layers|(num_)?(en|de)coder_layers|num_(en|de)coder_layers|num_layers|n_layers?|num_blocks", LAYERS),
+    (r"num_hidden_layers|(num_)?((en|de)coder_)?layers|n_layers?|num_blocks", LAYERS),
     (r"(num_)?((en|de)coder_)?(swa_)?(num_)?attention_heads|n_heads?|num_heads", HEADS),
     (r"(swa_)?(num_key_value|num_kv|kv_n)_heads", KV_HEADS),
     # A None is no help where the class does not work it out, and these are what it would be.
@@ -32,16 +32,25 @@ SET: tuple[tuple[str, object], ...] = (
     # Read from left to right, one token id a position.
     (r"is_decoder|causal", True),
     (r"num_codebooks", 1),
+    # The scale of scores and of logits, where the default is for large sizes.
+    (r"attention_multiplier", HEAD_DIM**-0.5),
+    (r"query_pre_attn_scalar", HEAD_DIM),
+    (r"logits_mup_width_multiplier", 1.0),
+    (r"dim_model_base", HIDDEN),
+    # Kernels that may not be there.
+    (r"use_mamba_kernels", False),
 )
 
 # At most this; what is smaller, or no integer, stays.
 AT_MOST: tuple[tuple[str, int], ...] = (
     (r"(attention_)?head_dim|d_head|dim_head|kv_channels|d_kv|attention_head_size|.*_head_dim|\w+_d_head", HEAD_DIM),
     (r"rotary_dim", ROTARY_DIM),
-    (r".*_rank|hc_lowrank|d_rel", 16),
+    (r".*_rank|hc_lowrank|d_rel|hidden_size_per_layer_input", 16),
     (r"index_n_heads|linear_num(_\w+)?_heads", HEADS),
-    (r"mamba_n(um)?_heads|mamba_n_heads|n_mamba_heads|mamba_num_heads", 8),
-    (r"mamba_d_(head|ssm)|mamba_headdim", 8),
+    # Twice the hidden size in all, as `expand` has it by default.
+    (r"mamba_n_heads|n_mamba_heads|mamba_num_heads", 8),
+    (r"mamba_d_head|mamba_headdim", 8),
+    (r"mamba_d_ssm", 64),
     (r"(\w+_)?(num|n)_?(\w+_)?experts|\w*expert_num", 4),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|(moe_)?top_k(_experts)?", 2),
     (r"n_groups?|num_expert_groups?|o_groups", 2),
@@ -58,6 +67,7 @@ AT_MOST: tuple[tuple[str, int], ...] = (
     (r".*(token_id|token_index)", VOCABULARY - 1),
     (r".*(state_size|d_state)", 8),
     (r"patch_size", 8),
+    (r"encoder_hash_byte_group_vocab", VOCABULARY),
     # For names that nobody has thought of yet.
     (r".*(_size|_dim|_width|_channels?)", HIDDEN),
 )
@@ -81,6 +91,14 @@ EXCEPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
         "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
         "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+        # The default has one kind of layer, though there are two.
+        "laguna": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "mellum": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "ministral": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
+        # Sparse attention takes blocks at random, and short prompts fall back to the full one with a warning.
+        "big_bird": {"attention_type": "original_full"},
+        "bigbird_pegasus": {"attention_type": "original_full"},
         # Defaults with which the class cannot be built.
         "cohere_compass_text": {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
@@ -96,6 +114,25 @@ EXCEPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "indexer_budget": 4,
             "indexer_compress_ratio": 2,
         },
+        "mllama_text_model": {"rope_scaling": {"rope_type": "default"}},
+        "phi4_multimodal": {
+            "vision_config": {
+                "hidden_size": HIDDEN,
+                "intermediate_size": 48,
+                "num_hidden_layers": 1,
+                "num_attention_heads": HEADS,
+            },
+            "audio_config": {
+                "hidden_size": HIDDEN,
+                "intermediate_size": 48,
+                "num_blocks": 1,
+                "num_attention_heads": HEADS,
+                "nemo_conv_channels": HIDDEN,
+                "ext_pw_out_channel": HIDDEN,
+                "depthwise_separable_out_channel": HIDDEN,
+            },
+        },
+        "transfo-xl": {"cutoffs": [20, 40, 60]},
         "xmod": {"default_language": "en_XX"},
         # Sizes that must agree with each other in a way of their own.
         "deepseek_v4": {"num_key_value_heads": 1},
@@ -110,6 +147,15 @@ EXCEPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "swa_v_head_dim": 8,
         },
         "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
+        # Layers that are run several times, and layers with two attention modules each.
+        "hrm_text": {
+            "num_layers_per_stack": 1,
+            "H_cycles": 2,
+            "L_cycles": 1,
+            "L_bp_cycles": [1],
+            "num_hidden_layers": 4,
+        },
+        "longcat_flash": {"num_layers": 2},
         "mamba2": {"head_dim": 16},
         "reformer": {"axial_pos_shape": [8, 12], "axial_pos_embds_dim": [16, 16]},
         "xlstm": {"hidden_size": 128, "embedding_dim": 128},
@@ -128,7 +174,13 @@ EXCEPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "intermediate_size": 48,
             "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
         },
+        # Past its window or its choice of tokens, a model of these types forgets what it has cached.
+        "hy_v4": {"index_topk": POSITIONS},
+        "moshi": {"sliding_window": POSITIONS},
         # Off by default: without it, any position sees any other.
         "xlnet": {"attn_type": "uni"},
     }
 )
+
+# How sharp queries and keys are drawn where scores are not divided by the root of the head size, or norms double them.
+SOFTER: Mapping[str, float] = MappingProxyType({"gpt_neo": 0.95, "nemotron": 0.8})
