@@ -22,6 +22,7 @@ from pytest_circuitfreeze.shrinking_rules import (
     EXCEPTIONS,
     HEAD_DIM,
     HEADS,
+    LAYER_COUNT,
     LAYERS,
     MOST_LAYERS,
     ROTARY,
@@ -92,9 +93,9 @@ def tiny_of_type(
         # The plain loop over experts serves every dtype; the grouped product does not.
         config._experts_implementation = "eager"
     try:
-        # What the class draws into buffers is a function of the seed as well.
+        # What the class draws (decays, buffers) is a function of the seed as well; it does so on the CPU.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             model: PreTrainedModel = _model_class(model_type)._from_config(config, attn_implementation=attn)
     except Exception as error:
         raise ValueError(_cannot(model_type, f"be built with attention {attn!r}", error)) from error
@@ -164,9 +165,11 @@ def _small_number(name: str, value: Any, layers: _Layers) -> Any:
         return type(value)(0) if value else value
     if "partial_rotary" in name or name in ("rotary_pct", "rope_pct"):
         return _small_rotary_share(value)
+    if re.fullmatch(LAYER_COUNT, name):
+        return len(layers.kept) or LAYERS
     for pattern, fixed in SET:
         if re.fullmatch(pattern, name):
-            return (len(layers.kept) or LAYERS) if fixed == LAYERS else fixed
+            return fixed
     if type(value) is int:
         for pattern, most in AT_MOST:
             if re.fullmatch(pattern, name):

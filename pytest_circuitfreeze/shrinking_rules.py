@@ -24,7 +24,6 @@ WINDOW = 6
 SET: tuple[tuple[str, object], ...] = (
     (r".*vocab_size.*", VOCABULARY),
     (r"hidden_size|d_model|n_embd|emb_dim|(\w+_)?embedding_(dim|size)|word_embed_proj_dim|lru_width", HIDDEN),
-    (r"num_hidden_layers|(num_)?((en|de)coder_)?layers|n_layers?|num_blocks", LAYERS),
     (r"(num_)?((en|de)coder_)?(swa_)?(num_)?attention_heads|n_heads?|num_heads", HEADS),
     (r"(swa_)?(num_key_value|num_kv|kv_n)_heads", KV_HEADS),
     # A None is no help where the class does not work it out, and these are what it would be.
@@ -71,6 +70,9 @@ AT_MOST: tuple[tuple[str, int], ...] = (
     # For names that nobody has thought of yet.
     (r".*(_size|_dim|_width|_channels?)", HIDDEN),
 )
+
+LAYER_COUNT = r"num_hidden_layers|(num_)?((en|de)coder_)?layers|n_layers?|num_blocks"
+"""Numbers of layers, made as many as are kept of the default's."""
 
 DROPOUT = r".*(dropout|pdrop|layerdrop|drop_rate)(_p|_prob|_rate)?"
 """Probabilities of dropping something, made 0."""
