@@ -1,13 +1,6 @@
 """Freezes the QK circuit (where a head looks) or the OV circuit (what it moves) of chosen attention heads."""
 
-from freeze_core.config import (
-    BackwardMode,
-    CircuitType,
-    FreezeType,
-    InterventionConfig,
-    KVScope,
-    ModelArchitecture,
-)
+from freeze_core.config import InterventionConfig
 from freeze_core.errors import (
     CircuitFreezeError,
     FreezeNotInForceError,
@@ -16,6 +9,7 @@ from freeze_core.errors import (
     UnsupportedModelError,
 )
 from freeze_core.freezer import AttentionCircuitFreezer, freeze_ov_circuit, freeze_qk_circuit
+from freeze_core.vocabulary import BackwardMode, CircuitType, FreezeType, KVScope, ModelArchitecture
 
 __all__ = [
     "AttentionCircuitFreezer",

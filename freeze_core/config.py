@@ -8,90 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
+from freeze_core.activations import Recording
 from freeze_core.errors import InterventionError
+from freeze_core.statistics import ActivationStatistics
+from freeze_core.vocabulary import ATTENTION, BackwardMode, CircuitType, FreezeType, KVScope
 
-__all__ = [
-    "BackwardMode",
-    "CircuitType",
-    "FreezeType",
-    "InterventionConfig",
-    "KVScope",
-    "ModelArchitecture",
-    "Role",
-]
-
-Role = Literal["q", "k", "v"]
-"""A single activation: queries, keys or values."""
-
-
-class CircuitType(StrEnum):
-    """Which activations to freeze: a whole circuit, both of them, or a single activation.
-
-    QK decides where a head looks (`q` and `k`), OV what it moves (`v`): Elhage et al., "A Mathematical
-    Framework for Transformer Circuits", 2021.
-    """
-
-    QK = "qk"
-    OV = "ov"
-    BOTH = "both"
-    Q = "q"
-    K = "k"
-    V = "v"
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """The single activations that make up this circuit."""
-        return _ROLES[self]
-
-
-_ROLES: dict[CircuitType, tuple[Role, ...]] = {
-    CircuitType.QK: ("q", "k"),
-    CircuitType.OV: ("v",),
-    CircuitType.BOTH: ("q", "k", "v"),
-    CircuitType.Q: ("q",),
-    CircuitType.K: ("k",),
-    CircuitType.V: ("v",),
-}
-
-
-class FreezeType(StrEnum):
-    """The replacement value."""
-
-    ZERO = "zero"
-    MEAN = "mean"
-    NOISE = "noise"
-    REFERENCE = "reference"
-    RESAMPLE = "resample"
-
-
-class BackwardMode(StrEnum):
-    """What the gradient does at a frozen activation.
-
-    `stopgrad` stops it in proportion to the strength; `ste` is the straight-through estimator (Bengio et al.,
-    "Estimating or Propagating Gradients Through Stochastic Neurons", 2013); `circuit_ste` is the gradient of
-    the unfrozen attention.
-    """
-
-    STOPGRAD = "stopgrad"
-    STE = "ste"
-    CIRCUIT_STE = "circuit_ste"
-
-
-class KVScope(StrEnum):
-    """Whether K and V are frozen for the whole group of query heads that share them, or for the chosen heads."""
-
-    GROUP = "group"
-    HEAD = "head"
-
-
-class ModelArchitecture(StrEnum):
-    """How a model stores its query, key and value projections."""
-
-    SEPARATE_QKV = "separate_qkv"
-    FUSED_QKV = "fused_qkv"
-    FLASH_ATTENTION = "flash_attention"
+__all__ = ["InterventionConfig"]
 
 
 @dataclass
@@ -103,9 +27,9 @@ class InterventionConfig:
             that has attention.
         head_indices: query heads, in the same way; `None` is all of them.
         circuit: `qk`, `ov`, `both`, or one activation `q`, `k`, `v`.
-        freeze_type: the replacement `r`: `zero`, `mean` (over batch and real positions of the pass) or `noise`.
-            `reference` and `resample` are not served yet.
-        backward_mode: `stopgrad` or `ste`. `circuit_ste` is not served yet.
+        freeze_type: the replacement `r`: `zero`; `mean` of each feature over batch and real positions of the pass;
+            `noise`, drawn; `reference`, what was recorded on another input; `resample`, another row's.
+        backward_mode: `stopgrad`, `ste`, or `circuit_ste`, whose gradient is that of the attention left untouched.
         preserve_gradients: `False` allows a parameter's gradient to be `None` where nothing flows.
         kv_scope: `group` freezes the KV heads that serve the chosen query heads, and so touches the neighbours
             that share them; `head` gives each chosen query head its own view of K and V.
@@ -113,8 +37,9 @@ class InterventionConfig:
         seed: any int; chooses the draw of `noise`.
         noise_std: standard deviation of `noise` around 0, in the activation's own unit; `None` keeps the mean and
             standard deviation of each feature.
-        statistics, reference: not served yet, must be `None`.
-        attention: `self`; `cross` and `encoder` are not served yet.
+        statistics: calibrated statistics for `mean` and `noise` in the place of those of the pass.
+        reference: the recording for `reference`.
+        attention: `self`, `cross` (keys and values of an encoder's states) or `encoder` (the encoder's own).
 
     Raises:
         InterventionError: naming the field, the value and what is allowed.
@@ -130,8 +55,8 @@ class InterventionConfig:
     strength: float = 1.0
     seed: int = 0
     noise_std: float | None = None
-    statistics: Any = None
-    reference: Any = None
+    statistics: ActivationStatistics | None = None
+    reference: Recording | None = None
     attention: str = "self"
 
     def __post_init__(self) -> None:
@@ -148,22 +73,18 @@ class InterventionConfig:
             _check_real("noise_std", self.noise_std, "None or a finite number that is not negative")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
             raise _refusal("seed", self.seed, "an int")
-        self._check_served()
-
-    def _check_served(self) -> None:
-        later = {
-            "freeze_type": ({"reference", "resample"}, "zero, mean or noise"),
-            "backward_mode": ({"circuit_ste"}, "stopgrad or ste"),
-            "attention": ({"cross", "encoder"}, "self"),
-        }
-        for field, (values, allowed) in later.items():
-            if getattr(self, field) in values:
-                raise _refusal(field, str(getattr(self, field)), f"{allowed}; this one is not served yet")
-        if self.attention != "self":
-            raise _refusal("attention", self.attention, "self")
-        for field in ("statistics", "reference"):
-            if getattr(self, field) is not None:
-                raise _refusal(field, getattr(self, field), "None; anything else is not served yet")
+        if not isinstance(self.attention, str) or self.attention not in ATTENTION:
+            raise _refusal("attention", self.attention, f"one of {', '.join(ATTENTION)}")
+        if self.freeze_type == FreezeType.REFERENCE and not isinstance(self.reference, Recording):
+            raise _refusal(
+                "reference", self.reference, "what AttentionCircuitFreezer.record returns, for freeze_type 'reference'"
+            )
+        if self.reference is not None and self.freeze_type != FreezeType.REFERENCE:
+            raise _refusal(
+                "reference", self.reference, f"None under freeze_type '{self.freeze_type}', which does not use it"
+            )
+        if self.statistics is not None and not isinstance(self.statistics, ActivationStatistics):
+            raise _refusal("statistics", self.statistics, "None or what AttentionCircuitFreezer.calibrate returns")
 
     def checked(self) -> InterventionConfig:
         """A copy of its own, checked anew: what the caller changes later does not reach it."""

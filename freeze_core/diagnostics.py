@@ -11,11 +11,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from freeze_core.attention.sites import Sites, find_sites
-from freeze_core.config import BackwardMode, InterventionConfig
+from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.install import FrozenProjection, frozen_attention, install, live_freezes
+from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
+from freeze_core.freezing.install import install, live_freezes
 from freeze_core.freezing.plan import resolve
 from freeze_core.inputs import logits_of, model_arguments
+from freeze_core.vocabulary import BackwardMode
 
 __all__ = ["gradient_behavior", "intervention_effect"]
 
@@ -79,7 +81,7 @@ def _frozen(sites: Sites, config: InterventionConfig) -> Iterator[None]:
     if all(freeze in live for freeze in resolved):
         yield
     else:
-        with install(sites, [resolved]):
+        with install([(sites, resolved)]):
             yield
 
 
@@ -97,12 +99,14 @@ def _tapped(name: str, projection: FrozenProjection) -> Iterator[dict[str, Any]]
     tap: dict[str, Any] = {"name": name, "projection": projection}
     original = projection.original
 
+    # The first call is the one whose gradient counts: under circuit_ste the attention runs once more, cut off.
     def before(*args: Any, **kwargs: Any) -> Tensor:
-        tap["before"] = original(*args, **kwargs)
-        return tap["before"]  # type: ignore[no-any-return]
+        x: Tensor = original(*args, **kwargs)
+        tap.setdefault("before", x)
+        return x
 
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
-        tap["after"] = output
+        tap.setdefault("after", output)
 
     projection.original = before
     hook = projection.module.register_forward_hook(after)
@@ -114,7 +118,10 @@ def _tapped(name: str, projection: FrozenProjection) -> Iterator[dict[str, Any]]
 
 
 def _identity(projection: FrozenProjection, dx: Tensor | None, dx_after: Tensor | None) -> dict[str, Any]:
-    """`dx = (1 - a) dx'` under `stopgrad` and `dx = dx'` under `ste`, on the frozen features; `dx = dx'` elsewhere."""
+    """`dx = (1 - a) dx'` under `stopgrad` and `dx = dx'` under `ste`, on the frozen features; `dx = dx'` elsewhere.
+
+    Under `circuit_ste` both are of the run that spares the circuit, in which nothing stands between the two.
+    """
     if dx is None or dx_after is None:
         return {"passed": dx is dx_after, "deviation": None, "bound": None}
     expected = dx_after.clone()

@@ -7,13 +7,15 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
+from freeze_core.activations import Recording
 from freeze_core.attention.sites import find_sites
-from freeze_core.config import CircuitType, InterventionConfig, ModelArchitecture
+from freeze_core.config import InterventionConfig
 from freeze_core.diagnostics import gradient_behavior, intervention_effect
 from freeze_core.errors import InterventionError, UnsupportedModelError
 from freeze_core.freezing.install import FreezeHandle, FrozenCircuits, install
 from freeze_core.freezing.plan import resolve
-from freeze_core.recording import Recording, record
+from freeze_core.recording import record
+from freeze_core.vocabulary import CircuitType, ModelArchitecture
 
 __all__ = ["AttentionCircuitFreezer", "freeze_ov_circuit", "freeze_qk_circuit"]
 
@@ -68,8 +70,13 @@ class AttentionCircuitFreezer:
         for one in configs:
             if not isinstance(one, InterventionConfig):
                 raise InterventionError(f"config={one!r}: must be an InterventionConfig")
-        sites = find_sites(model, _architecture(architecture))
-        return install(sites, [resolve(one, sites) for one in configs])
+        stated = _architecture(architecture)
+        resolved = []
+        for one in configs:
+            checked = one.checked()
+            sites = find_sites(model, stated, checked.attention)
+            resolved.append((sites, resolve(checked, sites)))
+        return install(resolved, self.on_stale_cache)
 
     def remove_hooks(self, handles: FrozenCircuits | FreezeHandle | Iterable[FreezeHandle]) -> None:
         """Removes what `freeze_circuits` returned; twice is harmless."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from freeze_core.config import Role
+from freeze_core.vocabulary import Role
 
 __all__ = [
     "FUSED",
@@ -30,9 +30,8 @@ Read = Callable[[Any], Any]
 """Reads a fact off an attention module."""
 
 
-@dataclass(frozen=True)
-class SeparateStorage:
-    """Three projections by name; `outputs` are the names that the output projection may have, `../` the parent's."""
+class SeparateStorage(NamedTuple):
+    """Three projections by path within the attention module; `outputs` are the paths its output projection may have."""
 
     q: str
     k: str
@@ -42,7 +41,8 @@ class SeparateStorage:
 
 SEPARATE = (
     SeparateStorage("q_proj", "k_proj", "v_proj", ("attn_sub_norm", "o_proj", "out_proj", "dense", "c_proj", "Wo")),
-    SeparateStorage("query", "key", "value", ("../output.dense", "../dense")),
+    SeparateStorage("self.query", "self.key", "self.value", ("output.dense",)),
+    SeparateStorage("q", "k", "v", ("o",)),
     SeparateStorage("Wq", "Wk", "Wv", ("dense",)),
     SeparateStorage("q_lin", "k_lin", "v_lin", ("out_lin",)),
     SeparateStorage("project_q", "project_k", "project_v", ("attention_out",)),
@@ -189,7 +189,7 @@ NORMS: dict[Role, tuple[str, ...]] = {
 
 HARMLESS = {
     *("dropout", "attn_dropout", "attention_dropout", "resid_dropout", "out_drop", "softmax"),
-    *("rotary_emb", "rotary_fn", "act_fn", "sinks"),
+    *("rotary_emb", "rotary_fn", "act_fn", "sinks", "relative_attention_bias"),
     # Gates on what the heads put out come after z was mixed: they are no part of the OV circuit.
     *("gate_proj", "g_proj", "gate_bias"),
     # Chooses, from the hidden states alone, which keys a query may see at all: a mask.

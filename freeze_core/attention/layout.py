@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from freeze_core.config import Role
+from freeze_core.vocabulary import Role
 
 __all__ = ["fused_layout", "plain_layout", "widened"]
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from freeze_core.attention.families import NOT_SOFTMAX
 from freeze_core.attention.storages import Layout, layout_of, stores_projections
-from freeze_core.config import ModelArchitecture
 from freeze_core.errors import UnsupportedModelError
+from freeze_core.vocabulary import ModelArchitecture
 
 __all__ = ["AttentionSite", "Sites", "find_sites"]
 
@@ -25,9 +25,10 @@ SHARED = "is_kv_shared_layer"
 
 @dataclass(frozen=True, eq=False)
 class AttentionSite:
-    """One attention layer: where it is and how it stores what its heads read and write."""
+    """One attention layer: where it is, whether `self` or `cross`, and how it stores what its heads read and write."""
 
     layer: int
+    kind: str
     name: str
     attention: nn.Module
     layout: Layout
@@ -68,20 +69,22 @@ class Sites:
 class _Found(NamedTuple):
     stack: str
     layer: int
+    kind: str
     name: str
     attention: nn.Module
 
 
-def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None) -> Sites:
-    """The self-attention layers of `model`.
+def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None, attention: str = "self") -> Sites:
+    """The attention layers of `model`.
 
     Args:
         model: a Hugging Face model, or any module that holds one.
         architecture: how q, k and v are stored, stated by hand: it vouches for attention classes that are not
             known, and is checked against what the model has.
+        attention: `self` and `cross` of the decoder, or of the only stack of layers; `encoder` is the encoder's own.
 
     Raises:
-        UnsupportedModelError: no attention, or none that can be served, with the reason.
+        UnsupportedModelError: no such attention, or none that can be served, with the reason.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
@@ -91,16 +94,28 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None) 
             f"{type(model).__name__} has no attention layer with projections to freeze: no layer of a ModuleList holds "
             "query, key and value projections under names that are known"
         )
-    stack = _decoder_stack(model, sorted({one.stack for one in found}))
+    stack = _stack(model, sorted({one.stack for one in found}), "encoder" if attention == "encoder" else "decoder")
+    kind = "cross" if attention == "cross" else "self"
+    asked = [one for one in found if one.stack == stack and one.kind == kind]
+    by_layer, refused = _sites(asked, architecture)
+    if not by_layer:
+        reasons = "; ".join(dict.fromkeys(refused.values()))
+        raise UnsupportedModelError(reasons or f"attention={attention!r}: {type(model).__name__} has no such attention")
+    holder = model.get_submodule(stack.rpartition(".")[0])
+    return Sites(len(list(model.get_submodule(stack).children())), holder, by_layer, refused)
+
+
+def _sites(
+    found: list[_Found], architecture: ModelArchitecture | None
+) -> tuple[dict[int, AttentionSite], dict[int, str]]:
+    """The sites among the attention modules of one kind in one stack, and why others are none."""
     by_layer: dict[int, AttentionSite] = {}
     refused: dict[int, str] = {}
     for one in found:
-        if one.stack != stack:
-            continue
         try:
             if one.layer in by_layer:
                 raise UnsupportedModelError(f"the layer has another attention, {by_layer[one.layer].name}")
-            by_layer[one.layer] = _site(model, one, architecture)
+            by_layer[one.layer] = _site(one, architecture)
         except UnsupportedModelError as error:
             by_layer.pop(one.layer, None)
             refused[one.layer] = f"{one.name}: {error}"
@@ -109,16 +124,13 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None) 
         by_layer = {
             layer: replace(site, layout=replace(site.layout, unshared=None)) for layer, site in by_layer.items()
         }
-    _refuse_shared(by_layer, refused, [one for one in found if one.stack == stack])
-    if not by_layer:
-        raise UnsupportedModelError("; ".join(dict.fromkeys(refused.values())))
-    holder = model.get_submodule(stack.rpartition(".")[0])
-    return Sites(len(list(model.get_submodule(stack).children())), holder, by_layer, refused)
+    _refuse_shared(by_layer, refused, found)
+    return by_layer, refused
 
 
 def _attention_modules(model: nn.Module) -> Iterator[_Found]:
     """Every attention module in a layer, a module that several layers share once for each."""
-    lists: dict[str, nn.ModuleList] = {}
+    lists: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule | nn.DataParallel):
             raise UnsupportedModelError(
@@ -126,14 +138,14 @@ def _attention_modules(model: nn.Module) -> Iterator[_Found]:
                 "replaces: freeze the model before it is scripted or replicated, without that wrapper"
             )
         if isinstance(module, nn.ModuleList):
-            lists[name] = module
-        parts = name.split(".")
-        if _can_attend(module) and not set(CROSS) & set(parts):
-            for depth in range(1, len(parts)):
-                stack = ".".join(parts[:depth])
-                if stack in lists:
-                    yield _Found(stack, int(parts[depth]), name, module)
-                    break
+            lists.add(name)
+        if _can_attend(module):
+            parts = name.split(".")
+            kind = "cross" if set(CROSS) & set(parts) else "self"
+            stacks = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+            outermost = next((stack for stack in stacks if stack in lists), None)
+            if outermost is not None:
+                yield _Found(outermost, int(name[len(outermost) + 1 :].split(".")[0]), kind, name, module)
 
 
 def _can_attend(module: nn.Module) -> bool:
@@ -141,29 +153,30 @@ def _can_attend(module: nn.Module) -> bool:
     return getattr(module, SHARED, False) or (stores_projections(module) and not recurrent)
 
 
-def _decoder_stack(model: nn.Module, stacks: list[str]) -> str:
-    """The list of layers that decodes: the only one, or the outermost one inside the model's own decoder."""
-    if len(stacks) == 1:
+def _stack(model: nn.Module, stacks: list[str], role: str) -> str:
+    """The list of layers that decodes, or encodes: the only one, or the outermost inside the model's own decoder."""
+    if len(stacks) == 1 and role == "decoder":
         return stacks[0]
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    inside = set(get_decoder().modules()) if get_decoder else set()
-    decoding = sorted((stack.count("."), stack) for stack in stacks if model.get_submodule(stack) in inside)
-    if not decoding or [depth for depth, _ in decoding].count(decoding[0][0]) > 1:
+    getter: Any = getattr(model, f"get_{role}", None)
+    part = getter() if getter else None
+    inside = set(part.modules()) if isinstance(part, nn.Module) and part is not model else set()
+    depths = sorted((stack.count("."), stack) for stack in stacks if model.get_submodule(stack) in inside)
+    if not depths or [depth for depth, _ in depths].count(depths[0][0]) > 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has attention in several stacks of layers ({', '.join(stacks)}): "
-            "pass the module that holds the one to freeze, such as the model's decoder"
+            f"{type(model).__name__} has attention in the stacks of layers {', '.join(stacks)}, and does not say which "
+            f"is its {role}: pass the module that holds the one to freeze, such as the {role} itself"
         )
-    return decoding[0][1]
+    return depths[0][1]
 
 
-def _site(model: nn.Module, found: _Found, architecture: ModelArchitecture | None) -> AttentionSite:
+def _site(found: _Found, architecture: ModelArchitecture | None) -> AttentionSite:
     live = getattr(getattr(found.attention.forward, "__self__", None), "site", None)
     if isinstance(live, AttentionSite):  # frozen already: its attributes may be those of the unshared storage
         return live
     if getattr(found.attention, SHARED, False):
         raise UnsupportedModelError("its keys and values are an earlier layer's")
-    parent = model.get_submodule(found.name.rpartition(".")[0])
-    return AttentionSite(found.layer, found.name, found.attention, layout_of(found.attention, parent, architecture))
+    layout = layout_of(found.attention, architecture)
+    return AttentionSite(found.layer, found.kind, found.name, found.attention, layout)
 
 
 def _refuse_shared(by_layer: dict[int, AttentionSite], refused: dict[int, str], found: list[_Found]) -> None:

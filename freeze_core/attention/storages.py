@@ -20,8 +20,8 @@ from freeze_core.attention.families import (
     SeparateStorage,
 )
 from freeze_core.attention.layout import fused_layout, plain_layout, widened
-from freeze_core.config import ModelArchitecture, Role
 from freeze_core.errors import UnsupportedModelError
+from freeze_core.vocabulary import ModelArchitecture, Role
 
 __all__ = ["Layout", "Part", "Storage", "layout_of", "stores_projections"]
 
@@ -58,7 +58,8 @@ class Layout:
     """Head counts and storages of one attention module.
 
     `shared` is the storage that the model came with. `unshared` has one KV head for each query head; it is `None` where
-    nothing is shared, or where the module's code has no such path. z is the input of `output`.
+    nothing is shared, or where the module's code has no such path. z is the input of `output`. `core` is the module
+    whose attributes the code reads: the attention module, or the part of it that holds the projections.
     """
 
     architecture: ModelArchitecture
@@ -66,8 +67,18 @@ class Layout:
     kv_heads: int
     head_dim: int
     output: nn.Module
+    core: nn.Module
     shared: Storage
     unshared: Storage | None = None
+
+    @property
+    def z(self) -> Tensor:
+        """Feature index `[heads, value_dim]` into the input of the output projection."""
+        return plain_layout(self.heads, self.features("v"))
+
+    def features(self, role: Role) -> int:
+        """Features of a head of this role."""
+        return sum(part.features.shape[1] for part in self.shared.features["v" if role == "z" else role])
 
 
 def stores_projections(attention: nn.Module) -> bool:
@@ -75,8 +86,8 @@ def stores_projections(attention: nn.Module) -> bool:
     return bool(_fused(attention) or _separate(attention) or _is_latent(attention))
 
 
-def layout_of(attention: nn.Module, parent: nn.Module, architecture: ModelArchitecture | None) -> Layout:
-    """The layout of an attention module that `stores_projections`; `parent` is the module it belongs to.
+def layout_of(attention: nn.Module, architecture: ModelArchitecture | None) -> Layout:
+    """The layout of an attention module that `stores_projections`.
 
     Raises:
         UnsupportedModelError: with the reason.
@@ -93,9 +104,9 @@ def layout_of(attention: nn.Module, parent: nn.Module, architecture: ModelArchit
     if fused:
         return _fused_layout(attention, fused)
     if architecture is None:
-        _refuse_unknown_parts(attention, separate)
+        _refuse_unknown_parts(_core(attention, separate), separate)
     if separate:
-        return _separate_layout(attention, parent, separate)
+        return _separate_layout(attention, separate)
     return _latent_layout(attention)
 
 
@@ -112,8 +123,20 @@ def _fused(attention: nn.Module) -> FusedStorage | None:
 
 
 def _separate(attention: nn.Module) -> SeparateStorage | None:
-    children = _children(attention)
-    return next((names for names in SEPARATE if {names.q, names.k, names.v} <= children.keys()), None)
+    return next((names for names in SEPARATE if all(_part(attention, path) for path in names[:3])), None)
+
+
+def _part(attention: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at `path`, if the module has one."""
+    found: Any = attention
+    for name in path.split("."):
+        found = found._modules.get(name) if isinstance(found, nn.Module) else None
+    return cast("nn.Module | None", found)
+
+
+def _core(attention: nn.Module, separate: SeparateStorage | None) -> nn.Module:
+    """The module that holds the projections themselves."""
+    return attention.get_submodule(separate.q.rpartition(".")[0]) if separate else attention
 
 
 def _is_latent(attention: nn.Module) -> bool:
@@ -144,15 +167,18 @@ def _fused_layout(attention: nn.Module, entry: FusedStorage) -> Layout:
             {name: widened(index, wide)},
             entry.unshared(attention),
         )
-    return Layout(ModelArchitecture.FUSED_QKV, heads, kv_heads, head_dim, output, shared, unshared)
+    return Layout(ModelArchitecture.FUSED_QKV, heads, kv_heads, head_dim, output, attention, shared, unshared)
 
 
-def _separate_layout(attention: nn.Module, parent: nn.Module, names: SeparateStorage) -> Layout:
-    projections = {name: _children(attention)[name] for name in (names.q, names.k, names.v)}
-    output = _output(attention, parent, names.outputs)
+def _separate_layout(attention: nn.Module, names: SeparateStorage) -> Layout:
+    core = _core(attention, names)
+    projections = {name: attention.get_submodule(name) for name in names[:3]}
+    output = next((part for part in (_part(attention, path) for path in names.outputs) if part), None)
+    if output is None:
+        raise UnsupportedModelError(f"no output projection: it has none of {', '.join(names.outputs)}")
     gated = any(cls.__name__ in GATED_QUERY for cls in type(attention).__mro__)
     widths = {name: _width(module) for name, module in projections.items()}
-    head_dim = _head_dim(attention)
+    head_dim = _head_dim(core)
     heads, kv_heads = widths[names.q] // head_dim // (2 if gated else 1), widths[names.k] // head_dim
     value_dim = widths[names.v] // max(kv_heads, 1)
     plain = heads and kv_heads and heads % kv_heads == 0
@@ -166,7 +192,7 @@ def _separate_layout(attention: nn.Module, parent: nn.Module, names: SeparateSto
             f"takes {_width_in(output)}: {names.q} holds more than queries (an output gate, say)"
         )
     modules = {
-        name: _behind_norms(attention, role, module, widths[name], head_dim)
+        name: _behind_norms(core, role, module, widths[name], head_dim)
         for role, (name, module) in zip(("q", "k", "v"), projections.items(), strict=True)
     }
     q_index = plain_layout(heads, (2 if gated else 1) * head_dim)[:, :head_dim]
@@ -175,10 +201,10 @@ def _separate_layout(attention: nn.Module, parent: nn.Module, names: SeparateSto
     shared = Storage(modules, widths, {"q": q, "k": (Part(names.k, k_index),), "v": (Part(names.v, v_index),)})
     unshared = None
     # The module's own code repeats each KV head this many times: repeat them before it does.
-    if kv_heads < heads and getattr(attention, "num_key_value_groups", None) == heads // kv_heads:
+    if kv_heads < heads and getattr(core, "num_key_value_groups", None) == heads // kv_heads:
         wide_k, wide_v = plain_layout(heads, head_dim), plain_layout(heads, value_dim)
         attributes = {"num_key_value_groups": 1}
-        if hasattr(attention, "num_key_value_heads"):
+        if hasattr(core, "num_key_value_heads"):
             attributes["num_key_value_heads"] = heads
         unshared = Storage(
             modules,
@@ -187,7 +213,7 @@ def _separate_layout(attention: nn.Module, parent: nn.Module, names: SeparateSto
             {names.k: widened({"k": k_index}, {"k": wide_k}), names.v: widened({"v": v_index}, {"v": wide_v})},
             attributes,
         )
-    return Layout(ModelArchitecture.SEPARATE_QKV, heads, kv_heads, head_dim, output, shared, unshared)
+    return Layout(ModelArchitecture.SEPARATE_QKV, heads, kv_heads, head_dim, output, core, shared, unshared)
 
 
 def _latent_layout(attention: nn.Module) -> Layout:
@@ -213,7 +239,7 @@ def _latent_layout(attention: nn.Module) -> Layout:
     }
     shared = Storage({name: children[name] for name in names}, widths, features)
     output = children[LATENT.output]
-    return Layout(ModelArchitecture.SEPARATE_QKV, heads, heads, plain + rotary, output, shared)
+    return Layout(ModelArchitecture.SEPARATE_QKV, heads, heads, plain + rotary, output, attention, shared)
 
 
 def _behind_norms(attention: nn.Module, role: str, projection: nn.Module, width: int, head_dim: int) -> nn.Module:
@@ -226,20 +252,10 @@ def _behind_norms(attention: nn.Module, role: str, projection: nn.Module, width:
     return projection
 
 
-def _output(attention: nn.Module, parent: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    for name in names:
-        owner, path = (parent, name[3:]) if name.startswith("../") else (attention, name)
-        try:
-            return owner.get_submodule(path)
-        except AttributeError:
-            continue
-    raise UnsupportedModelError(f"no output projection: {type(attention).__name__} has none of {', '.join(names)}")
-
-
 def _refuse_unknown_parts(attention: nn.Module, separate: SeparateStorage | None) -> None:
     known = {*HARMLESS, *(name for names in NORMS.values() for name in names)}
     if separate:
-        known |= {separate.q, separate.k, separate.v, *separate.outputs}
+        known |= {path.rpartition(".")[2] for path in (*separate[:3], *separate.outputs)}
     else:
         known |= {*LATENT.queries, LATENT.unpacked, LATENT.compressed, LATENT.output}
         known |= {"q_a_proj", "q_a_layernorm", "kv_a_layernorm"}
@@ -254,7 +270,7 @@ def _refuse_unknown_parts(attention: nn.Module, separate: SeparateStorage | None
 
 
 def _head_dim(attention: nn.Module) -> int:
-    for name in ("head_dim", "head_size", "attention_head_size", "dim_head"):
+    for name in ("head_dim", "head_size", "attention_head_size", "dim_head", "key_value_proj_dim"):
         value = getattr(attention, name, None)
         if isinstance(value, int) and value > 0:
             return value

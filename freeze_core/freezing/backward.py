@@ -1,19 +1,20 @@
 """The frozen activation `x' = x + a (r - x)` and what its gradient is.
 
-`stopgrad`: `dx = (1 - a) dx'`, which autograd gives by itself, exact zeros at `a = 1`, and the parameters behind
-`x` keep gradients that are not `None`. `ste`, the straight-through estimator: `dx = dx'`.
+`stopgrad`: `dx = (1 - a) dx'`, which autograd gives by itself, exact zeros at `a = 1`, and the parameters behind `x`
+keep gradients that are not `None`. `ste`, the straight-through estimator: `dx = dx'`. `circuit_ste` has its gradient
+where the heads' values are mixed, not here.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from freeze_core.config import BackwardMode
+from freeze_core.vocabulary import BackwardMode
 
-__all__ = ["blend"]
+__all__ = ["blend", "straight_through"]
 
 
 def blend(x: Tensor, frozen: Tensor, mask: Tensor, r: Tensor, strength: float, mode: BackwardMode) -> Tensor:
@@ -25,19 +26,22 @@ def blend(x: Tensor, frozen: Tensor, mask: Tensor, r: Tensor, strength: float, m
         mask: `[feature]` bool.
         r: replacement, broadcastable to `x`; cast to its dtype, so that at strength 1 the result is `r` itself.
         strength: in (0, 1].
-        mode: `stopgrad` or `ste`.
+        mode: what the gradient does.
     """
     r = r.to(x.dtype)
     # Chosen, not multiplied: a product with 0 would keep inf and nan alive.
     result = torch.where(mask, r if strength == 1 else x + strength * (r - x), frozen)
-    if mode == BackwardMode.STE and x.requires_grad:
-        return StraightThrough.apply(frozen, result.detach())  # type: ignore[no-any-return,no-untyped-call]
-    return result
+    return straight_through(frozen, result) if mode == BackwardMode.STE else result
 
 
-class StraightThrough(torch.autograd.Function):
-    """Forward gives the second argument, bit for bit; backward hands the gradient to the first."""
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, bit for bit, with the gradient going to `x` as if it had been that."""
+    if not x.requires_grad:
+        return value.detach()
+    return cast(Tensor, _StraightThrough.apply(x, value.detach()))  # type: ignore[no-untyped-call]
 
+
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
         return value.view_as(value)

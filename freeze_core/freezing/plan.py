@@ -1,37 +1,49 @@
-"""Configs resolved against a model: which treatment each head's activation gets. Pure data, no tensors of a pass."""
+"""Configs resolved against a model: which treatment each head's activation gets. No tensors of a pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
+from torch import Tensor
+
+from freeze_core.activations import LayerActivations, Recording
 from freeze_core.attention.sites import AttentionSite, Sites
 from freeze_core.attention.storages import Part, Storage
-from freeze_core.config import BackwardMode, CircuitType, FreezeType, InterventionConfig, KVScope, Role
+from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError
+from freeze_core.statistics import ActivationStatistics, LayerStatistics, model_identity
+from freeze_core.vocabulary import ROLES, BackwardMode, CircuitType, FreezeType, KVScope, Role
 
-__all__ = ["Assignment", "LayerFreeze", "Treatment", "assign", "resolve", "storage_for"]
+__all__ = ["Assignment", "LayerFreeze", "Reference", "Treatment", "assign", "resolve", "storage_for"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A layer's recorded activations and the padding mask `[batch, token]` they were recorded under."""
+
+    activations: LayerActivations
+    attention_mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to an activation, whichever it is."""
+    """What is done to an activation. Fields that play no part in a freeze type are at their default."""
 
     freeze_type: FreezeType
     backward_mode: BackwardMode
     strength: float
-    seed: int
-    noise_std: float | None
+    seed: int = 0
+    noise_std: float | None = None
+    statistics: LayerStatistics | None = None
+    reference: Reference | None = None
 
     @property
-    def needs_statistics(self) -> bool:
-        """Whether the replacement is made of statistics of the pass itself."""
-        return self.freeze_type == FreezeType.MEAN or (self.freeze_type == FreezeType.NOISE and self.noise_std is None)
-
-    @property
-    def needs_pass(self) -> bool:
-        """Whether the replacement depends on the pass that is running: its padding, its columns."""
-        return self.freeze_type != FreezeType.ZERO
+    def key(self) -> str:
+        """What decides the frozen value, as text. A recorded reference serves whole passes only, whichever it is."""
+        calibrated = self.statistics.digest() if self.statistics else ""
+        return f"{self.freeze_type} {self.strength} {self.seed} {self.noise_std} {calibrated}"
 
 
 @dataclass(frozen=True)
@@ -45,46 +57,81 @@ class LayerFreeze:
     treatment: Treatment
 
 
+_T = TypeVar("_T")
+
 Assignment = Mapping[Role, tuple[Treatment | None, ...]]
-"""For each role, the treatment of what each query head reads; `None` is left alone."""
+"""For each role, the treatment of what each query head reads, or writes; `None` is left alone."""
 
 
-def resolve(config: InterventionConfig, sites: Sites) -> list[LayerFreeze]:
-    """What `config` asks of each attention layer.
+def resolve(config: InterventionConfig, sites: Sites, roles: tuple[Role, ...] | None = None) -> list[LayerFreeze]:
+    """What `config` asks of each attention layer; `roles`, if given, in the place of its circuit's.
 
     Raises:
-        InterventionError: an index that is out of range or repeated, or a layer without attention.
+        InterventionError: an index that is out of range or repeated, a layer without attention, or a reference or
+            statistics that do not fit the model.
     """
     config = config.checked()
-    freeze_type = FreezeType(config.freeze_type)
-    noisy = freeze_type == FreezeType.NOISE
-    treatment = Treatment(
-        freeze_type,
-        BackwardMode(config.backward_mode),
-        float(config.strength),
-        int(config.seed) if noisy else 0,
-        float(config.noise_std) if noisy and config.noise_std is not None else None,
-    )
+    if config.statistics is not None:
+        _check_statistics(config.statistics, sites)
     freezes = []
     for layer in _layers(config, sites):
         heads = sites.by_layer[layer].heads
         chosen = _in_range("head_indices", config.head_indices, heads, f"layer {layer} has {heads} query heads")
         freezes.append(
-            LayerFreeze(layer, CircuitType(config.circuit).roles, chosen, KVScope(config.kv_scope), treatment)
+            LayerFreeze(
+                layer,
+                roles or CircuitType(config.circuit).roles,
+                chosen,
+                KVScope(config.kv_scope),
+                _treatment(config, layer),
+            )
         )
     return freezes
 
 
+def _treatment(config: InterventionConfig, layer: int) -> Treatment:
+    freeze_type, mode = FreezeType(config.freeze_type), BackwardMode(config.backward_mode)
+    strength, seed = float(config.strength), int(config.seed)
+    statistics = None if config.statistics is None else _of_layer("statistics", config.statistics, layer)
+    if freeze_type == FreezeType.NOISE:
+        if config.noise_std is not None:
+            return Treatment(freeze_type, mode, strength, seed, float(config.noise_std))
+        return Treatment(freeze_type, mode, strength, seed, statistics=statistics)
+    if freeze_type == FreezeType.RESAMPLE:
+        return Treatment(freeze_type, mode, strength, seed)
+    if freeze_type == FreezeType.MEAN:
+        return Treatment(freeze_type, mode, strength, statistics=statistics)
+    if freeze_type == FreezeType.REFERENCE:
+        recording = cast(Recording, config.reference)
+        reference = Reference(_of_layer("reference", recording, layer), recording.attention_mask)
+        return Treatment(freeze_type, mode, strength, reference=reference)
+    return Treatment(freeze_type, mode, strength)
+
+
+def _of_layer(field: str, values: Mapping[int, _T], layer: int) -> _T:
+    if layer not in values:
+        raise InterventionError(f"{field}={values!r}: holds nothing of layer {layer}, which is to be frozen")
+    return values[layer]
+
+
+def _check_statistics(statistics: ActivationStatistics, sites: Sites) -> None:
+    identity = model_identity(sites)
+    if statistics.identity != identity:
+        raise InterventionError(
+            f"statistics={statistics!r}: of another model ({statistics.identity}, not {identity}); calibrate this one"
+        )
+
+
 def assign(site: AttentionSite, freezes: Sequence[LayerFreeze]) -> Assignment:
     """The freezes of one layer in order, the later one winning where they meet."""
-    assignment: dict[Role, list[Treatment | None]] = {role: [None] * site.heads for role in ("q", "k", "v")}
+    assignment: dict[Role, list[Treatment | None]] = {role: [None] * site.heads for role in ROLES}
     for freeze in freezes:
         # At strength 0 the activation is the unfrozen one, bit for bit, whatever came before.
         treatment = freeze.treatment if freeze.treatment.strength > 0 else None
         groups = {head // site.group for head in freeze.heads}
         for role in freeze.roles:
+            shared = role in ("k", "v") and freeze.scope == KVScope.GROUP
             for head in range(site.heads):
-                shared = role != "q" and freeze.scope == KVScope.GROUP
                 if head // site.group in groups if shared else head in freeze.heads:
                     assignment[role][head] = treatment
     return {role: tuple(treatments) for role, treatments in assignment.items()}
@@ -128,16 +175,14 @@ def _layers(config: InterventionConfig, sites: Sites) -> list[int]:
                 + f"; name layers of {sorted(sites.by_layer)}"
             )
         return sorted(sites.by_layer)
-    layers = _in_range(
-        "layer_indices", config.layer_indices, sites.layers, f"the model has {sites.layers} decoder layers"
-    )
+    layers = _in_range("layer_indices", config.layer_indices, sites.layers, f"the model has {sites.layers} layers")
     for layer in layers:
         if layer in sites.refused:
             raise UnsupportedModelError(f"layer_indices={list(config.layer_indices)}: {sites.refused[layer]}")
         if layer not in sites.by_layer:
             raise InterventionError(
-                f"layer_indices={list(config.layer_indices)}: layer {layer} has no attention; those that have: "
-                f"{sorted(sites.by_layer)}"
+                f"layer_indices={list(config.layer_indices)}: layer {layer} has no {config.attention} attention; those "
+                f"that have: {sorted(sites.by_layer)}"
             )
     return list(layers)
 

@@ -1,18 +1,22 @@
-"""The forward pass that is running: what replacements need to know of it beyond the activation itself."""
+"""The forward pass that is running: what a freeze needs to know of it beyond the activation itself."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError
+from freeze_core.freezing.caches import check_cache, filled, mark_cache, refuse_reordering
 from freeze_core.freezing.replaced import ReplacedForward
 
-__all__ = ["Pass", "PassTracker"]
+__all__ = ["InForce", "Pass", "PassTracker", "tracker_of"]
 
 
 class Pass:
@@ -22,60 +26,178 @@ class Pass:
         attention_mask: as the stack was given it: `None`, or `[batch, cached + token]` with 0 for padding.
         cached: tokens in the cache before this pass.
         tokens: tokens of this pass.
+        encoder: the same of the encoder's states that cross-attention reads, if there are any.
+        cross_cached: whether keys and values of those states are in the cache already.
     """
 
-    def __init__(self, attention_mask: Any, cached: int, tokens: int) -> None:
+    def __init__(
+        self,
+        attention_mask: Any,
+        cached: int = 0,
+        tokens: int = 0,
+        encoder: Pass | None = None,
+        cross_cached: bool = False,
+    ) -> None:
         self.attention_mask = attention_mask
         self.cached = cached
+        self.encoder = encoder
+        self.cross_cached = cross_cached
         self._end = cached + tokens
 
     def column(self, tokens: int) -> int:
         """The column of the first of `tokens` activations: they end with the pass, or begin with the cache."""
         return max(0, self._end - tokens)
 
-    def real(self) -> Tensor | None:
-        """Which positions of this pass are not padding, `[batch, token]` bool; `None` is all of them.
+    def real(self, x: Tensor) -> Tensor | None:
+        """Which positions of `x` `[batch, token, feature]` are not padding, `[batch, token]` bool; `None` is all.
 
         Raises:
-            InterventionError: the mask is not a padding mask, so that padding cannot be told.
+            InterventionError: the mask is not a padding mask for these positions, so that padding cannot be told.
         """
+        mask = self._padding_mask()
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise InterventionError(
+                f"attention_mask is {list(mask.shape)} and the activations are {list(x.shape[:2])} [batch, token]: "
+                "statistics of the pass need a mask of the same shape"
+            )
+        return mask
+
+    def rows_without_padding(self, rows: int) -> int:
+        """`rows`, if each can be taken from another one.
+
+        Raises:
+            InterventionError: there is only one, or there is padding.
+        """
+        mask = self._padding_mask()
+        if rows < 2 or (mask is not None and not bool(mask.all())):
+            raise InterventionError(
+                f"freeze_type 'resample' takes the same column of another row, and this pass has {rows} row"
+                f"{'s with padding' if rows > 1 else ''}: give at least two rows of the same length, without padding"
+            )
+        return rows
+
+    def refuse_unlike(self, recorded: Tensor | None) -> None:
+        """Raises `InterventionError` where this pass pads otherwise than the one that was recorded."""
+        mask = self._padding_mask()
+        if recorded is None and (mask is None or bool(mask.all())):
+            return
+        if mask is None:
+            alike = bool((recorded != 0).all()) if recorded is not None else True
+        else:
+            alike = recorded is not None and bool(((recorded != 0).to(mask.device) == mask).all())
+        if not alike:
+            raise InterventionError(
+                "the reference was recorded under another attention_mask than that of this pass: record it on inputs "
+                "that are padded alike"
+            )
+
+    def _padding_mask(self) -> Tensor | None:
         mask = self.attention_mask
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise InterventionError(
-                f"attention_mask is {shape}: statistics of the pass need a padding mask [batch, token] to leave "
-                "padding out; pass one, or freeze with zero or with noise_std"
+                f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; "
+                "pass one, or freeze with zero or with noise_std"
             )
         return mask.bool()
 
 
+class InForce(NamedTuple):
+    """What a frozen attention tells of itself: a key that says what is frozen, and what follows for caches."""
+
+    key: str
+    unshared: bool
+    needs_rows: bool
+    on_stale: str
+
+
+ARGUMENTS = (
+    "attention_mask",
+    "past_key_values",
+    "input_ids",
+    "inputs_embeds",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+)
+
+
 class PassTracker(ReplacedForward):
-    """Stands in for the forward of a stack of layers and knows the pass that is running through it."""
+    """Stands in for the forward of a stack of layers: knows the pass that runs through it, and marks its cache."""
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__(stack)
         names = list(inspect.signature(self.original).parameters)
-        self._places: dict[str, int] = {
-            name: names.index(name)
-            for name in ("attention_mask", "past_key_values", "input_ids", "inputs_embeds")
-            if name in names
-        }
+        self._places: dict[str, int] = {name: names.index(name) for name in ARGUMENTS if name in names}
         self.current: Pass | None = None
-        self.users = 0
+        self._in_force: dict[str, InForce] = {}
+        self._mark = ""
+        self._unshared = self._needs_rows = False
+        self._on_stale = "ignore"
+        self._busy = threading.Lock()
+
+    def put(self, name: str, in_force: InForce | None) -> None:
+        """Notes what is in force in the attention called `name`; `None` is nothing. Attached while anything is."""
+        if in_force is None:
+            self._in_force.pop(name, None)
+        else:
+            self._in_force[name] = in_force
+        notes = [self._in_force[name] for name in sorted(self._in_force)]
+        frozen = [note.key for note in notes if note.key]
+        digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
+        unshared = [name for name in sorted(self._in_force) if self._in_force[name].unshared]
+        self._mark = f"{' '.join(unshared)}|{digest}"
+        self._needs_rows = any(note.needs_rows for note in notes)
+        self._on_stale = max((note.on_stale for note in notes), key=("ignore", "warn", "error").index, default="ignore")
+        if notes and not self._attached():
+            self.attach()
+        elif not notes and self._attached():
+            self.detach()
+
+    def _attached(self) -> bool:
+        return getattr(self.module.forward, "__self__", None) is self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._run(args, kwargs)
+        if not self._busy.acquire(blocking=False):
+            raise InterventionError(
+                f"a frozen {type(self.module).__name__} is running already, in another thread: run a frozen model in "
+                "one thread at a time"
+            )
+        try:
+            return self._run(args, kwargs)
+        finally:
+            self._busy.release()
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = self._argument("past_key_values", args, kwargs)
-        cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        given = self._argument("input_ids", args, kwargs)
-        tokens = (self._argument("inputs_embeds", args, kwargs) if given is None else given).shape[1]
-        running = Pass(self._argument("attention_mask", args, kwargs), cached, tokens)
-        if not self.module.training:
-            with self._running(running):
-                return self.original(*args, **kwargs)
+        running = self._pass(cache, args, kwargs)
+        before = running.cached + running.cross_cached
+        if before:
+            check_cache(cache, self._mark, self._on_stale)
         with self._running(running), self._checkpoints_keep(running):
-            return self.original(*args, **kwargs)
+            output = self.original(*args, **kwargs)
+        cache = cache if cache is not None else _cache_of(output)
+        if cache is not None:
+            mark_cache(cache, self._mark, before)
+            if self._needs_rows:
+                refuse_reordering(cache)
+        return output
+
+    def _pass(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+        given = self._argument("input_ids", args, kwargs)
+        if given is None:
+            given = self._argument("inputs_embeds", args, kwargs)
+        tokens = 0 if given is None else given.shape[1]  # an encoder of sounds or images counts its own columns from 0
+        states = self._argument("encoder_hidden_states", args, kwargs)
+        encoder = None
+        if states is not None:
+            encoder = Pass(self._argument("encoder_attention_mask", args, kwargs), 0, states.shape[1])
+        cross_cached = any(getattr(cache, "is_updated", {}).values())
+        mask = self._argument("attention_mask", args, kwargs)
+        return Pass(mask, filled(cache), tokens, encoder, cross_cached)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = self._places.get(name, len(args))
@@ -92,6 +214,9 @@ class PassTracker(ReplacedForward):
     @contextmanager
     def _checkpoints_keep(self, running: Pass) -> Iterator[None]:
         """Gradient checkpointing runs layers again in the backward pass: let each do so in the pass it came from."""
+        if not self.module.training:
+            yield
+            return
         name = "_gradient_checkpointing_func"
         originals = {module: vars(module)[name] for module in self.module.modules() if name in vars(module)}
         for module, original in originals.items():
@@ -111,3 +236,17 @@ class PassTracker(ReplacedForward):
             return checkpoint(layer, *args, **kwargs)
 
         return keeping
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache that a pass has made: by name, or among what was returned as a tuple."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, tuple):
+        cache = next((one for one in output if hasattr(one, "get_seq_length")), None)
+    return cache
+
+
+def tracker_of(stack: nn.Module) -> PassTracker:
+    """What tracks the passes of `stack` now, or something that can."""
+    tracker = getattr(stack.forward, "__self__", None)
+    return tracker if isinstance(tracker, PassTracker) else PassTracker(stack)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseTable", "accumulation_dtype", "statistics"]
+__all__ = ["NoiseTable", "accumulation_dtype", "derangement", "statistics"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,3 +62,16 @@ class NoiseTable:
 
     def _row(self, column: int) -> np.ndarray:
         return np.random.default_rng((*self._key, column)).standard_normal(self._shape)
+
+
+def derangement(seed: int, rows: int) -> list[int]:
+    """A permutation of `rows` rows without a fixed point, a function of `seed` and `rows` alone.
+
+    A random cycle through all rows: S. Sattolo, "An algorithm to generate a random cyclic permutation", 1986.
+    """
+    draw = np.random.default_rng((abs(seed), int(seed < 0), rows))
+    order = list(range(rows))
+    for last in range(rows - 1, 0, -1):
+        other = int(draw.integers(last))
+        order[last], order[other] = order[other], order[last]
+    return order

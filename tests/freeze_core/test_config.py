@@ -37,13 +37,10 @@ BAD = [
     ("seed", 1.0, "an int"),
     ("seed", True, "an int"),
     ("seed", None, "an int"),
-    ("attention", "sideways", "must be self"),
-    ("attention", "cross", "not served yet"),
-    ("freeze_type", "reference", "not served yet"),
-    ("freeze_type", "resample", "not served yet"),
-    ("backward_mode", "circuit_ste", "not served yet"),
-    ("statistics", object(), "not served yet"),
-    ("reference", {}, "not served yet"),
+    ("attention", "sideways", "one of self, cross, encoder"),
+    ("attention", None, "one of self, cross, encoder"),
+    ("statistics", 0.5, "what AttentionCircuitFreezer.calibrate returns"),
+    ("reference", {}, "under freeze_type 'zero', which does not use it"),
 ]
 
 
@@ -54,6 +51,12 @@ def test_a_bad_field_is_refused_by_name_value_and_range(field, value, allowed):
     assert field in str(error.value)
     assert str(value) in str(error.value)
     assert allowed in str(error.value)
+
+
+@pytest.mark.parametrize("reference", [None, {}, "recording"])
+def test_a_reference_that_is_no_recording_is_refused(reference):
+    with pytest.raises(InterventionError, match=r"reference=.*what AttentionCircuitFreezer\.record returns"):
+        InterventionConfig(freeze_type="reference", reference=reference)
 
 
 @pytest.mark.parametrize(("field", "value", "allowed"), BAD)

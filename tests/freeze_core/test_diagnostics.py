@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
-from freeze_core.freezing import install
+from freeze_core.freezing import edits
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
 
 
-@pytest.mark.parametrize("mode", ["stopgrad", "ste"])
+@pytest.mark.parametrize("mode", ["stopgrad", "ste", "circuit_ste"])
 @pytest.mark.parametrize("strength", [0, 0.3, 1])
 @pytest.mark.parametrize("scope", ["group", "head"])
-@pytest.mark.parametrize("freeze_type", ["zero", "mean", "noise"])
+@pytest.mark.parametrize("freeze_type", ["zero", "mean", "noise", "resample"])
 def test_a_sound_freeze_passes(any_storage, ids, mode, strength, scope, freeze_type):
     config = InterventionConfig([0, 2], [1], "both", freeze_type, mode, kv_scope=scope, strength=strength)
     result = FREEZER.check_gradient_behavior(any_storage, ids, config)
@@ -34,7 +34,7 @@ def leak(x, frozen, mask, r, strength, mode):
 
 @pytest.mark.parametrize("mode", ["stopgrad", "ste"])
 def test_a_gradient_that_breaks_the_identity_fails(model, ids, mode, monkeypatch):
-    monkeypatch.setattr(install, "blend", leak)
+    monkeypatch.setattr(edits, "blend", leak)
     result = FREEZER.check_gradient_behavior(model, ids, InterventionConfig([1], [0], backward_mode=mode))
     assert not result["validation_passed"]
 
@@ -42,7 +42,7 @@ def test_a_gradient_that_breaks_the_identity_fails(model, ids, mode, monkeypatch
 @pytest.mark.parametrize("preserve", [True, False])
 def test_a_gradient_that_turns_into_none_fails_unless_allowed(ids, preserve, monkeypatch):
     model = tiny_model("llama")
-    monkeypatch.setattr(install, "blend", lambda x, frozen, *rest: torch.zeros_like(frozen))
+    monkeypatch.setattr(edits, "blend", lambda x, frozen, *rest: torch.zeros_like(frozen))
     config = InterventionConfig([1], None, "q", preserve_gradients=preserve)
     result = FREEZER.check_gradient_behavior(model, ids, config)
     assert result["validation_passed"] is not preserve

@@ -31,7 +31,7 @@ def storage(*configs):
 @pytest.mark.parametrize(
     ("field", "indices", "message"),
     [
-        ("layer_indices", [3], "3 is out of range; the model has 3 decoder layers, so -3 to 2 are allowed"),
+        ("layer_indices", [3], "3 is out of range; the model has 3 layers, so -3 to 2 are allowed"),
         ("layer_indices", [-4], "-4 is out of range"),
         ("layer_indices", [0, -3], "names the same one twice"),
         ("head_indices", [4], "4 is out of range; layer 0 has 4 query heads, so -4 to 3 are allowed"),
@@ -57,10 +57,10 @@ def test_none_is_every_layer_and_head():
 
 
 def test_group_scope_reaches_the_neighbours_and_head_scope_does_not():
-    group = assigned(InterventionConfig([0], [1], "both"))
-    assert group == {"q": [None, "zero", None, None], "k": ["zero"] * 2 + [None] * 2, "v": ["zero"] * 2 + [None] * 2}
+    one, pair, none = [None, "zero", None, None], ["zero", "zero", None, None], [None] * 4
+    assert assigned(InterventionConfig([0], [1], "both")) == {"q": one, "k": pair, "v": pair, "z": none}
     head = assigned(InterventionConfig([0], [1], "both", kv_scope="head"))
-    assert head == {role: [None, "zero", None, None] for role in "qkv"}
+    assert head == {"q": one, "k": one, "v": one, "z": none}
 
 
 def test_kv_heads_are_unshared_only_where_a_group_is_treated_unevenly():

@@ -167,7 +167,7 @@ def test_of_an_encoder_and_a_decoder_the_decoders_own_attention_is_frozen():
 
 def test_stacks_that_no_decoder_tells_apart_are_refused():
     twin = nn.ModuleDict({"left": Layered(plain()), "right": Layered(plain())})
-    assert "several stacks of layers (left.layers, right.layers)" in refusal(twin)
+    assert "left.layers, right.layers, and does not say which is its decoder" in refusal(twin)
 
 
 def test_a_module_that_serves_two_layers_is_refused():

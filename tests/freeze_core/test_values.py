@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from freeze_core.config import BackwardMode
 from freeze_core.freezing.backward import blend
 from freeze_core.freezing.values import NoiseTable, statistics
+from freeze_core.vocabulary import BackwardMode
 
 
 def test_statistics_leave_padding_out_and_are_of_the_population():

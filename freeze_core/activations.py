@@ -1,0 +1,49 @@
+"""Activations of a forward pass, as recorded: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["LayerActivations", "Recording"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerActivations:
+    """The activations of one attention layer, detached, in the model's dtype.
+
+    Args:
+        q: queries `[batch, token, head, head_dim]`, after the bias, before per-head norms and rotary positions.
+        k, v: keys and values `[batch, token, kv_head, head_dim]`, at the same place; one a query head where a freeze
+            under `kv_scope="head"` has unshared them.
+        z: each head's mixed values, the input of the output projection `[batch, token, head, head_dim]`.
+        pattern: attention probabilities `[batch, head, token, key]`, if asked for.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    z: Tensor
+    pattern: Tensor | None = None
+
+
+class Recording(Mapping[int, LayerActivations]):
+    """A mapping from layer to its activations; `attention_mask` is the padding mask they were recorded under."""
+
+    def __init__(self, layers: Mapping[int, LayerActivations], attention_mask: Tensor | None) -> None:
+        self._layers = dict(layers)
+        self.attention_mask = attention_mask
+
+    def __getitem__(self, layer: int) -> LayerActivations:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"Recording(layers={list(self._layers)})"

@@ -1,0 +1,250 @@
+"""Frozen modules: projections whose output is held, the output projection whose input is, and their attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freeze_core.attention.sites import AttentionSite
+from freeze_core.attention.storages import Storage
+from freeze_core.errors import FreezeNotInForceError, InterventionError
+from freeze_core.freezing.backward import straight_through
+from freeze_core.freezing.edits import Edit, edits_of, edits_of_z
+from freeze_core.freezing.plan import LayerFreeze, assign, storage_for
+from freeze_core.freezing.replaced import ReplacedForward
+from freeze_core.freezing.running import InForce, Pass, PassTracker, tracker_of
+from freeze_core.vocabulary import FreezeType
+
+__all__ = ["FrozenAttention", "FrozenProjection", "Wiring", "frozen_attention", "wire"]
+
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+"""What attention modules call the cache that they are handed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """All that carries out the freezes of one layer, worked out before anything is touched.
+
+    Args:
+        freezes: in order, each with whom it belongs to.
+        storage: how q, k and v are held meanwhile.
+        edits: of each projection's output, by the projection's name.
+        z_edits: of the output projection's input.
+        in_force: what the tracker of passes is told.
+    """
+
+    freezes: Sequence[tuple[Any, LayerFreeze]]
+    storage: Storage
+    edits: Mapping[str, Sequence[Edit]]
+    z_edits: Sequence[Edit]
+    in_force: InForce
+
+    @property
+    def spares_the_circuit(self) -> bool:
+        """Whether some edit wants the gradient of the attention without it."""
+        return any(edit.spares_the_circuit for edits in self.edits.values() for edit in edits)
+
+
+def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wiring:
+    """Works out what carries out `freezes`, in order, in the layer at `site`.
+
+    Raises:
+        UnsupportedModelError: the layer cannot hold what is asked.
+    """
+    assignment = assign(site, [freeze for _, freeze in freezes])
+    storage = storage_for(site, assignment)
+    chosen = [treatment for treatments in assignment.values() for treatment in treatments]
+    key = " ".join("-" if treatment is None else treatment.key for treatment in chosen)
+    in_force = InForce(
+        key=f"{site.name} {key}" if any(chosen) else "",
+        unshared=storage is not site.layout.shared,
+        needs_rows=any(treatment and treatment.freeze_type == FreezeType.RESAMPLE for treatment in chosen),
+        on_stale=max(
+            (owner.on_stale_cache for owner, _ in freezes), key=("ignore", "warn", "error").index, default="warn"
+        ),
+    )
+    edits = {name: edits_of(site, storage, name, assignment) for name in storage.modules}
+    return Wiring(freezes, storage, edits, edits_of_z(site, assignment), in_force)
+
+
+class FrozenProjection(ReplacedForward):
+    """A projection whose output holds frozen activations."""
+
+    def __init__(self, name: str, attention: FrozenAttention, tracker: PassTracker) -> None:
+        wiring, shared = attention.wiring, attention.site.layout.shared
+        super().__init__(wiring.storage.modules[name])
+        self.name = name
+        self.edits = wiring.edits[name]
+        self.source = wiring.storage.sources.get(name)
+        self.ran = False
+        self.sparing = False
+        roles = {role for role, parts in shared.features.items() if any(part.module == name for part in parts)}
+        self.reads_encoder = attention.site.kind == "cross" and not roles & {"q"}
+        self._owner = attention.site.name
+        self._width = shared.widths[name]
+        self._tracker = tracker
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = self.original(*args, **kwargs)
+        if x.shape[-1] != self._width:
+            raise FreezeNotInForceError(
+                f"{self.name} of {self._owner} gave {x.shape[-1]} features where {self._width} were expected: its "
+                "heads are not where the freeze was told (a sharded projection?)"
+            )
+        if self.source is not None:
+            x = x[..., self.source.to(x.device)]
+        shape = x.shape
+        x = x.flatten(1, -2)  # latent attention unpacks its cache as [batch, 1, cached + token, feature]
+        frozen = x
+        for edit in self.edits:
+            if not (self.sparing and edit.spares_the_circuit):
+                frozen = edit.apply(x, frozen, self._running())
+        self.ran = True
+        return frozen.view(shape)
+
+    def _running(self) -> Pass | None:
+        running = self._tracker.current
+        return running.encoder if running and self.reads_encoder else running
+
+
+class FrozenOutput(ReplacedForward):
+    """An output projection whose input z is held, or whose gradient goes to the z of an attention left untouched."""
+
+    def __init__(self, attention: FrozenAttention, tracker: PassTracker) -> None:
+        super().__init__(attention.site.layout.output)
+        self.edits = attention.wiring.z_edits
+        self.ran = False
+        self.sparing = False
+        self.spared: Tensor | None = None
+        self._tracker = tracker
+
+    def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.ran = True
+        if self.sparing:
+            self.spared = z
+            return self.original(z, *args, **kwargs)
+        if self.spared is not None:
+            z, self.spared = straight_through(self.spared, z), None
+        frozen = z
+        for edit in self.edits:
+            frozen = edit.apply(z, frozen, self._tracker.current)
+        return self.original(frozen, *args, **kwargs)
+
+
+class FrozenAttention(ReplacedForward):
+    """An attention layer with live freezes: refuses to have run without them."""
+
+    def __init__(self, site: AttentionSite, stack: nn.Module) -> None:
+        super().__init__(site.attention)
+        self.site = site
+        self.wiring = wire(site, ())
+        self.projections: list[FrozenProjection] = []
+        self._output: FrozenOutput | None = None
+        self._stack = stack
+        self._tracker: PassTracker | None = None
+        self._attributes: dict[str, Any] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        frozen = self._frozen()
+        for one in frozen:
+            one.ran = False
+        if self.wiring.spares_the_circuit and torch.is_grad_enabled():
+            self._run_sparing(args, kwargs)
+        output = self.original(*args, **kwargs)
+        for one in frozen:
+            if not one.ran and not self._reads_cache(one):
+                raise FreezeNotInForceError(
+                    f"{self.site.name} ran without its {type(one.module).__name__} that holds frozen activations: this "
+                    "attention does not call its projections, so the freeze had no effect"
+                )
+        return output
+
+    def _frozen(self) -> list[FrozenProjection | FrozenOutput]:
+        return [*self.projections, *([self._output] if self._output else [])]
+
+    def _reads_cache(self, one: FrozenProjection | FrozenOutput) -> bool:
+        """Whether cross-attention took these keys and values from a cache, which was filled alike (it is marked)."""
+        running = self._tracker.current if self._tracker else None
+        return isinstance(one, FrozenProjection) and one.reads_encoder and bool(running and running.cross_cached)
+
+    def _run_sparing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs the attention once without the edits that spare the circuit, and keeps its z for the gradient."""
+        running = self._tracker.current if self._tracker else None
+        if running and (running.cached or running.cross_cached):
+            raise InterventionError(
+                f"backward_mode 'circuit_ste' has no gradient through the {running.cached} tokens that are cached: run "
+                "without a cache (use_cache=False), or under torch.no_grad()"
+            )
+        without_cache = {name: None if name in CACHES else value for name, value in kwargs.items()}
+        without_cache_args = tuple(None if hasattr(value, "get_seq_length") else value for value in args)
+        with _generators_kept(self.module), self._sparing():
+            self.original(*without_cache_args, **without_cache)
+
+    @contextmanager
+    def _sparing(self) -> Iterator[None]:
+        for one in self._frozen():
+            one.sparing = True
+        try:
+            yield
+        finally:
+            for one in self._frozen():
+                one.sparing = False
+
+    def rewire(self, wiring: Wiring) -> None:
+        """Takes out what is there and puts in `wiring`; one without freezes leaves no trace."""
+        if self.wiring.freezes:
+            self._take_out()
+        self.wiring = wiring
+        if wiring.freezes:
+            self._put_in(wiring)
+
+    def _put_in(self, wiring: Wiring) -> None:
+        self.attach()
+        self._tracker = tracker_of(self._stack)
+        self._tracker.put(self.site.name, wiring.in_force)
+        for name, value in wiring.storage.attributes.items():
+            self._attributes[name] = getattr(self.site.layout.core, name)
+            setattr(self.site.layout.core, name, value)
+        for name in wiring.storage.modules:
+            if wiring.edits[name] or name in wiring.storage.sources:
+                self.projections.append(FrozenProjection(name, self, self._tracker))
+        if wiring.z_edits or wiring.spares_the_circuit:
+            self._output = FrozenOutput(self, self._tracker)
+        for one in self._frozen():
+            one.attach()
+
+    def _take_out(self) -> None:
+        for replaced in (self, *self._frozen()):
+            replaced.refuse_if_covered()
+        for one in self._frozen():
+            one.detach()
+        self.projections, self._output = [], None
+        for name, value in self._attributes.items():
+            setattr(self.site.layout.core, name, value)
+        self._attributes = {}
+        if self._tracker:
+            self._tracker.put(self.site.name, None)
+            self._tracker = None
+        self.detach()
+
+
+@contextmanager
+def _generators_kept(module: nn.Module) -> Iterator[None]:
+    """Puts torch's generators back, so that the pass that counts draws the dropout that it would have drawn alone."""
+    if not module.training:
+        yield
+        return
+    devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def frozen_attention(attention: nn.Module) -> FrozenAttention | None:
+    """What freezes this attention module now, if anything does."""
+    owner = getattr(attention.forward, "__self__", None)
+    return owner if isinstance(owner, FrozenAttention) else None
