@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
-from pytest_circuitfreeze.suites.judge.anatomy import sites
+from pytest_circuitfreeze.suites.judge.anatomy import Site, sites
 from pytest_circuitfreeze.suites.judge.noise import noise_of
-from pytest_circuitfreeze.suites.judge.oracle import pulled_back
+from pytest_circuitfreeze.suites.judge.oracle import Gradients, judged_layers, pulled_back
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, observe
 from pytest_circuitfreeze.suites.tolerance import Nudge
 
@@ -34,7 +34,7 @@ __all__ = ["check_gradients_are_the_estimators", "weighted_sum", "without_gradie
 def check_gradients_are_the_estimators(
     engine: Engine, model: PreTrainedModel, configs: Sequence[InterventionConfig], batch: Batch
 ) -> Margin:
-    """In every layer the gradients of weights, biases and input are the estimators'; no parameter lost its own.
+    """In frozen layers, and in the one after, gradients are the estimators'; no parameter lost its own.
 
     Exactly zero where they are due to be; within rounding elsewhere.
 
@@ -50,25 +50,26 @@ def check_gradients_are_the_estimators(
             weighted_sum(found.logits, batch).backward()
         _demand_gradients(claim, model, batch)
         real = batch.real.to(model.device)
-        for layer, site in known.items():
+        for layer in judged_layers(known, configs):
             seen = found.layers[layer]
-            exact = pulled_back(site, seen, real, configs, noise)
-            moved = pulled_back(site, seen, real, configs, noise, Nudge(seen.hidden.dtype))
-            got = (_gradient(seen.hidden), site.weights(_gradient), site.biases(_gradient))
-            claim.within(
-                f"gradient of layer {layer}'s input",
-                got[0],
-                exact[0],
-                _largest(exact[0], moved[0]),
-                "batch token feature",
-            )
-            for kind, of_roles, due, other in zip(("weight", "bias"), got[1:], exact[1:], moved[1:], strict=True):
-                for role, gradient in of_roles.items():
-                    bound = (due[role] - other[role]).abs().flatten(1).amax(1)
-                    bound = bound.reshape(-1, *[1] * (gradient.ndim - 1))
-                    axes = "head feature input" if kind == "weight" else "head feature"
-                    claim.within(f"gradient of layer {layer}'s {role} {kind}", gradient, due[role], bound, axes)
+            exact = pulled_back(known[layer], seen, real, configs, noise)
+            moved = pulled_back(known[layer], seen, real, configs, noise, Nudge(seen.hidden.dtype))
+            _compare(claim, known[layer], _gradient(seen.hidden), exact, moved)
     return claim.margin
+
+
+def _compare(claim: Claim, site: Site, of_input: Tensor, exact: Gradients, moved: Gradients) -> None:
+    """Demands that a layer's gradients are the `exact` ones, as closely as `moved` says that rounding allows."""
+    bound = float((exact.hidden - moved.hidden).abs().max())
+    claim.within(f"gradient of layer {site.layer}'s input", of_input, exact.hidden, bound, "batch token feature")
+    for kind, got, due, other, axes in (
+        ("weight", site.weights(_gradient), exact.weights, moved.weights, "head feature input"),
+        ("bias", site.biases(_gradient), exact.biases, moved.biases, "head feature"),
+    ):
+        for role, gradient in got.items():
+            of_head = (due[role] - other[role]).abs().flatten(1).amax(1)
+            bounds = of_head.reshape(-1, *[1] * (gradient.ndim - 1))
+            claim.within(f"gradient of layer {site.layer}'s {role} {kind}", gradient, due[role], bounds, axes)
 
 
 def weighted_sum(logits: Tensor, batch: Batch) -> Tensor:
@@ -94,10 +95,6 @@ def _demand_gradients(claim: Claim, model: PreTrainedModel, batch: Batch) -> Non
 
 def _gradient(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def _largest(exact: Tensor, moved: Tensor) -> float:
-    return float((exact - moved).abs().max())
 
 
 @contextmanager

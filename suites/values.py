@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Site, sites
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, sites
 from pytest_circuitfreeze.suites.judge.noise import noise_of
-from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due
+from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due, judged_layers
 from pytest_circuitfreeze.suites.judge.passes import look
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 from pytest_circuitfreeze.suites.tolerance import Nudge
@@ -52,7 +52,7 @@ def check_values_are_the_oracles(
     noise = noise_of(engine, model, configs, batch.input_ids.shape[1])
     found = look(engine, model, configs, batch, attn=attn)
     real = batch.real.to(model.device)
-    for layer in _judged_layers(known, configs):
+    for layer in judged_layers(known, configs):
         site, seen = known[layer], found.layers[layer]
         dtype = seen.mixed().dtype
         softmax = torch.float32 if attn == "eager" and site.family.float32_softmax and dtype == torch.float64 else dtype
@@ -71,17 +71,6 @@ def _compare_z(claim: Claim, layer: int, got: Tensor, exact: Answer, moved: Answ
     want, other = exact.z.where(where, 0.0), moved.z.where(where, 0.0)
     bound = (want - other).abs().amax((0, 1, 3), keepdim=True)
     claim.within(f"z of layer {layer}", got.double().where(where, 0.0), want, bound, "batch token head feature")
-
-
-def _judged_layers(known: dict[int, Site], configs: Sequence[InterventionConfig]) -> list[int]:
-    frozen = {
-        layer
-        for layer, site in known.items()
-        for config in configs
-        for role in ROLES
-        if chosen_heads(site, config, role)
-    }
-    return sorted(frozen | {layer + 1 for layer in frozen if layer + 1 in known})
 
 
 def check_zero_strength_is_unfrozen(

@@ -21,7 +21,7 @@ from pytest_circuitfreeze.suites.tolerance import Nudge
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
 
-__all__ = ["Answer", "Noise", "chosen_heads", "due", "frozen_roles", "pulled_back"]
+__all__ = ["Answer", "Gradients", "Noise", "chosen_heads", "due", "frozen_roles", "judged_layers", "pulled_back"]
 
 Noise = Mapping[tuple[int, int, Role], Tensor]
 """Draws by seed, layer and role, `[token, head, head_dim]` with the role's own number of heads."""
@@ -40,6 +40,21 @@ class Answer:
     used: dict[Role, Tensor]
     pattern: Tensor
     z: Tensor
+
+
+@dataclass
+class Gradients:
+    """Gradients that are due, in float64.
+
+    Args:
+        hidden: of the attention module's input `[batch, token, model_dim]`.
+        weights: of each role's weight `[head, feature, model_dim]`.
+        biases: of each role's bias `[head, feature]`.
+    """
+
+    hidden: Tensor
+    weights: dict[Role, Tensor]
+    biases: dict[Role, Tensor]
 
 
 def due(
@@ -109,13 +124,8 @@ def pulled_back(
     configs: Sequence[InterventionConfig],
     noise: Noise | None = None,
     nudge: Nudge | None = None,
-) -> tuple[Tensor, dict[Role, Tensor], dict[Role, Tensor]]:
-    """Gradients that are due, given those that reached q, k and v as used (`seen.probes`).
-
-    Returns:
-        the gradient of `hidden`, of each role's weight `[head, feature, model_dim]` and of its bias `[head, feature]`,
-        in float64.
-    """
+) -> Gradients:
+    """Gradients that are due, given those that reached q, k and v as used (`seen.probes`)."""
     hidden = seen.hidden.detach().double().requires_grad_()
     weights = {role: weight.double().requires_grad_() for role, weight in site.weights().items()}
     biases = {role: bias.double().requires_grad_() for role, bias in site.biases().items()}
@@ -133,7 +143,8 @@ def pulled_back(
     leaves = [hidden, *weights.values(), *biases.values()]
     grads = torch.autograd.grad(total, leaves, materialize_grads=True)
     count = 1 + len(weights)
-    return grads[0], dict(zip(weights, grads[1:count], strict=True)), dict(zip(biases, grads[count:], strict=True))
+    of_weights = dict(zip(weights, grads[1:count], strict=True))
+    return Gradients(grads[0], of_weights, dict(zip(biases, grads[count:], strict=True)))
 
 
 def frozen_roles(config: InterventionConfig) -> tuple[Role, ...]:
@@ -152,6 +163,18 @@ def chosen_heads(site: Site, config: InterventionConfig, role: Role) -> list[int
         return heads
     touched = {head // site.group for head in heads}
     return [head for head in range(site.heads) if head // site.group in touched]
+
+
+def judged_layers(known: Mapping[int, Site], configs: Sequence[InterventionConfig]) -> list[int]:
+    """The layers that any of `configs` freezes, and the one after each, where a slip by one would show."""
+    frozen = {
+        layer
+        for layer, site in known.items()
+        for config in configs
+        for role in ROLES
+        if chosen_heads(site, config, role)
+    }
+    return sorted(frozen | {layer + 1 for layer in frozen if layer + 1 in known})
 
 
 def _names(indices: Sequence[int] | None, index: int, count: int) -> bool:
@@ -195,7 +218,7 @@ def _frozen(
 def _blend(x: Tensor, r: Tensor, config: InterventionConfig, touch: Nudge | _Exact) -> Tensor:
     """`x + strength * (r - x)`, with the gradient that the config's estimator has."""
     strength = config.strength
-    value = touch(x * (1 - strength), 4) + touch(r * strength, 4) if strength < 1 else r + 0 * x
+    value = x + strength * touch(r - x, 2) if strength < 1 else r + 0 * x
     return value.detach() + (x - x.detach()) if str(config.backward_mode) == "ste" else value
 
 

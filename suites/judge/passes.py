@@ -144,6 +144,10 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
             config._attn_implementation = old
 
 
+# Torch's own, whatever may have been put in its place.
+_ATTENTION = F.scaled_dot_product_attention
+
+
 class _Recorder:
     """Keeps what passes; knows which layer is running."""
 
@@ -211,7 +215,7 @@ class _Tap(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is _ATTENTION:
             query, key, value, *rest = args
             tap = self.recorder.tap
             args = (tap("q", query), tap("k", key), tap("v", value), *rest)

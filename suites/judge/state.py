@@ -75,7 +75,8 @@ def _mark(value: object) -> object:
 
 
 def _bits(tensor: Tensor) -> int:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if tensor.is_meta or tensor.element_size() not in integers:
+    if tensor.is_meta or tensor.numel() == 0:
         return 0
-    return int(tensor.detach().contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+    whole = len(raw) // 8 * 8
+    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum(dtype=torch.int64))

@@ -68,6 +68,7 @@ CASES: Mapping[str, Sequence[Callable[[Engine], Margin]]] = {
                 [freeze(freeze_type="mean", kv_scope="head")],
                 [freeze(freeze_type="noise"), freeze(freeze_type="noise", noise_std=2.0, seed=3, head_indices=[3])],
                 [freeze(strength=0.5), freeze(circuit="qk", freeze_type="mean", strength=0.5)],
+                [freeze(strength=0.99999)],
             ],
         ),
         one("check_values_are_the_oracles", "falcon_mha", [freeze(circuit="ov", freeze_type="mean")], attn="eager"),
@@ -127,6 +128,7 @@ CASES: Mapping[str, Sequence[Callable[[Engine], Margin]]] = {
                 [freeze()],
                 [freeze(backward_mode="ste")],
                 [freeze(strength=0.25, freeze_type="mean")],
+                [freeze(strength=0.99999)],
                 [
                     freeze(strength=0.25, backward_mode="ste"),
                     freeze(head_indices=None, circuit="q", freeze_type="noise"),

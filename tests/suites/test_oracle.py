@@ -1,0 +1,118 @@
+"""The oracle against clean models, and freeze_core against the oracle, in float64, to the last digits."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from freeze_core import InterventionConfig
+from pytest_circuitfreeze.engines import FreezeCore
+from pytest_circuitfreeze.models import TINY, tiny_model
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, sites
+from pytest_circuitfreeze.suites.judge.noise import noise_of
+from pytest_circuitfreeze.suites.judge.oracle import due
+from pytest_circuitfreeze.suites.judge.passes import Pass, look
+
+IDS = torch.tensor([[7, 3, 11, 5, 2, 13, 17, 1], [4, 19, 6, 23, 8, 29, 10, 31]])
+PADDED = Batch(IDS, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]))
+WHOLE = Batch(IDS)
+CIRCUITS = ["qk", "ov", "both", "q", "k", "v"]
+FREEZES: list[dict[str, Any]] = [
+    {"freeze_type": "zero"},
+    {"freeze_type": "mean", "strength": 0.3},
+    {"freeze_type": "noise", "seed": 4},
+    {"freeze_type": "noise", "noise_std": 1.5, "seed": -1},
+]
+
+# What transformers computes in float32 even where a model is float64; all the rest is float64.
+IN_FLOAT32 = {"eager softmax": ["opt", "llama", "llama_gqa", "mistral_gqa", "phi3"], "rotary tables": [*TINY][2:]}
+
+
+@cache
+def model(name: str) -> PreTrainedModel:
+    return tiny_model(name, dtype=torch.float64)
+
+
+def relative_error(found: Pass, name: str, batch: Batch, configs: list[InterventionConfig], noise: Any = None) -> float:
+    """The largest error of any z of a real token, in units of the largest z of its layer."""
+    worst = 0.0
+    for layer, site in sites(model(name)).items():
+        want = due(site, found.layers[layer], batch.real, configs, noise).z[batch.real]
+        error = (found.layers[layer].mixed()[batch.real] - want).abs().max()
+        worst = max(worst, float(error / want.abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("scope", ["group", "head"])
+@pytest.mark.parametrize("circuit", CIRCUITS)
+@pytest.mark.parametrize("name", TINY)
+def test_frozen_model_agrees_to_1e_9(name: str, circuit: str, scope: str) -> None:
+    engine = FreezeCore()
+    for fields in FREEZES:
+        config = InterventionConfig(
+            layer_indices=[0, 2], head_indices=[0, 3], circuit=circuit, kv_scope=scope, **fields
+        )
+        noise = noise_of(engine, model(name), [config], IDS.shape[1])
+        found = look(engine, model(name), config, PADDED)
+        assert relative_error(found, name, PADDED, [config], noise) < 1e-9
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_clean_model_agrees_to_1e_9(name: str) -> None:
+    assert relative_error(look(FreezeCore(), model(name), None, PADDED), name, PADDED, []) < 1e-9
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_eager_agrees_but_for_a_float32_softmax(name: str) -> None:
+    error = relative_error(look(FreezeCore(), model(name), None, WHOLE, attn="eager"), name, WHOLE, [])
+    assert error < (1e-6 if name in IN_FLOAT32["eager softmax"] else 1e-9)
+
+
+@pytest.mark.parametrize("name", IN_FLOAT32["rotary tables"])
+def test_own_rotary_tables_agree_but_for_float32_ones(name: str) -> None:
+    found = look(FreezeCore(), model(name), None, PADDED)
+    config: Any = model(name).config
+    for seen in found.layers.values():
+        positions = PADDED.arguments(model(name))["position_ids"]
+        seen.rotary = rotary_tables(positions, config.rope_parameters["rope_theta"], 8)
+    assert 0 < relative_error(found, name, PADDED, []) < 1e-6
+
+
+def rotary_tables(positions: Tensor, theta: float, features: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[batch, token, feature]` in float64 all through."""
+    frequency = theta ** (-torch.arange(0, features, 2, dtype=torch.float64) / features)
+    angle = (positions[..., None] * frequency).repeat(1, 1, 2)
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_patterns_are_the_models_own(name: str) -> None:
+    small = tiny_model(name)
+    found = look(FreezeCore(), small, None, PADDED, attn="eager", patterns=True)
+    for layer, site in sites(small).items():
+        want = due(site, found.layers[layer], PADDED.real, []).pattern
+        pattern = found.layers[layer].pattern
+        assert pattern is not None
+        assert ((pattern - want).transpose(1, 2)[PADDED.real].abs() < 1e-5).all()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_used_and_unused_are_inverses(name: str) -> None:
+    found = look(FreezeCore(), model(name), None, PADDED)
+    for layer, site in sites(model(name)).items():
+        seen = found.layers[layer]
+        for role in ROLES:
+            x = torch.randn(2, 8, site.count(role), site.head_dim, dtype=torch.float64)
+            back = site.unused(role, site.used(role, x, seen.rotary), seen.rotary)
+            assert torch.allclose(back, x, rtol=0, atol=1e-12)
+
+
+def test_unknown_attention_is_said_to_be_unknown() -> None:
+    with pytest.raises(CannotJudge, match="knows no attention of Linear; it knows GPT2Attention"):
+        sites(torch.nn.Linear(2, 2))
