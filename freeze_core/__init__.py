@@ -9,6 +9,7 @@ from freeze_core.errors import (
     UnsupportedModelError,
 )
 from freeze_core.freezer import AttentionCircuitFreezer, freeze_ov_circuit, freeze_qk_circuit
+from freeze_core.interventions import ExperimentalInterventions
 from freeze_core.vocabulary import BackwardMode, CircuitType, FreezeType, KVScope, ModelArchitecture
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "BackwardMode",
     "CircuitFreezeError",
     "CircuitType",
+    "ExperimentalInterventions",
     "FreezeNotInForceError",
     "FreezeType",
     "InterventionConfig",

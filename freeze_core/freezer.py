@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from freeze_core.activations import Recording
 from freeze_core.attention.sites import find_sites
+from freeze_core.calibration import calibrate
 from freeze_core.config import InterventionConfig
 from freeze_core.diagnostics import gradient_behavior, intervention_effect
 from freeze_core.errors import InterventionError, UnsupportedModelError
 from freeze_core.freezing.install import FreezeHandle, FrozenCircuits, install
 from freeze_core.freezing.plan import resolve
+from freeze_core.inputs import model_arguments
 from freeze_core.recording import record
+from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import CircuitType, ModelArchitecture
 
 __all__ = ["AttentionCircuitFreezer", "freeze_ov_circuit", "freeze_qk_circuit"]
@@ -135,13 +139,34 @@ class AttentionCircuitFreezer:
         """The activations of a forward pass on `inputs`; see `freeze_core.recording.record`."""
         return record(model, inputs, layers, pattern)
 
-    def calibrate(self, model: nn.Module, batches: Any, layers: Sequence[int] | None = None) -> NoReturn:
-        """Activation statistics over a data set; not served yet.
+    def calibrate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Tensor | Mapping[str, Any]],
+        layers: Sequence[int] | None = None,
+        progress: bool = True,
+    ) -> ActivationStatistics:
+        """Activation statistics over a data set, for `statistics=`; see `freeze_core.calibration.calibrate`."""
+        return calibrate(model, batches, layers, progress)
+
+    def recompute_cache(self, model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Any:
+        """A key-value cache filled anew, under the freezes that are live now.
+
+        Args:
+            inputs: all tokens that the cache is to hold: ids `[batch, token]`, embeddings, or a dict of arguments.
+
+        Returns:
+            What the model returns as `past_key_values`.
 
         Raises:
-            InterventionError: always.
+            InterventionError: the model makes no cache.
         """
-        raise InterventionError("calibrate is not served yet: freeze with the statistics of the pass (statistics=None)")
+        with torch.no_grad():
+            output = model(**{**model_arguments(model, inputs), "use_cache": True})
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise InterventionError(f"{type(model).__name__} returned no past_key_values: it makes no cache")
+        return cache
 
     def check_gradient_behavior(
         self, model: nn.Module, test_input: Tensor, config: InterventionConfig

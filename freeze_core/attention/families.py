@@ -192,6 +192,8 @@ HARMLESS = {
     *("rotary_emb", "rotary_fn", "act_fn", "sinks", "relative_attention_bias"),
     # Gates on what the heads put out come after z was mixed: they are no part of the OV circuit.
     *("gate_proj", "g_proj", "gate_bias"),
+    # A norm of the rotary part of latent keys, one for each head's features, as q_norm and k_norm are.
+    "k_rope_only_layernorm",
     # Chooses, from the hidden states alone, which keys a query may see at all: a mask.
     "indexer",
 }

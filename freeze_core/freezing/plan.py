@@ -83,14 +83,16 @@ def resolve(config: InterventionConfig, sites: Sites, roles: tuple[Role, ...] | 
                 roles or CircuitType(config.circuit).roles,
                 chosen,
                 KVScope(config.kv_scope),
-                _treatment(config, layer),
+                _treatment(config, layer, roles == ("z",)),
             )
         )
     return freezes
 
 
-def _treatment(config: InterventionConfig, layer: int) -> Treatment:
+def _treatment(config: InterventionConfig, layer: int, of_z: bool) -> Treatment:
     freeze_type, mode = FreezeType(config.freeze_type), BackwardMode(config.backward_mode)
+    if of_z and mode == BackwardMode.CIRCUIT_STE:
+        mode = BackwardMode.STE  # a circuit ends in z, so the two are the same there
     strength, seed = float(config.strength), int(config.seed)
     statistics = None if config.statistics is None else _of_layer("statistics", config.statistics, layer)
     if freeze_type == FreezeType.NOISE:

@@ -1,0 +1,95 @@
+"""Experiments on whole heads, and what can be done to a model at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from freeze_core.attention.sites import find_sites
+from freeze_core.config import InterventionConfig
+from freeze_core.errors import InterventionError, UnsupportedModelError
+from freeze_core.freezing.install import FrozenCircuits, install
+from freeze_core.freezing.plan import resolve
+from freeze_core.vocabulary import ATTENTION
+
+__all__ = ["ExperimentalInterventions"]
+
+
+class ExperimentalInterventions:
+    """Freezes whole heads, and tells what a model allows.
+
+    Args:
+        on_stale_cache: `warn`, `error` or `ignore` a cache that was filled without the freeze it is used under.
+    """
+
+    def __init__(self, on_stale_cache: str = "warn") -> None:
+        if on_stale_cache not in ("warn", "error", "ignore"):
+            raise InterventionError(f"on_stale_cache={on_stale_cache!r}: must be one of warn, error, ignore")
+        self.on_stale_cache = on_stale_cache
+
+    def freeze_attention_heads(
+        self, model: nn.Module, heads: Mapping[int, Sequence[int]], **fields: Any
+    ) -> FrozenCircuits:
+        """Freezes z, what a head puts out `[batch, token, head, head_dim]`: the input of the output projection.
+
+        Args:
+            model: any model whose circuits can be frozen.
+            heads: the query heads of each layer, `{layer: [heads]}`; negative indices count from the end.
+            fields: other fields of `InterventionConfig`: `freeze_type`, `backward_mode`, `strength`, `seed`, ….
+
+        Returns:
+            A sequence of handles, one a layer, and a context manager that removes them all.
+
+        Raises:
+            CircuitFreezeError: the model, a layer or a head cannot be served; nothing is installed.
+        """
+        if not isinstance(heads, Mapping) or not heads:
+            raise InterventionError(f"heads={heads!r}: must be a dict from layer to a list of heads, not empty")
+        taken = {"layer_indices", "head_indices", "circuit", "kv_scope"} & fields.keys()
+        unknown = sorted(taken | (fields.keys() - InterventionConfig.__dataclass_fields__.keys()))
+        if unknown:
+            raise InterventionError(f"{', '.join(unknown)}: no such field of a freeze of whole heads")
+        resolved = []
+        for layer, chosen in heads.items():
+            config = InterventionConfig(layer_indices=[layer], head_indices=chosen, **fields)
+            sites = find_sites(model, attention=config.attention)
+            resolved.append((sites, resolve(config, sites, roles=("z",))))
+        layers = [freezes[0].layer for _, freezes in resolved]
+        if len(set(layers)) < len(layers):
+            raise InterventionError(f"heads={dict(heads)!r}: names the same layer twice")
+        return install(resolved, self.on_stale_cache)
+
+    def check_model_compatibility(self, model: nn.Module) -> dict[str, Any]:
+        """What can be frozen in this model, site by site, and why not where not.
+
+        Returns:
+            `compatible` (whether every attention layer of the decoder can be served), `reasons` (why not), and for each
+            of `self`, `cross` and `encoder` attention that the model has a dict from layer to
+            `{"name", "architecture", "num_heads", "num_kv_heads", "kv_scope"}`, the scopes that it can serve, or to
+            `{"refused": reason}`.
+        """
+        report: dict[str, Any] = {"compatible": True, "reasons": []}
+        for attention in ATTENTION:
+            try:
+                sites = find_sites(model, attention=attention)
+            except UnsupportedModelError as error:
+                if attention == "self":
+                    report.update(compatible=False, reasons=[str(error)])
+                continue
+            layers: dict[int, dict[str, Any]] = {
+                layer: {
+                    "name": site.name,
+                    "architecture": site.layout.architecture,
+                    "num_heads": site.heads,
+                    "num_kv_heads": site.kv_heads,
+                    "kv_scope": ("group", "head") if site.group == 1 or site.layout.unshared else ("group",),
+                }
+                for layer, site in sites.by_layer.items()
+            }
+            layers |= {layer: {"refused": reason} for layer, reason in sites.refused.items()}
+            report[attention] = dict(sorted(layers.items()))
+            report["reasons"] += [f"layer {layer}: {reason}" for layer, reason in sites.refused.items()]
+        report["compatible"] = not report["reasons"]
+        return report
