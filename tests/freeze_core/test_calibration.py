@@ -111,9 +111,9 @@ def test_what_is_no_file_of_statistics_is_refused(tmp_path):
 def test_what_cannot_be_calibrated_is_refused(model, ids):
     with pytest.raises(InterventionError, match="batches is empty"):
         FREEZER.calibrate(model, [], progress=False)
+    padding = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
     with pytest.raises(InterventionError, match="batch 1 has no real token"):
-        mask = torch.zeros_like(ids)
-        FREEZER.calibrate(model, [ids, {"input_ids": ids, "attention_mask": mask}], progress=False)
+        FREEZER.calibrate(model, [ids, padding], progress=False)
     with FREEZER.freeze_circuits(model, InterventionConfig([0])), pytest.raises(InterventionError, match="is frozen"):
         FREEZER.calibrate(model, [ids], progress=False)
 
