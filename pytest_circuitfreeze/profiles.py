@@ -14,6 +14,8 @@ def register(profile: str) -> None:
     """
     from hypothesis import HealthCheck, Phase, settings
 
+    look = (Phase.explicit, Phase.generate)
+
     settings.register_profile(
         NAME,
         max_examples=MAX_EXAMPLES[profile],
@@ -24,6 +26,7 @@ def register(profile: str) -> None:
         print_blob=False,
         # One failure, the smallest, says what is wrong; several at once hide it in a group.
         report_multiple_bugs=False,
-        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        # A quick look does not spend minutes on making a large model's failure smaller.
+        phases=look if profile == "quick" else (*look, Phase.shrink),
         suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
     )
