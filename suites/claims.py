@@ -63,7 +63,8 @@ class Claim:
         if got.numel() == 0:
             return
         got, want = got.detach().double(), want.detach().double()
-        bounds = torch.as_tensor(bound, dtype=torch.float64).expand(got.shape)
+        # A bound that is nan allows nothing.
+        bounds = torch.as_tensor(bound, dtype=torch.float64).nan_to_num(nan=0.0).expand(got.shape)
         alike = (got == want) | (got.isnan() & want.isnan())
         error = torch.where(alike, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf)
         excess = torch.where(alike, -torch.inf, error - bounds).flatten()

@@ -13,6 +13,7 @@ from pytest_circuitfreeze.suites.independence import (
     check_ov_leaves_qk,
     check_qk_leaves_ov,
 )
+from pytest_circuitfreeze.suites.judge.passes import pads_under_eager
 from pytest_circuitfreeze.suites.properties import proven
 
 
@@ -22,7 +23,7 @@ def test_qk_leaves_ov(
 ) -> None:
     """Freezing QK leaves values, and the patterns of heads that read nothing of it."""
     config = data.draw(configs(circuit_model, circuit=st.sampled_from(["qk", "q", "k"])), label="config")
-    batch = data.draw(batches(circuit_model), label="batch")
+    batch = data.draw(batches(circuit_model, padding=pads_under_eager(circuit_model)), label="batch")
     circuit_record.observe(check_qk_leaves_ov(circuit_engine, circuit_model, config, batch))
 
 
@@ -32,7 +33,7 @@ def test_ov_leaves_qk(
 ) -> None:
     """Freezing OV leaves queries, keys and every pattern."""
     config = data.draw(configs(circuit_model, circuit=st.sampled_from(["ov", "v"])), label="config")
-    batch = data.draw(batches(circuit_model), label="batch")
+    batch = data.draw(batches(circuit_model, padding=pads_under_eager(circuit_model)), label="batch")
     circuit_record.observe(check_ov_leaves_qk(circuit_engine, circuit_model, config, batch))
 
 

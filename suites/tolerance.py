@@ -50,19 +50,21 @@ class Nudge:
         return exact * (1 + gamma(terms, dtype or self.dtype) * (2 * signs - 1))
 
 
-_COPIES: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+_COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDictionary()
 
 
-def nudged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` that is off by as much as rounding in the model's dtype could put it off.
+def nudged(model: PreTrainedModel, rounding: torch.dtype | None = None) -> PreTrainedModel:
+    """A copy of `model` that is off by as much as rounding in a dtype, by default its own, could put it off.
 
     Its weights are nudged by `gamma` of their fan-in, and so are the gradients that arrive at its linear layers, since
     a gradient may be a sum that cancels whatever the weights are (that of a key's bias does). Made once a model and
     kept as long as it.
     """
-    if model not in _COPIES:
+    dtype = rounding or next(model.parameters()).dtype
+    copies = _COPIES.setdefault(model, {})
+    if dtype not in copies:
         twin = copy.deepcopy(model)
-        nudge = Nudge(next(model.parameters()).dtype)
+        nudge = Nudge(dtype)
         with torch.no_grad():
             for parameter in twin.parameters():
                 terms = min(parameter.shape) if parameter.ndim > 1 else 1
@@ -71,8 +73,8 @@ def nudged(model: PreTrainedModel) -> PreTrainedModel:
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
                 module.register_forward_hook(_nudge_gradient)
-        _COPIES[model] = twin
-    return cast(PreTrainedModel, _COPIES[model])
+        copies[dtype] = twin
+    return cast(PreTrainedModel, copies[dtype])
 
 
 def _nudge_gradient(module: nn.Module, args: object, output: Tensor) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["Pass", "Seen", "attention_implementation", "implementations", "look", "observe"]
+__all__ = ["Pass", "Seen", "attention_implementation", "look", "observe", "pads_under_eager"]
 
 
 @dataclass
@@ -118,13 +118,13 @@ def observe(
     return Pass(output.logits, recorder.layers)
 
 
-def implementations(model: PreTrainedModel) -> list[str]:
-    """The attention implementations to judge `model` under.
+def pads_under_eager(model: PreTrainedModel) -> bool:
+    """Whether eager attention can be shown padding.
 
-    Not eager in float64: several families overflow their mask in a float32 softmax there and give nan on left padding,
+    Not in float64: several families overflow their mask in a float32 softmax there and give nan on left padding,
     without any freeze.
     """
-    return ["sdpa"] if model.dtype == torch.float64 else ["sdpa", "eager"]
+    return bool(model.dtype != torch.float64)
 
 
 @contextmanager

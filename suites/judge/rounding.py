@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
 from pytest_circuitfreeze.suites.judge.passes import Pass, look
 from pytest_circuitfreeze.suites.tolerance import Nudge, nudged
 
@@ -30,14 +32,22 @@ def nudged_look(
     *,
     attn: str = "sdpa",
     patterns: bool = False,
+    rounding: torch.dtype | None = None,
 ) -> Pass:
-    """The pass that `look` would see if every weight were off by rounding (`tolerance.nudged`)."""
-    return look(engine, nudged(model), config, batch, attn=attn, patterns=patterns)
+    """The pass that `look` would see if every weight were off by rounding (`tolerance.nudged`), in `rounding`."""
+    return look(engine, nudged(model, rounding), config, batch, attn=attn, patterns=patterns)
 
 
 def largest_change(exact: Tensor, moved: Tensor) -> float:
-    """The largest absolute difference between what was seen and what a nudge made of it: a bound."""
-    return float((exact.double() - moved.double()).abs().max()) if exact.numel() else 0.0
+    """The largest absolute difference between what was seen and what a nudge made of it: a bound.
+
+    Raises:
+        CannotJudge: one of them is inf or nan, so that there is none.
+    """
+    change = float((exact.double() - moved.double()).abs().max()) if exact.numel() else 0.0
+    if not math.isfinite(change):
+        raise CannotJudge("the model gives inf or nan here without any freeze, so nothing can be held to a bound")
+    return change
 
 
 class NudgedAttention(TorchFunctionMode):

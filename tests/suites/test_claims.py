@@ -37,6 +37,14 @@ def test_nan_is_never_within() -> None:
         Claim("nothing moves").within("x", torch.tensor([float("nan")]), torch.tensor([0.0]), 1e30)
 
 
+def test_a_bound_of_nan_allows_nothing() -> None:
+    claim = Claim("nothing moves")
+    claim.within("x", torch.ones(2), torch.ones(2), float("nan"))
+    assert claim.margin == Margin(0.0, 0.0)
+    with pytest.raises(ClaimBroken, match="bit for bit"):
+        claim.within("x", torch.ones(2), torch.zeros(2), float("nan"))
+
+
 def test_the_worst_is_measured_against_its_own_bound() -> None:
     with pytest.raises(ClaimBroken, match="axis 0 1"):
         Claim("nothing moves").within("x", torch.tensor([3.0, 2.0]), torch.zeros(2), torch.tensor([4.0, 1.0]))

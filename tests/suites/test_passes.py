@@ -14,7 +14,7 @@ from pytest_circuitfreeze.engines import FreezeCore
 from pytest_circuitfreeze.models import TINY, tiny_model
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, sites
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, implementations, look, observe
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look, observe, pads_under_eager
 from pytest_circuitfreeze.suites.judge.state import changes, visible_state
 
 IDS = torch.tensor([[7, 3, 11, 5], [4, 19, 6, 23]])
@@ -74,9 +74,12 @@ def test_attention_elsewhere_is_said_to_be_out_of_sight(monkeypatch: pytest.Monk
         look(FreezeCore(), model, None, BATCH)
 
 
-def test_float64_is_judged_under_sdpa_alone() -> None:
-    assert implementations(tiny_model("llama")) == ["sdpa", "eager"]
-    assert implementations(tiny_model("llama", dtype=torch.float64)) == ["sdpa"]
+@pytest.mark.parametrize("name", TINY)
+def test_eager_is_shown_padding_where_it_stays_finite(name: str) -> None:
+    model = tiny_model(name)
+    assert pads_under_eager(model)
+    assert look(FreezeCore(), model, None, BATCH, attn="eager").logits.isfinite().all()
+    assert not pads_under_eager(tiny_model(name, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
