@@ -58,7 +58,7 @@ def draw(model: PreTrainedModel, seed: int, sharpness: float = SHARPNESS) -> Non
 def _starts_elsewhere(parameter: Tensor) -> bool:
     """Whether the class starts a matrix from set values rather than from noise around 0."""
     values = parameter.double()
-    return bool(values.mean().abs() > values.std() / 2) and bool(values.any())
+    return bool(values.mean().abs() > values.std(correction=0) / 2) and bool(values.any())
 
 
 def _start(parameter: Tensor) -> Tensor | float:
