@@ -8,7 +8,7 @@ family stores its heads, and all of it lies downstream of a freeze.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,9 @@ def observe(
     with ExitStack() as stack:
         for site in known.values():
             stack.enter_context(recorder.attached(site))
-        stack.enter_context(_Tap(recorder) if tapped and not patterns else nullcontext())
+        if tapped and not patterns:
+            recorder.mode = _Tap(recorder)
+            stack.callback(recorder.untap)
         asked = {"output_attentions": True} if patterns else {}
         output = call(**batch.arguments(model), **asked)
     if patterns:
@@ -155,6 +157,8 @@ class _Recorder:
         self.gradients = gradients
         self.layers: dict[int, Seen] = {}
         self.running: Site | None = None
+        self.mode: TorchFunctionMode | None = None
+        self.tapping: TorchFunctionMode | None = None
 
     @contextmanager
     def attached(self, site: Site) -> Iterator[None]:
@@ -177,6 +181,8 @@ class _Recorder:
                 hidden.retain_grad()
                 args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
             self.running = site
+            if self.mode is not None:  # on in attention alone: it slows down every function that it sees
+                self.tapping = self.mode.__enter__()
             rotary = kwargs.get("position_embeddings") if site.family.rotary else None
             self.layers[site.layer] = Seen(hidden, rotary)
             return args, kwargs
@@ -185,6 +191,13 @@ class _Recorder:
 
     def _leave(self, *_: object) -> None:
         self.running = None
+        self.untap()
+
+    def untap(self) -> None:
+        """Ends the tap of the layer that runs, if any: also of one that raised."""
+        if self.tapping is not None:
+            self.tapping.__exit__(None, None, None)
+            self.tapping = None
 
     def _mix(self, site: Site) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
