@@ -30,7 +30,7 @@ def blend(x: Tensor, frozen: Tensor, mask: Tensor, r: Tensor, strength: float, m
     """
     r = r.to(x.dtype)
     # Chosen, not multiplied: a product with 0 would keep inf and nan alive.
-    result = torch.where(mask, r if strength == 1 else x + strength * (r - x), frozen)
+    result = torch.where(mask, r if strength == 1 else x.lerp(r, strength), frozen)
     return straight_through(frozen, result) if mode == BackwardMode.STE else result
 
 

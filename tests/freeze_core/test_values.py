@@ -93,3 +93,10 @@ def test_at_full_strength_the_result_is_the_replacement_whatever_the_activation_
     assert frozen[..., MASK].unique().tolist() == [torch.tensor(0.1).item()]
     frozen[..., MASK].sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+def test_near_full_strength_the_gradient_keeps_its_digits():
+    """1 - a is taken before it is rounded: g - a * g would lose all but a few digits of it."""
+    x = torch.ones(1, 1, 4, requires_grad=True)
+    blend(x, x, MASK, torch.zeros(()), 1 - 1e-5, BackwardMode.STOPGRAD).sum().backward()
+    torch.testing.assert_close(x.grad[..., MASK], torch.full((1, 1, 2), 1e-5), rtol=1e-6, atol=0)
