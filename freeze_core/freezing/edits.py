@@ -61,7 +61,7 @@ class Edit:
         if treatment.reference is not None:
             return self._recorded(treatment.reference, x, running)
         if treatment.freeze_type == FreezeType.RESAMPLE:
-            return x[derangement(treatment.seed, running.rows_without_padding(len(x)))]
+            return running.without_padding(x)[derangement(treatment.seed, len(x))]
         if treatment.noise_std is not None:
             return treatment.noise_std * self._normals(x, running)
         mean, deviation = self._statistics(x, running)
@@ -87,7 +87,6 @@ class Edit:
         return self._laid_out({role: table.columns(start, tokens, x) for role, table in self._noise.items()}, x)
 
     def _recorded(self, reference: Reference, x: Tensor, running: Pass) -> Tensor:
-        running.refuse_unlike(reference.attention_mask)
         recorded = {place.role: getattr(reference.activations, place.role) for place in self._places}
         for role, value in recorded.items():
             if running.cached or value.shape[1] != x.shape[1] or value.shape[0] not in (1, x.shape[0]):
@@ -96,7 +95,7 @@ class Edit:
                     f"{list(x.shape[:2])} [batch, token] after {running.cached} cached tokens: a reference serves a "
                     "whole pass of its own length, and of its own batch or any if it has one row"
                 )
-        return self._laid_out(recorded, x)
+        return running.padded_alike(self._laid_out(recorded, x), reference.attention_mask)
 
     def _laid_out(self, values: Mapping[Role, Tensor], x: Tensor) -> Tensor:
         """Values by role `[..., heads, head_dim]` put where the features of `x` are: `[..., feature]`.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.caches import check_cache, filled, mark_cache, refuse_reordering
 from freeze_core.freezing.replaced import ReplacedForward
+from freeze_core.freezing.traced import demand
 
 __all__ = ["InForce", "Pass", "PassTracker", "tracker_of"]
 
@@ -62,34 +63,37 @@ class Pass:
             )
         return mask
 
-    def rows_without_padding(self, rows: int) -> int:
-        """`rows`, if each can be taken from another one.
+    def without_padding(self, x: Tensor) -> Tensor:
+        """`x` `[batch, token, feature]`, if each of its rows can be taken from another one.
 
         Raises:
             InterventionError: there is only one, or there is padding.
         """
-        mask = self._padding_mask()
-        if rows < 2 or (mask is not None and not bool(mask.all())):
-            raise InterventionError(
-                f"freeze_type 'resample' takes the same column of another row, and this pass has {rows} row"
-                f"{'s with padding' if rows > 1 else ''}: give at least two rows of the same length, without padding"
-            )
-        return rows
+        mask, rows = self._padding_mask(), len(x)
+        return demand(
+            x,
+            rows > 1 and (mask is None or mask.all()),
+            f"freeze_type 'resample' takes the same column of another row, and this pass has {rows} row"
+            f"{'s with padding' if rows > 1 else ''}: give at least two rows of the same length, without padding",
+        )
 
-    def refuse_unlike(self, recorded: Tensor | None) -> None:
-        """Raises `InterventionError` where this pass pads otherwise than the one that was recorded."""
+    def padded_alike(self, x: Tensor, recorded: Tensor | None) -> Tensor:
+        """`x`, what was recorded, if this pass pads as the one did whose `attention_mask` was `recorded`.
+
+        Raises:
+            InterventionError: it does not.
+        """
         mask = self._padding_mask()
-        if recorded is None and (mask is None or bool(mask.all())):
-            return
-        if mask is None:
-            alike = bool((recorded != 0).all()) if recorded is not None else True
-        else:
-            alike = recorded is not None and bool(((recorded != 0).to(mask.device) == mask).all())
-        if not alike:
-            raise InterventionError(
-                "the reference was recorded under another attention_mask than that of this pass: record it on inputs "
-                "that are padded alike"
-            )
+        if recorded is None and mask is None:
+            return x
+        mask = torch.ones((), dtype=torch.bool) if mask is None else mask
+        before = torch.ones((), dtype=torch.bool) if recorded is None else recorded != 0
+        return demand(
+            x,
+            (before.to(mask.device) == mask).all(),
+            "the reference was recorded under another attention_mask than that of this pass: record it on inputs that "
+            "are padded alike",
+        )
 
     def _padding_mask(self) -> Tensor | None:
         mask = self.attention_mask

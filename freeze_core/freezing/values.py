@@ -5,6 +5,8 @@ Activations are `[batch, token, feature]`; a replacement broadcasts to that. Non
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,9 +30,14 @@ def statistics(x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         mean and standard deviation `[feature]`, in float32, or float64 for float64.
     """
     x = x.detach().to(accumulation_dtype(x.dtype))
-    samples = x.flatten(0, 1) if real is None else x[real.to(x.device)]
-    mean = samples.mean(dim=0)
-    return mean, (samples - mean).square().mean(dim=0).sqrt()
+    if real is None:
+        mean = x.mean(dim=(0, 1))
+        return mean, (x - mean).square().mean(dim=(0, 1)).sqrt()
+    # Chosen, not cut out: a compiled pass cannot know how many are real. Nor multiplied: padding may hold inf or nan.
+    counted = real.to(x.device)[..., None]
+    count = counted.sum()
+    mean = torch.where(counted, x, 0).sum(dim=(0, 1)) / count
+    return mean, (torch.where(counted, x - mean, 0).square().sum(dim=(0, 1)) / count).sqrt()
 
 
 class NoiseTable:
@@ -50,28 +57,64 @@ class NoiseTable:
         self._key = (abs(seed), int(seed < 0), *place)
         self._shape = (heads, features)
         self._rows = torch.empty(0, heads, features)
+        self._name = " ".join(map(str, key))
+        _TABLES[self._name, heads, features] = self
 
     def columns(self, start: int, count: int, like: Tensor) -> Tensor:
         """Draws `[count, heads, features]` of columns `start` to `start + count`, on the device of `like`."""
         dtype = accumulation_dtype(like.dtype)
+        if torch.compiler.is_compiling():
+            drawn: Tensor = _traced_columns(self._name, *self._shape, start, count)
+            return drawn.to(like.device, dtype)
         if len(self._rows) < start + count or self._rows.dtype != dtype or self._rows.device != like.device:
             rows = 1 << (start + count - 1).bit_length()  # doubling, so that decoding does not redraw at each step
-            drawn = np.stack([self._row(column) for column in range(rows)])
-            self._rows = torch.from_numpy(drawn).to(like.device, dtype)
+            table = np.stack([self._row(column) for column in range(rows)])
+            self._rows = torch.from_numpy(table).to(like.device, dtype)
         return self._rows[start : start + count]
 
     def _row(self, column: int) -> np.ndarray:
         return np.random.default_rng((*self._key, column)).standard_normal(self._shape)
 
 
-def derangement(seed: int, rows: int) -> list[int]:
-    """A permutation of `rows` rows without a fixed point, a function of `seed` and `rows` alone.
+_TABLES: WeakValueDictionary[tuple[str, int, int], NoiseTable] = WeakValueDictionary()
+"""The tables that are in use, for compiled passes; those of one key and shape hold the same draws."""
+
+
+@torch.library.custom_op("circuitfreeze::normals", mutates_args=())
+def _traced_columns(key: str, heads: int, features: int, start: int, count: int) -> Tensor:
+    """Columns of a table, in float64 on the CPU, as a step that a compiled pass takes without looking inside."""
+    table = _TABLES.get((key, heads, features)) or NoiseTable(tuple(map(int, key.split())), heads, features)
+    return table.columns(start, count, torch.empty(0, dtype=torch.float64)).clone()
+
+
+@_traced_columns.register_fake
+def _(key: str, heads: int, features: int, start: int, count: int) -> Tensor:
+    return torch.empty(count, heads, features, dtype=torch.float64)
+
+
+def derangement(seed: int, rows: int) -> Tensor:
+    """A permutation of `rows` rows without a fixed point, `[rows]`, a function of `seed` and `rows` alone.
 
     A random cycle through all rows: S. Sattolo, "An algorithm to generate a random cyclic permutation", 1986.
     """
+    order: Tensor = _traced_order(str(seed), rows) if torch.compiler.is_compiling() else _order(seed, rows)
+    return order
+
+
+@torch.library.custom_op("circuitfreeze::derangement", mutates_args=())
+def _traced_order(seed: str, rows: int) -> Tensor:
+    return _order(int(seed), rows)
+
+
+@_traced_order.register_fake
+def _(seed: str, rows: int) -> Tensor:
+    return torch.empty(rows, dtype=torch.long)
+
+
+def _order(seed: int, rows: int) -> Tensor:
     draw = np.random.default_rng((abs(seed), int(seed < 0), rows))
     order = list(range(rows))
     for last in range(rows - 1, 0, -1):
         other = int(draw.integers(last))
         order[last], order[other] = order[other], order[last]
-    return order
+    return torch.tensor(order)

@@ -1,0 +1,36 @@
+"""Demands on values that a compiled pass keeps: tracing sees shapes, and `fullgraph=True` allows no step outside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from freeze_core.errors import InterventionError
+
+__all__ = ["demand"]
+
+
+def demand(value: Tensor, holds: Tensor | bool, message: str) -> Tensor:
+    """`value`, if `holds`, a bool or a tensor of one, is true.
+
+    Raises:
+        InterventionError: `message`, when the pass runs, also where it is compiled.
+    """
+    if torch.compiler.is_compiling():
+        demanded: Tensor = _demanded(value, holds if isinstance(holds, Tensor) else torch.tensor(holds), message)
+        return demanded
+    if not holds:
+        raise InterventionError(message)
+    return value
+
+
+@torch.library.custom_op("circuitfreeze::demand", mutates_args=())
+def _demanded(value: Tensor, holds: Tensor, message: str) -> Tensor:
+    if not holds:
+        raise InterventionError(message)
+    return value.clone()
+
+
+@_demanded.register_fake
+def _(value: Tensor, holds: Tensor, message: str) -> Tensor:
+    return torch.empty_like(value)
