@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from pytest_circuitfreeze import fixtures
 from pytest_circuitfreeze.collect import SuiteCollection, is_shipped
 from pytest_circuitfreeze.failures import shorten
-from pytest_circuitfreeze.results import CircuitRecord, Results, describe, measured
+from pytest_circuitfreeze.results import CircuitRecord, Results, describe, measured, model_of
 from pytest_circuitfreeze.settings import WORKER_SEED, add_options, is_enabled, settings_of
 from pytest_circuitfreeze.summary import header, versions, write_summary
+from pytest_circuitfreeze.threads import one_thread
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,8 +80,10 @@ class SuiteRun:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """Adds what the test found, also where it failed."""
+        tiny = is_shipped(item) and model_of(item) in self._settings.architectures
         try:
-            return (yield)
+            with one_thread() if tiny else nullcontext():
+                return (yield)
         finally:
             if is_shipped(item):
                 item.user_properties.extend(measured(self._record))

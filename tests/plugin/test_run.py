@@ -187,3 +187,18 @@ def test_thorough_profile_draws_a_seed_and_shares_it(stand_in: Run) -> None:
     assert int(shown) > 0
     found = [entry.get("value") for entry in ElementTree.parse("x.xml").iter("property") if entry.get("name") == "seed"]
     assert found == [shown, shown]
+
+
+def test_tiny_models_take_one_thread_and_give_the_others_back(stand_in: Run) -> None:
+    # A model of the user's runs after the tiny one, with the threads that were there before.
+    threads = """
+        import torch
+
+        def test_threads(circuit_model):
+            assert torch.get_num_threads() == (1 if circuit_model == "gpt2" else 3)
+    """
+    Path("conftest.py").write_text("import torch\ntorch.set_num_threads(3)")
+    result = stand_in(
+        *ON, "--circuitfreeze-arch=gpt2", "--circuitfreeze-model=mine", "-k", "threads", test_gamma=threads
+    )
+    result.assert_outcomes(passed=2, deselected=6)
