@@ -12,6 +12,7 @@ from torch import nn
 from freeze_core.attention.families import NOT_SOFTMAX
 from freeze_core.attention.storages import Layout, layout_of, stores_projections
 from freeze_core.errors import UnsupportedModelError
+from freeze_core.freezing.replaced import standing_in
 from freeze_core.vocabulary import ModelArchitecture
 
 __all__ = ["AttentionSite", "Sites", "find_sites"]
@@ -170,7 +171,7 @@ def _stack(model: nn.Module, stacks: list[str], role: str) -> str:
 
 
 def _site(found: _Found, architecture: ModelArchitecture | None) -> AttentionSite:
-    live = getattr(getattr(found.attention.forward, "__self__", None), "site", None)
+    live = getattr(standing_in(found.attention), "site", None)
     if isinstance(live, AttentionSite):  # frozen already: its attributes may be those of the unshared storage
         return live
     if getattr(found.attention, SHARED, False):

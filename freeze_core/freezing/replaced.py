@@ -13,7 +13,10 @@ from torch import nn
 
 from freeze_core.errors import CircuitFreezeError
 
-__all__ = ["ReplacedForward"]
+__all__ = ["ReplacedForward", "standing_in"]
+
+SLOTS = ("forward", "_old_forward")
+"""What a module runs, and what accelerate's hooks (offloading, device maps) run once they have taken the first."""
 
 
 class ReplacedForward:
@@ -32,9 +35,15 @@ class ReplacedForward:
         """Puts this object in the place of the module's forward."""
         self.module.forward = self.forward
 
+    def slot(self) -> str | None:
+        """The attribute of the module in which this object is, `None` if it is not in force."""
+        return next(
+            (name for name in SLOTS if getattr(getattr(self.module, name, None), "__self__", None) is self), None
+        )
+
     def refuse_if_covered(self) -> None:
         """Raises `CircuitFreezeError` if something else was put on top, which `detach` would throw away."""
-        if getattr(self.module.forward, "__self__", None) is not self:
+        if self.slot() is None:
             raise CircuitFreezeError(
                 f"the forward of a frozen {type(self.module).__name__} was replaced again, by "
                 f"{self.module.forward!r}: take that out before the freeze is changed or removed"
@@ -42,7 +51,9 @@ class ReplacedForward:
 
     def detach(self) -> None:
         """Puts back what was there, and leaves no trace on the module."""
-        if self._was_on_instance:
+        if self.slot() == "_old_forward":
+            setattr(self.module, "_old_forward", self.original)  # noqa: B010 - no tensor, as mypy takes it to be
+        elif self._was_on_instance:
             self.module.forward = self.original
         else:
             del self.module.forward
@@ -52,3 +63,9 @@ class ReplacedForward:
         raise CircuitFreezeError(
             f"a frozen {type(self.module).__name__} cannot be copied or pickled: remove the freeze first"
         )
+
+
+def standing_in(module: nn.Module) -> ReplacedForward | None:
+    """What stands in for the forward of `module` now, beneath accelerate's hooks too."""
+    owners = [getattr(getattr(module, name, None), "__self__", None) for name in SLOTS]
+    return next((owner for owner in owners if isinstance(owner, ReplacedForward)), None)

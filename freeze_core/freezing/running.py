@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.caches import check_cache, filled, mark_cache, refuse_reordering
-from freeze_core.freezing.replaced import ReplacedForward
+from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.traced import demand
 
 __all__ = ["InForce", "Pass", "PassTracker", "tracker_of"]
@@ -154,13 +154,10 @@ class PassTracker(ReplacedForward):
         self._mark = f"{' '.join(unshared)}|{digest}"
         self._needs_rows = any(note.needs_rows for note in notes)
         self._on_stale = max((note.on_stale for note in notes), key=("ignore", "warn", "error").index, default="ignore")
-        if notes and not self._attached():
+        if notes and not self.slot():
             self.attach()
-        elif not notes and self._attached():
+        elif not notes and self.slot():
             self.detach()
-
-    def _attached(self) -> bool:
-        return getattr(self.module.forward, "__self__", None) is self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -252,5 +249,5 @@ def _cache_of(output: Any) -> Any:
 
 def tracker_of(stack: nn.Module) -> PassTracker:
     """What tracks the passes of `stack` now, or something that can."""
-    tracker = getattr(stack.forward, "__self__", None)
+    tracker = standing_in(stack)
     return tracker if isinstance(tracker, PassTracker) else PassTracker(stack)
