@@ -66,11 +66,13 @@ def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor]) -> Iter
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            _refuse_shard(site, name, output, storage.widths[name])
             outputs[name] = output.detach().flatten(1, -2)
 
         return hook
 
     def keep_z(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        _refuse_shard(site, "z", args[0], site.layout.z.numel())
         seen[site.layer, "z"] = args[0].detach().unflatten(-1, (site.heads, -1)).clone()
 
     with ExitStack() as stack:
@@ -83,6 +85,14 @@ def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor]) -> Iter
             heads = max(len(part.features) for part in parts)
             pieces = [outputs[part.module][..., part.features].expand(-1, -1, heads, -1) for part in parts]
             seen[site.layer, role] = torch.cat(pieces, dim=-1)
+
+
+def _refuse_shard(site: AttentionSite, what: str, activation: Tensor, width: int) -> None:
+    if activation.shape[-1] != width:
+        raise UnsupportedModelError(
+            f"{what} of {site.name} has {activation.shape[-1]} features where {width} were expected: under tensor "
+            "parallelism a process sees its own heads only; record a model that is whole"
+        )
 
 
 def _patterns(

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freeze_core.attention.shards import Shard, shard_of
 from freeze_core.attention.sites import AttentionSite
 from freeze_core.attention.storages import Storage
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import straight_through
 from freeze_core.freezing.edits import Edit, edits_of, edits_of_z
 from freeze_core.freezing.plan import LayerFreeze, assign, storage_for
-from freeze_core.freezing.replaced import ReplacedForward
+from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.running import InForce, Pass, PassTracker, tracker_of
 from freeze_core.vocabulary import FreezeType
 
@@ -35,6 +36,8 @@ class Wiring:
         storage: how q, k and v are held meanwhile.
         edits: of each projection's output, by the projection's name.
         z_edits: of the output projection's input.
+        shards: the stretch of each projection's output that this process has, where they are spread over several.
+        z_shard: the same of the output projection's input.
         in_force: what the tracker of passes is told.
     """
 
@@ -42,6 +45,8 @@ class Wiring:
     storage: Storage
     edits: Mapping[str, Sequence[Edit]]
     z_edits: Sequence[Edit]
+    shards: Mapping[str, Shard | None]
+    z_shard: Shard | None
     in_force: InForce
 
     @property
@@ -69,7 +74,23 @@ def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wir
         ),
     )
     edits = {name: edits_of(site, storage, name, assignment) for name in storage.modules}
-    return Wiring(freezes, storage, edits, edits_of_z(site, assignment), in_force)
+    shards = {name: shard_of(module, 0, site.layout.shared.widths[name]) for name, module in storage.modules.items()}
+    z_shard = shard_of(site.layout.output, 1, site.layout.z.numel())
+    return Wiring(freezes, storage, edits, edits_of_z(site, assignment), shards, z_shard, in_force)
+
+
+def _whole(own: Tensor, shard: Shard | None, width: int, what: str) -> Tensor:
+    """`own` as `[..., width]`.
+
+    Raises:
+        FreezeNotInForceError: it is neither that wide nor this process's stretch of it.
+    """
+    if own.shape[-1] != (shard.stop - shard.start if shard else width):
+        raise FreezeNotInForceError(
+            f"{what} {own.shape[-1]} features where {width} were expected: its heads are not where the freeze was told "
+            "(a projection that was spread over processes after the freeze?)"
+        )
+    return shard.whole(own) if shard else own
 
 
 class FrozenProjection(ReplacedForward):
@@ -87,15 +108,14 @@ class FrozenProjection(ReplacedForward):
         self.reads_encoder = attention.site.kind == "cross" and not roles & {"q"}
         self._owner = attention.site.name
         self._width = shared.widths[name]
+        # Repeated heads of several roles are not one stretch again; there a projection's output must be gathered.
+        self._shard = wiring.shards[name] if self.source is None or len(roles) == 1 else None
         self._tracker = tracker
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = self.original(*args, **kwargs)
-        if x.shape[-1] != self._width:
-            raise FreezeNotInForceError(
-                f"{self.name} of {self._owner} gave {x.shape[-1]} features where {self._width} were expected: its "
-                "heads are not where the freeze was told (a sharded projection?)"
-            )
+        shard = None if x.shape[-1] == self._width else self._shard
+        x = _whole(x, shard, self._width, f"{self.name} of {self._owner} gave")
         if self.source is not None:
             x = x[..., self.source.to(x.device)]
         shape = x.shape
@@ -105,7 +125,8 @@ class FrozenProjection(ReplacedForward):
             if not (self.sparing and edit.spares_the_circuit):
                 frozen = edit.apply(x, frozen, self._running())
         self.ran = True
-        return frozen.view(shape)
+        frozen = frozen.view(shape)
+        return shard.own(frozen) if shard else frozen
 
     def _running(self) -> Pass | None:
         running = self._tracker.current
@@ -118,6 +139,9 @@ class FrozenOutput(ReplacedForward):
     def __init__(self, attention: FrozenAttention, tracker: PassTracker) -> None:
         super().__init__(attention.site.layout.output)
         self.edits = attention.wiring.z_edits
+        self._shard = attention.wiring.z_shard
+        self._width = attention.site.layout.z.numel()
+        self._owner = attention.site.name
         self.ran = False
         self.sparing = False
         self.spared: Tensor | None = None
@@ -130,10 +154,11 @@ class FrozenOutput(ReplacedForward):
             return self.original(z, *args, **kwargs)
         if self.spared is not None:
             z, self.spared = straight_through(self.spared, z), None
-        frozen = z
+        shard = None if z.shape[-1] == self._width else self._shard
+        frozen = z = _whole(z, shard, self._width, f"the output projection of {self._owner} was given")
         for edit in self.edits:
             frozen = edit.apply(z, frozen, self._tracker.current)
-        return self.original(frozen, *args, **kwargs)
+        return self.original(shard.own(frozen) if shard else frozen, *args, **kwargs)
 
 
 class FrozenAttention(ReplacedForward):
@@ -148,6 +173,7 @@ class FrozenAttention(ReplacedForward):
         self._stack = stack
         self._tracker: PassTracker | None = None
         self._attributes: dict[str, Any] = {}
+        self._paths: dict[ReplacedForward, str] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         frozen = self._frozen()
@@ -161,6 +187,11 @@ class FrozenAttention(ReplacedForward):
                 raise FreezeNotInForceError(
                     f"{self.site.name} ran without its {type(one.module).__name__} that holds frozen activations: this "
                     "attention does not call its projections, so the freeze had no effect"
+                )
+            if self.site.attention.get_submodule(self._paths[one]) is not one.module:
+                raise FreezeNotInForceError(
+                    f"{self._paths[one]} of {self.site.name} was wrapped or replaced after the freeze, so that "
+                    "what attention reads is not what is held: remove the freeze, then freeze what is there now"
                 )
         return output
 
@@ -215,7 +246,9 @@ class FrozenAttention(ReplacedForward):
                 self.projections.append(FrozenProjection(name, self, self._tracker))
         if wiring.z_edits or wiring.spares_the_circuit:
             self._output = FrozenOutput(self, self._tracker)
+        paths = {module: path for path, module in self.site.attention.named_modules()}
         for one in self._frozen():
+            self._paths[one] = paths[one.module]
             one.attach()
 
     def _take_out(self) -> None:
@@ -223,7 +256,7 @@ class FrozenAttention(ReplacedForward):
             replaced.refuse_if_covered()
         for one in self._frozen():
             one.detach()
-        self.projections, self._output = [], None
+        self.projections, self._output, self._paths = [], None, {}
         for name, value in self._attributes.items():
             setattr(self.site.layout.core, name, value)
         self._attributes = {}
@@ -246,5 +279,5 @@ def _generators_kept(module: nn.Module) -> Iterator[None]:
 
 def frozen_attention(attention: nn.Module) -> FrozenAttention | None:
     """What freezes this attention module now, if anything does."""
-    owner = getattr(attention.forward, "__self__", None)
+    owner = standing_in(attention)
     return owner if isinstance(owner, FrozenAttention) else None
