@@ -42,7 +42,7 @@ def gradient_behavior(
         sources = [*(one for _, one in parameters), *activations]
         grads = dict(zip(sources, torch.autograd.grad(loss, sources, allow_unused=True), strict=True))
     of_parameters = {name: grads[one] for name, one in parameters}
-    checked = {tap.name: _verdict(tap, grads.get(tap.before), grads.get(tap.after)) for tap in taps}
+    checked = {tap.name: _verdict(tap, _of(grads, tap.before), _of(grads, tap.after)) for tap in taps}
     lost = [name for name, one in of_parameters.items() if one is None and _belongs(name, list(checked))]
     result = {
         "validation_passed": all(site["passed"] for site in checked.values())
@@ -55,6 +55,10 @@ def gradient_behavior(
     if print_table:
         print(gradient_table(result))
     return result
+
+
+def _of(grads: dict[Tensor, Tensor | None], activation: Tensor | None) -> Tensor | None:
+    return None if activation is None else grads.get(activation)
 
 
 def intervention_effect(
@@ -136,8 +140,9 @@ def _tapped(site: AttentionSite, projection: FrozenProjection) -> Iterator[_Tap]
 def _verdict(tap: _Tap, dx: Tensor | None, dx_after: Tensor | None) -> dict[str, Any]:
     """Whether the gradient obeys its identity at one projection, and what it is for each head.
 
-    The identities are `dx = (1 - a) dx'` under `stopgrad` and `dx = dx'` under `ste`, on the frozen features; `dx = dx'`
-    elsewhere. Under `circuit_ste` both are of the run that spares the circuit, in which nothing stands between the two.
+    The identities are `dx = (1 - a) dx'` under `stopgrad` and `dx = dx'` under `ste`, on the frozen features;
+    `dx = dx'` elsewhere. Under `circuit_ste` both are of the run that spares the circuit, in which nothing stands
+    between the two.
     """
     if dx is None or dx_after is None:
         return {"passed": dx is dx_after, "deviation": None, "bound": None, "heads": [], "notes": []}
@@ -195,8 +200,8 @@ def _notes(tap: _Tap, dx_after: Tensor) -> list[str]:
             silent = [head for head in frozen if not bool(dx_after[..., part.features[head].to(dx_after.device)].any())]
             if silent:
                 notes.append(
-                    f"{tap.name}: no gradient arrives at {role} of heads {silent}, so ste passes none: with zero on q and "
-                    "on k each gradient is a product with the other, which is 0; circuit_ste has the unfrozen gradient"
+                    f"{tap.name}: no gradient arrives at {role} of heads {silent}, so ste passes none: with zero on q "
+                    "and on k each gradient is a product with the other, which is 0; circuit_ste has a gradient"
                 )
     return notes
 
