@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +57,7 @@ def gradient_behavior(
     return result
 
 
-def _of(grads: dict[Tensor, Tensor | None], activation: Tensor | None) -> Tensor | None:
+def _of(grads: Mapping[Tensor, Tensor | None], activation: Tensor | None) -> Tensor | None:
     return None if activation is None else grads.get(activation)
 
 
