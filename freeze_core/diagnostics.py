@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from freeze_core.attention.sites import Sites, find_sites
+from freeze_core.attention.sites import AttentionSite, Sites, find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
@@ -19,28 +20,29 @@ from freeze_core.freezing.plan import resolve
 from freeze_core.inputs import logits_of, model_arguments
 from freeze_core.vocabulary import BackwardMode
 
-__all__ = ["gradient_behavior", "intervention_effect"]
+__all__ = ["gradient_behavior", "gradient_table", "intervention_effect"]
+
+KEYS = ("norm", "mean", "max", "nonzero")
 
 
 def gradient_behavior(
     model: nn.Module, test_input: Tensor, config: InterventionConfig, print_table: bool = False
 ) -> dict[str, Any]:
     """See `AttentionCircuitFreezer.check_gradient_behavior`."""
-    sites = find_sites(model)
+    config = config.checked()
+    sites = find_sites(model, attention=config.attention)
     arguments = model_arguments(model, test_input)
     with _frozen(sites, config), ExitStack() as stack, torch.enable_grad():
-        taps = [stack.enter_context(_tapped(name, one)) for name, one in _projections(sites)]
+        taps = [stack.enter_context(_tapped(site, one)) for site, one in _projections(sites)]
         loss = logits_of(model(**arguments)).float().square().mean()
         if not loss.requires_grad:
             raise InterventionError("no parameter of the model and not the input requires a gradient: nothing to check")
         parameters = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
-        activations = [x for tap in taps for x in (tap["before"], tap["after"]) if x.requires_grad]
+        activations = [x for tap in taps for x in (tap.before, tap.after) if x is not None and x.requires_grad]
         sources = [*(one for _, one in parameters), *activations]
         grads = dict(zip(sources, torch.autograd.grad(loss, sources, allow_unused=True), strict=True))
     of_parameters = {name: grads[one] for name, one in parameters}
-    checked = {
-        tap["name"]: _identity(tap["projection"], grads.get(tap["before"]), grads.get(tap["after"])) for tap in taps
-    }
+    checked = {tap.name: _verdict(tap, _of(grads, tap.before), _of(grads, tap.after)) for tap in taps}
     lost = [name for name, one in of_parameters.items() if one is None and _belongs(name, list(checked))]
     result = {
         "validation_passed": all(site["passed"] for site in checked.values())
@@ -48,10 +50,15 @@ def gradient_behavior(
         "loss_value": float(loss.detach()),
         "parameters": {name: _summary(grad) for name, grad in of_parameters.items()},
         "sites": checked,
+        "notes": [note for site in checked.values() for note in site.pop("notes")],
     }
     if print_table:
-        _print(result)
+        print(gradient_table(result))
     return result
+
+
+def _of(grads: Mapping[Tensor, Tensor | None], activation: Tensor | None) -> Tensor | None:
+    return None if activation is None else grads.get(activation)
 
 
 def intervention_effect(
@@ -60,7 +67,8 @@ def intervention_effect(
     """See `AttentionCircuitFreezer.verify_intervention_effect`."""
     if live_freezes(find_sites(model_baseline)):
         raise InterventionError("model_baseline is frozen: remove its freeze, or pass an unfrozen copy of the model")
-    sites = find_sites(model_intervened)
+    config = config.checked()
+    sites = find_sites(model_intervened, attention=config.attention)
     with torch.no_grad():
         clean = logits_of(model_baseline(**model_arguments(model_baseline, test_input)))
         with _frozen(sites, config):
@@ -85,28 +93,40 @@ def _frozen(sites: Sites, config: InterventionConfig) -> Iterator[None]:
             yield
 
 
-def _projections(sites: Sites) -> Iterator[tuple[str, FrozenProjection]]:
+@dataclass(eq=False)
+class _Tap:
+    """A frozen projection, and its activation before and after the freeze with their place in the graph."""
+
+    site: AttentionSite
+    projection: FrozenProjection
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.site.name}.{self.projection.name}"
+
+
+def _projections(sites: Sites) -> Iterator[tuple[AttentionSite, FrozenProjection]]:
     for site in sites.by_layer.values():
         frozen = frozen_attention(site.attention)
         for projection in frozen.projections if frozen else ():
-            names = [name for name, module in site.layout.shared.modules.items() if module is projection.module]
-            yield f"{site.name}.{names[0]}", projection
+            yield site, projection
 
 
 @contextmanager
-def _tapped(name: str, projection: FrozenProjection) -> Iterator[dict[str, Any]]:
-    """Keeps the activation before and after the freeze, with their place in the graph."""
-    tap: dict[str, Any] = {"name": name, "projection": projection}
+def _tapped(site: AttentionSite, projection: FrozenProjection) -> Iterator[_Tap]:
+    tap = _Tap(site, projection)
     original = projection.original
 
     # The first call is the one whose gradient counts: under circuit_ste the attention runs once more, cut off.
     def before(*args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = original(*args, **kwargs)
-        tap.setdefault("before", x)
+        tap.before = x if tap.before is None else tap.before
         return x
 
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
-        tap.setdefault("after", output)
+        tap.after = output if tap.after is None else tap.after
 
     projection.original = before
     hook = projection.module.register_forward_hook(after)
@@ -117,13 +137,16 @@ def _tapped(name: str, projection: FrozenProjection) -> Iterator[dict[str, Any]]
         hook.remove()
 
 
-def _identity(projection: FrozenProjection, dx: Tensor | None, dx_after: Tensor | None) -> dict[str, Any]:
-    """`dx = (1 - a) dx'` under `stopgrad` and `dx = dx'` under `ste`, on the frozen features; `dx = dx'` elsewhere.
+def _verdict(tap: _Tap, dx: Tensor | None, dx_after: Tensor | None) -> dict[str, Any]:
+    """Whether the gradient obeys its identity at one projection, and what it is for each head.
 
-    Under `circuit_ste` both are of the run that spares the circuit, in which nothing stands between the two.
+    The identities are `dx = (1 - a) dx'` under `stopgrad` and `dx = dx'` under `ste`, on the frozen features;
+    `dx = dx'` elsewhere. Under `circuit_ste` both are of the run that spares the circuit, in which nothing stands
+    between the two.
     """
     if dx is None or dx_after is None:
-        return {"passed": dx is dx_after, "deviation": None, "bound": None}
+        return {"passed": dx is dx_after, "deviation": None, "bound": None, "heads": [], "notes": []}
+    projection = tap.projection
     expected = dx_after.clone()
     exact = projection.source is None
     for edit in projection.edits:
@@ -137,7 +160,50 @@ def _identity(projection: FrozenProjection, dx: Tensor | None, dx_after: Tensor 
     # A product by 1 - a and a sum over the query heads of a group round; nothing else does.
     repeats = 1 if projection.source is None else int(projection.source.bincount().max())
     bound = 0.0 if exact else (2 + repeats) * torch.finfo(dx.dtype).eps * repeats * float(dx_after.abs().max())
-    return {"passed": deviation <= bound, "deviation": deviation, "bound": bound}
+    return {
+        "passed": deviation <= bound,
+        "deviation": deviation,
+        "bound": bound,
+        "heads": _heads(tap, dx),
+        "notes": _notes(tap, dx_after),
+    }
+
+
+def _heads(tap: _Tap, dx: Tensor) -> list[dict[str, Any]]:
+    """The gradient at each head's activation before the freeze, frozen and unfrozen ones apart."""
+    touched = torch.zeros(dx.shape[-1], dtype=torch.bool)
+    for edit in tap.projection.edits:
+        source = tap.projection.source
+        touched[edit.mask.nonzero().flatten() if source is None else source[edit.mask]] = True
+    rows = []
+    for role, parts in tap.site.layout.shared.features.items():
+        for part in parts:
+            for head, features in enumerate(part.features if part.module == tap.projection.name else ()):
+                frozen = bool(touched[features].any())
+                rows.append({"role": role, "head": head, "frozen": frozen, **_sizes(dx[..., features.to(dx.device)])})
+    return rows
+
+
+def _notes(tap: _Tap, dx_after: Tensor) -> list[str]:
+    """Names the heads under `ste` whose gradient is 0 because none arrives, so that nobody takes it for a fault."""
+    notes = []
+    for role, parts in tap.projection.storage.features.items():
+        for part in parts:
+            if part.module != tap.projection.name:
+                continue
+            frozen = [
+                head
+                for head, features in enumerate(part.features)
+                for edit in tap.projection.edits
+                if edit.treatment.backward_mode == BackwardMode.STE and bool(edit.mask[features].any())
+            ]
+            silent = [head for head in frozen if not bool(dx_after[..., part.features[head].to(dx_after.device)].any())]
+            if silent:
+                notes.append(
+                    f"{tap.name}: no gradient arrives at {role} of heads {silent}, so ste passes none: with zero on q "
+                    "and on k each gradient is a product with the other, which is 0; circuit_ste has a gradient"
+                )
+    return notes
 
 
 def _belongs(parameter: str, projections: list[str]) -> bool:
@@ -145,8 +211,10 @@ def _belongs(parameter: str, projections: list[str]) -> bool:
 
 
 def _summary(grad: Tensor | None) -> dict[str, float] | None:
-    if grad is None:
-        return None
+    return None if grad is None else _sizes(grad)
+
+
+def _sizes(grad: Tensor) -> dict[str, float]:
     magnitude = grad.detach().abs().float()
     return {
         "norm": float(magnitude.norm()),
@@ -156,11 +224,21 @@ def _summary(grad: Tensor | None) -> dict[str, float] | None:
     }
 
 
-def _print(result: dict[str, Any]) -> None:
+def gradient_table(result: dict[str, Any]) -> str:
+    """What `gradient_behavior` found, for a person to read: parameters, then each frozen projection's heads."""
+    headers = ["norm", "mean", "max", "nonzero share"]
     rows = [
         [name, *(["no gradient"] if one is None else [f"{value:.3g}" for value in one.values()])]
         for name, one in result["parameters"].items()
     ]
-    print(tabulate(rows, headers=["parameter", "norm", "mean", "max", "nonzero share"], disable_numparse=True))
+    lines = [tabulate(rows, headers=["gradient of the parameter", *headers], disable_numparse=True)]
     for name, site in result["sites"].items():
-        print(f"{name}: {'obeys' if site['passed'] else 'BREAKS'} its identity, off by {site['deviation']}")
+        verdict = "obeys its identity" if site["passed"] else "BREAKS its identity"
+        lines.append(f"\n{name}: {verdict}, off by {site['deviation']} where {site['bound']} is allowed")
+        heads = [
+            [f"{one['role']} {one['head']}", "frozen" if one["frozen"] else "", *(f"{one[key]:.3g}" for key in KEYS)]
+            for one in site["heads"]
+        ]
+        lines.append(tabulate(heads, headers=["gradient before the freeze", "", *headers], disable_numparse=True))
+    verdict = "PASSED" if result["validation_passed"] else "FAILED"
+    return "\n".join([*lines, *result["notes"], f"validation {verdict}, loss {result['loss_value']:.6g}"])

@@ -182,7 +182,8 @@ class AttentionCircuitFreezer:
             `validation_passed`; `loss_value`, the mean square of the logits that was differentiated;
             `parameters`, for each that requires a gradient its `norm`, `mean`, `max` (of magnitudes) and
             `nonzero` (share, 0 to 1), or `None` where nothing flows; `sites`, for each frozen projection whether
-            it passed and its largest deviation from the identity.
+            it `passed`, its largest `deviation` from the identity, the `bound` on it, and `heads`, the same four
+            numbers of the gradient at each head before the freeze; `notes`, what looks like a fault and is none.
 
         Raises:
             CircuitFreezeError: the model, the input or the config cannot be served.

@@ -100,6 +100,7 @@ class FrozenProjection(ReplacedForward):
         wiring, shared = attention.wiring, attention.site.layout.shared
         super().__init__(wiring.storage.modules[name])
         self.name = name
+        self.storage = wiring.storage
         self.edits = wiring.edits[name]
         self.source = wiring.storage.sources.get(name)
         self.ran = False

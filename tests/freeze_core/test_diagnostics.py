@@ -85,7 +85,31 @@ def test_the_table_is_printed_when_asked_for(ids, capsys):
     )
     printed = capsys.readouterr().out
     assert "transformer.h.0.attn.c_attn.weight" in printed
-    assert "transformer.h.0.attn.c_attn: obeys its identity, off by 0.0" in printed
+    assert "transformer.h.0.attn.c_attn: obeys its identity, off by 0.0 where 0.0 is allowed" in printed
+    assert "validation PASSED" in printed
+
+
+@pytest.mark.parametrize("scope", ["group", "head"])
+def test_heads_are_told_apart(scope, ids):
+    model = tiny_model("llama_gqa")
+    result = FREEZER.check_gradient_behavior(model, ids, InterventionConfig([1], [1], "ov", kv_scope=scope))
+    (first, second) = result["sites"]["model.layers.1.self_attn.v_proj"]["heads"]
+    assert (first["role"], first["head"], first["frozen"], second["frozen"]) == ("v", 0, True, False)
+    assert (first["norm"] == 0) == (scope == "group")  # under head, the group's other query head still reads it
+    assert second["norm"] > 0
+    assert second["nonzero"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("circuit", "mode", "silent"), [("qk", "ste", True), ("ov", "ste", False), ("qk", "stopgrad", False)]
+)
+def test_a_gradient_that_cannot_arrive_is_named(circuit, mode, silent, ids):
+    model = tiny_model("gpt2")
+    result = FREEZER.check_gradient_behavior(model, ids, InterventionConfig([1], [0, 2], circuit, "zero", mode))
+    assert result["validation_passed"]
+    assert [note.split(",")[0] for note in result["notes"]] == (
+        [f"transformer.h.1.attn.c_attn: no gradient arrives at {role} of heads [0" for role in "qk"] if silent else []
+    )
 
 
 def test_the_effect_is_the_largest_change_of_a_logit(model, ids):
