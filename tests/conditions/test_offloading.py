@@ -1,0 +1,90 @@
+"""accelerate moves weights in and out around each module's forward: the freeze lies on top of that, or beneath.
+
+What these need is the extra `conditions`, which CI installs; without it they say that it is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_freeze import FREEZER, agrees, config_of, frozen_logits, logits, plain
+from torch import nn
+
+from freeze_core import FreezeNotInForceError
+from pytest_circuitfreeze.models import tiny_model
+
+accelerate = pytest.importorskip("accelerate", reason="the extra 'conditions' is not installed")
+
+Offload = Callable[[Any, Path], Any]
+
+
+def cpu_offload(model: Any, folder: Path) -> Any:
+    return accelerate.cpu_offload(model, execution_device="cpu")
+
+
+def disk_offload(model: Any, folder: Path) -> Any:
+    return accelerate.disk_offload(model, str(folder), execution_device="cpu")
+
+
+def device_map(model: Any, folder: Path) -> Any:
+    """Each block of the middle layer on the disk, the rest on the CPU."""
+    places = {
+        name: "disk" if {"1"} & set(name.split(".")) else "cpu"
+        for name, module in model.named_modules()
+        if name and not list(module.children())
+    }
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+OFFLOADS: dict[str, Offload] = {"cpu": cpu_offload, "disk": disk_offload, "device_map": device_map}
+
+
+def hooks_of(model: nn.Module) -> dict[str, list[str]]:
+    """The attributes of every module: what accelerate has put on it, and nothing of a freeze."""
+    return {name: sorted(vars(module)) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("freeze_type", ["zero", "mean", "noise", "reference", "resample"])
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "falcon_mqa"])
+def test_offloaded_before_the_freeze(name: str, offload: str, freeze_type: str, tmp_path: Path) -> None:
+    config, wanted = plain(name, freeze_type, kv_scope="head")
+    model = OFFLOADS[offload](tiny_model(name), tmp_path)
+    before, unfrozen = hooks_of(model), logits(model)
+    assert any("_hf_hook" in attributes for attributes in before.values()), "accelerate has hooked nothing"
+    agrees(frozen_logits(model, config), unfrozen, wanted)
+    assert hooks_of(model) == before
+    assert torch.equal(logits(model), unfrozen)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "falcon_mqa"])
+def test_offloaded_under_the_freeze(name: str, offload: str, tmp_path: Path) -> None:
+    """The freeze is then beneath accelerate's hooks, goes on, takes another one, and is taken out from there."""
+    config, wanted = plain(name, "mean", kv_scope="head")
+    whole = tiny_model(name)
+    both = [config, config_of("noise_std", whole, head_indices=[2], kv_scope="head")]
+    with FREEZER.freeze_circuits(whole, both):
+        wanted_of_both = logits(whole)
+    model, unfrozen = tiny_model(name), logits(whole)
+    with FREEZER.freeze_circuits(model, config):
+        model = OFFLOADS[offload](model, tmp_path)
+        agrees(logits(model), unfrozen, wanted)
+        with FREEZER.freeze_circuits(model, both[1]):
+            assert torch.equal(logits(model), wanted_of_both)
+        agrees(logits(model), unfrozen, wanted)
+    assert torch.equal(logits(model), unfrozen)
+    assert hooks_of(model) == hooks_of(OFFLOADS[offload](tiny_model(name), tmp_path / "again"))
+
+
+def test_offloading_undone_under_a_freeze(tmp_path: Path) -> None:
+    """accelerate puts back the forwards that it found, and with them takes out the freeze: an error, not a no-op."""
+    model = cpu_offload(tiny_model("llama_gqa"), tmp_path)
+    FREEZER.freeze_circuits(model, config_of("zero", tiny_model("llama_gqa")))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    with pytest.raises(FreezeNotInForceError, match="ran without its Linear"):
+        logits(model)
