@@ -95,29 +95,37 @@ def tiny_model(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    attn: str = "sdpa",
+    attn: str | None = "sdpa",
 ) -> PreTrainedModel:
     """Builds the tiny model `name` with weights drawn from `seed`, in eval mode.
 
     Args:
-        name: a key of `TINY`.
+        name: a key of `TINY`, or any causal language model type of transformers.
         seed: weights are a function of name and seed alone; torch's own generators are left as they are.
         dtype: of the parameters, float32 by default. The same draws, rounded, in every dtype.
         device: where the model is put.
-        attn: attention implementation, `"eager"` or `"sdpa"`.
+        attn: attention implementation, `"eager"` or `"sdpa"`; `None` is the latter where the class has it.
 
     Raises:
-        ValueError: `name` is not in `TINY`.
+        ValueError: `name` is neither, or transformers cannot build or run it.
 
     >>> tiny_model("gpt2").config.n_layer
     3
     """
-    if name not in TINY:
-        raise ValueError(f"no tiny model is called {name!r}; there are {', '.join(TINY)}")
+    from pytest_circuitfreeze import shrinking
+
+    architecture = TINY.get(name)
+    if architecture is None:
+        if name not in shrinking.causal_lm_types():
+            raise ValueError(
+                f"no tiny model is called {name!r}; there are {', '.join(TINY)}, and the causal language model types "
+                "of transformers"
+            )
+        return shrinking.tiny_of_type(name, seed=seed, dtype=dtype, device=device, attn=attn)
     import torch
     import transformers
 
-    architecture = TINY[name]
+    attn = attn or "sdpa"
     config = getattr(transformers, architecture.config)(**architecture.fields)
     with torch.random.fork_rng(devices=[]):
         model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attn)

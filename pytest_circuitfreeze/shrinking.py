@@ -68,7 +68,7 @@ def tiny_of_type(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    attn: str = "sdpa",
+    attn: str | None = "sdpa",
 ) -> PreTrainedModel:
     """Builds a tiny model of `model_type` with every parameter drawn from `seed`, in eval mode.
 
@@ -77,7 +77,7 @@ def tiny_of_type(
         seed: weights are a function of type and seed alone; torch's own generators are left as they are.
         dtype: of the parameters, float32 by default. The same draws, rounded, in every dtype.
         device: where the model is put.
-        attn: attention implementation, `"eager"` or `"sdpa"`.
+        attn: attention implementation, `"eager"` or `"sdpa"`; `None` is the latter where the class has it.
 
     Raises:
         ValueError: no such type, or its model cannot be built (under `attn`, perhaps) or cannot run on token ids
@@ -92,11 +92,14 @@ def tiny_of_type(
     if hasattr(type(config), "_experts_implementation"):
         # The plain loop over experts serves every dtype; the grouped product does not.
         config._experts_implementation = "eager"
+    model_class = _model_class(model_type)
+    if attn is None:
+        attn = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     try:
         # What the class draws (decays, buffers) is a function of the seed as well; it does so on the CPU.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            model: PreTrainedModel = _model_class(model_type)._from_config(config, attn_implementation=attn)
+            model: PreTrainedModel = model_class._from_config(config, attn_implementation=attn)
     except Exception as error:
         raise ValueError(_cannot(model_type, f"be built with attention {attn!r}", error)) from error
     draw(model, seed, SOFTER.get(model_type, SHARPNESS))

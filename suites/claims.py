@@ -7,11 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Claim", "ClaimBroken", "Margin"]
+__all__ = ["Claim", "ClaimBroken", "Margin", "NotApplicable"]
 
 
 class ClaimBroken(AssertionError):
     """An engine did not do what the claim says."""
+
+
+class NotApplicable(Exception):
+    """A claim says nothing about this model; the message says why."""
 
 
 class Margin(NamedTuple):
