@@ -88,17 +88,18 @@ def test_a_pass_that_cannot_be_served(freeze_type: str, backend: str) -> None:
 
 
 def test_a_second_model_of_the_same_class() -> None:
-    """Each of two models, compiled both, is frozen by itself."""
+    """Each of two models, compiled both, is frozen by itself, with draws of its own."""
     one, other = tiny_model("llama_gqa"), tiny_model("llama_gqa", seed=1)
     traced, traced_other = compiled(one), compiled(other)
     unfrozen, unfrozen_other = logits(traced), logits(traced_other)
-    config = config_of("noise", one)
-    wanted, wanted_other = frozen_logits(one, config), frozen_logits(other, config)
+    config, config_other = config_of("noise", one), config_of("noise", other, seed=4)
+    wanted, wanted_other = frozen_logits(one, config), frozen_logits(other, config_other)
     with FREEZER.freeze_circuits(one, config):
         assert torch.equal(logits(traced), wanted)
         assert torch.equal(logits(traced_other), unfrozen_other)
-        with FREEZER.freeze_circuits(other, config):
+        with FREEZER.freeze_circuits(other, config_other):
             assert torch.equal(logits(traced_other), wanted_other)
+            assert torch.equal(logits(traced), wanted)
         assert torch.equal(logits(traced_other), unfrozen_other)
     assert torch.equal(logits(traced), unfrozen)
     assert not torch.equal(wanted, unfrozen)
