@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError
+from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import live_freezes
 from freeze_core.freezing.plan import resolve
 from freeze_core.recording import record
@@ -34,7 +34,7 @@ class _Moments:
         self.squares: Tensor = torch.zeros(())
 
     def add(self, samples: Tensor) -> None:
-        samples = samples.double()
+        samples = samples.to("cpu", torch.float64)  # where every device's statistics can be kept and compared
         count, mean = len(samples), samples.mean(dim=0)
         squares = (samples - mean).square().sum(dim=0)
         total = self.count + count
@@ -66,6 +66,10 @@ def calibrate(
         InterventionError: no batch, a frozen model, a batch without a real token, or activations that are not finite.
     """
     sites = find_sites(model)
+    if not isinstance(progress, bool):
+        raise InterventionError(f"progress={shown(progress)}: must be True or False")
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
+        raise InterventionError(f"batches={shown(batches)}: must be an iterable of token ids, or of dicts")
     if live_freezes(sites):
         raise InterventionError("model is frozen: calibrate it unfrozen, so that the statistics are its own")
     wanted = [freeze.layer for freeze in resolve(InterventionConfig(layer_indices=layers), sites)]

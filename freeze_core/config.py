@@ -11,11 +11,11 @@ from numbers import Integral, Real
 from typing import TypeVar
 
 from freeze_core.activations import Recording
-from freeze_core.errors import InterventionError
+from freeze_core.errors import InterventionError, shown
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import ATTENTION, BackwardMode, CircuitType, FreezeType, KVScope
 
-__all__ = ["InterventionConfig"]
+__all__ = ["InterventionConfig", "check_config", "check_on_stale_cache"]
 
 
 @dataclass
@@ -118,9 +118,25 @@ def _check_indices(field: str, value: object) -> None:
 def _check_real(field: str, value: object, allowed: str, upper: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _refusal(field, value, allowed)
-    if not math.isfinite(value) or not 0 <= float(value) <= upper:
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):
+        number = math.inf
+    if not math.isfinite(number) or not 0 <= number <= upper:
         raise _refusal(field, value, allowed)
 
 
 def _refusal(field: str, value: object, allowed: str) -> InterventionError:
-    return InterventionError(f"{field}={value!r}: must be {allowed}")
+    return InterventionError(f"{field}={shown(value)}: must be {allowed}")
+
+
+def check_config(value: object) -> None:
+    """Raises `InterventionError` for what is no config."""
+    if not isinstance(value, InterventionConfig):
+        raise InterventionError(f"config={shown(value)}: must be an InterventionConfig")
+
+
+def check_on_stale_cache(value: object) -> None:
+    """Raises `InterventionError` for what is no way to deal with a stale cache."""
+    if not isinstance(value, str) or value not in ("warn", "error", "ignore"):
+        raise InterventionError(f"on_stale_cache={shown(value)}: must be one of warn, error, ignore")

@@ -12,12 +12,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from freeze_core.attention.sites import AttentionSite, Sites, find_sites
-from freeze_core.config import InterventionConfig
+from freeze_core.config import InterventionConfig, check_config
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
 from freeze_core.freezing.install import install, live_freezes
 from freeze_core.freezing.plan import resolve
-from freeze_core.inputs import logits_of, model_arguments
+from freeze_core.inputs import logits_of, model_arguments, run
 from freeze_core.vocabulary import BackwardMode
 
 __all__ = ["gradient_behavior", "gradient_table", "intervention_effect"]
@@ -29,12 +29,13 @@ def gradient_behavior(
     model: nn.Module, test_input: Tensor, config: InterventionConfig, print_table: bool = False
 ) -> dict[str, Any]:
     """See `AttentionCircuitFreezer.check_gradient_behavior`."""
+    check_config(config)
     config = config.checked()
     sites = find_sites(model, attention=config.attention)
     arguments = model_arguments(model, test_input)
     with _frozen(sites, config), ExitStack() as stack, torch.enable_grad():
         taps = [stack.enter_context(_tapped(site, one)) for site, one in _projections(sites)]
-        loss = logits_of(model(**arguments)).float().square().mean()
+        loss = logits_of(run(model, arguments)).float().square().mean()
         if not loss.requires_grad:
             raise InterventionError("no parameter of the model and not the input requires a gradient: nothing to check")
         parameters = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
@@ -67,12 +68,13 @@ def intervention_effect(
     """See `AttentionCircuitFreezer.verify_intervention_effect`."""
     if live_freezes(find_sites(model_baseline)):
         raise InterventionError("model_baseline is frozen: remove its freeze, or pass an unfrozen copy of the model")
+    check_config(config)
     config = config.checked()
     sites = find_sites(model_intervened, attention=config.attention)
     with torch.no_grad():
-        clean = logits_of(model_baseline(**model_arguments(model_baseline, test_input)))
+        clean = logits_of(run(model_baseline, model_arguments(model_baseline, test_input)))
         with _frozen(sites, config):
-            frozen = logits_of(model_intervened(**model_arguments(model_intervened, test_input)))
+            frozen = logits_of(run(model_intervened, model_arguments(model_intervened, test_input)))
     difference = (frozen.double() - clean.double()).abs()
     return {
         "max_absolute_diff": float(difference.max()),

@@ -8,7 +8,20 @@ __all__ = [
     "InterventionError",
     "StaleCacheWarning",
     "UnsupportedModelError",
+    "shown",
 ]
+
+LONGEST = 300
+"""Characters of a value that a message shows."""
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: its repr, cut where it is long, or its type where it has none."""
+    try:
+        text = repr(value)
+    except Exception:  # an int of thousands of digits, an object whose repr raises
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 class CircuitFreezeError(ValueError):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from freeze_core.activations import Recording
 from freeze_core.attention.sites import find_sites
 from freeze_core.calibration import calibrate
-from freeze_core.config import InterventionConfig
+from freeze_core.config import InterventionConfig, check_config, check_on_stale_cache
 from freeze_core.diagnostics import gradient_behavior, intervention_effect
-from freeze_core.errors import InterventionError, UnsupportedModelError
+from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.install import FreezeHandle, FrozenCircuits, install
 from freeze_core.freezing.plan import resolve
-from freeze_core.inputs import model_arguments
+from freeze_core.inputs import model_arguments, run
 from freeze_core.recording import record
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import CircuitType, ModelArchitecture
@@ -42,9 +42,8 @@ class AttentionCircuitFreezer:
         self, debug_gradients: bool = False, on_stale_cache: Literal["warn", "error", "ignore"] = "warn"
     ) -> None:
         if not isinstance(debug_gradients, bool):
-            raise InterventionError(f"debug_gradients={debug_gradients!r}: must be True or False")
-        if on_stale_cache not in ("warn", "error", "ignore"):
-            raise InterventionError(f"on_stale_cache={on_stale_cache!r}: must be one of warn, error, ignore")
+            raise InterventionError(f"debug_gradients={shown(debug_gradients)}: must be True or False")
+        check_on_stale_cache(on_stale_cache)
         self.debug_gradients = debug_gradients
         self.on_stale_cache = on_stale_cache
 
@@ -70,10 +69,9 @@ class AttentionCircuitFreezer:
         """
         configs = [config] if isinstance(config, InterventionConfig) else config
         if not isinstance(configs, Sequence) or not configs:
-            raise InterventionError(f"config={config!r}: must be an InterventionConfig or a list of some")
+            raise InterventionError(f"config={shown(config)}: must be an InterventionConfig or a list of some")
         for one in configs:
-            if not isinstance(one, InterventionConfig):
-                raise InterventionError(f"config={one!r}: must be an InterventionConfig")
+            check_config(one)
         stated = _architecture(architecture)
         resolved = []
         for one in configs:
@@ -84,7 +82,14 @@ class AttentionCircuitFreezer:
 
     def remove_hooks(self, handles: FrozenCircuits | FreezeHandle | Iterable[FreezeHandle]) -> None:
         """Removes what `freeze_circuits` returned; twice is harmless."""
-        for handle in [handles] if isinstance(handles, FreezeHandle) else handles:
+        several = [handles] if isinstance(handles, FreezeHandle) else handles
+        if not isinstance(several, Iterable) or isinstance(several, str | bytes):
+            raise InterventionError(f"handles={shown(handles)}: must be what freeze_circuits returned")
+        listed = list(several)
+        for handle in listed:
+            if not isinstance(handle, FreezeHandle):
+                raise InterventionError(f"handles={shown(handles)}: {shown(handle)} is no handle of freeze_circuits")
+        for handle in listed:
             handle.remove()
 
     def detect_architecture(self, model: nn.Module) -> ModelArchitecture:
@@ -161,8 +166,9 @@ class AttentionCircuitFreezer:
         Raises:
             InterventionError: the model makes no cache.
         """
+        find_sites(model)
         with torch.no_grad():
-            output = model(**{**model_arguments(model, inputs), "use_cache": True})
+            output = run(model, {**model_arguments(model, inputs), "use_cache": True})
         cache = getattr(output, "past_key_values", None)
         if cache is None:
             raise InterventionError(f"{type(model).__name__} returned no past_key_values: it makes no cache")
@@ -257,7 +263,7 @@ def _architecture(value: ModelArchitecture | str | None) -> ModelArchitecture | 
         architecture = ModelArchitecture(value)
     except ValueError:
         raise InterventionError(
-            f"architecture={value!r}: must be None or one of {', '.join(ModelArchitecture)}"
+            f"architecture={shown(value)}: must be None or one of {', '.join(ModelArchitecture)}"
         ) from None
     if architecture == ModelArchitecture.FLASH_ATTENTION:
         raise UnsupportedModelError(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freeze_core.errors import InterventionError
+from freeze_core.errors import CircuitFreezeError, InterventionError, shown
 
-__all__ = ["logits_of", "model_arguments"]
+__all__ = ["logits_of", "model_arguments", "run"]
 
 
 def model_arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, Any]:
@@ -24,10 +24,14 @@ def model_arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dic
         InterventionError: anything else.
     """
     if isinstance(inputs, Mapping):
+        if not inputs or not all(isinstance(name, str) for name in inputs):
+            raise InterventionError(f"inputs={shown(inputs)}: must name the model's arguments, input_ids at least")
         return dict(inputs)
     if not isinstance(inputs, Tensor):
         raise InterventionError(f"inputs is a {type(inputs).__name__}: must be a tensor or a dict of model arguments")
     whole: dict[str, Any] = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    if inputs.numel() == 0:
+        raise InterventionError(f"inputs is {list(inputs.shape)}: there must be at least one row of one token")
     if inputs.dim() == 2 and inputs.dtype in (torch.int32, torch.int64):
         return {"input_ids": inputs, **whole}
     if inputs.dim() == 3 and inputs.is_floating_point():
@@ -36,6 +40,21 @@ def model_arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dic
         f"inputs is {inputs.dtype} {list(inputs.shape)}: must be token ids [batch, token] (integer) or embeddings "
         "[batch, token, hidden] (floating)"
     )
+
+
+def run(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """Runs the model; what it raises over its arguments is told as an `InterventionError`, with its own reason.
+
+    Raises:
+        InterventionError: the model does not take such arguments.
+    """
+    try:
+        return model(**arguments)
+    except (CircuitFreezeError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+        given = {name: list(value.shape) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        raise InterventionError(f"{type(model).__name__} cannot run on {shown(given)}: {error}") from error
 
 
 def logits_of(output: Any) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from freeze_core.attention.sites import find_sites
-from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, UnsupportedModelError
+from freeze_core.config import InterventionConfig, check_on_stale_cache
+from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.install import FrozenCircuits, install
 from freeze_core.freezing.plan import resolve
 from freeze_core.vocabulary import ATTENTION
@@ -25,8 +25,7 @@ class ExperimentalInterventions:
     """
 
     def __init__(self, on_stale_cache: str = "warn") -> None:
-        if on_stale_cache not in ("warn", "error", "ignore"):
-            raise InterventionError(f"on_stale_cache={on_stale_cache!r}: must be one of warn, error, ignore")
+        check_on_stale_cache(on_stale_cache)
         self.on_stale_cache = on_stale_cache
 
     def freeze_attention_heads(
@@ -46,7 +45,7 @@ class ExperimentalInterventions:
             CircuitFreezeError: the model, a layer or a head cannot be served; nothing is installed.
         """
         if not isinstance(heads, Mapping) or not heads:
-            raise InterventionError(f"heads={heads!r}: must be a dict from layer to a list of heads, not empty")
+            raise InterventionError(f"heads={shown(heads)}: must be a dict from layer to a list of heads, not empty")
         taken = {"layer_indices", "head_indices", "circuit", "kv_scope"} & fields.keys()
         unknown = sorted(taken | (fields.keys() - InterventionConfig.__dataclass_fields__.keys()))
         if unknown:
@@ -58,7 +57,7 @@ class ExperimentalInterventions:
             resolved.append((sites, resolve(config, sites, roles=("z",))))
         layers = [freezes[0].layer for _, freezes in resolved]
         if len(set(layers)) < len(layers):
-            raise InterventionError(f"heads={dict(heads)!r}: names the same layer twice")
+            raise InterventionError(f"heads={shown(dict(heads))}: names the same layer twice")
         return install(resolved, self.on_stale_cache)
 
     def check_model_compatibility(self, model: nn.Module) -> dict[str, Any]:

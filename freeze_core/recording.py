@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from freeze_core.activations import LayerActivations, Recording
 from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, UnsupportedModelError
+from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.frozen import frozen_attention
 from freeze_core.freezing.plan import resolve
-from freeze_core.inputs import model_arguments
+from freeze_core.inputs import model_arguments, run
 
 __all__ = ["record"]
 
@@ -44,17 +44,32 @@ def record(
     """
     sites = find_sites(model)
     wanted = [freeze.layer for freeze in resolve(InterventionConfig(layer_indices=layers), sites)]
+    if not isinstance(pattern, bool):
+        raise InterventionError(f"pattern={shown(pattern)}: must be True or False")
     arguments = model_arguments(model, inputs)
+    masks: list[Tensor | None] = []
     seen: dict[tuple[int, str], Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for layer in wanted:
             stack.enter_context(_listening(sites.by_layer[layer], seen))
-        model(**arguments)
+        stack.callback(sites.stack.register_forward_pre_hook(_mask_keeper(sites.stack, masks), with_kwargs=True).remove)
+        run(model, arguments)
     if pattern:
         _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen)
-    mask = arguments.get("attention_mask")
     activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
-    return Recording(activations, mask.clone() if isinstance(mask, Tensor) else None)
+    return Recording(activations, masks[0])
+
+
+def _mask_keeper(stack: nn.Module, masks: list[Tensor | None]) -> Callable[..., None]:
+    """Keeps the mask that the stack itself is given: an encoder and a decoder pad differently."""
+    names = list(inspect.signature(type(stack).forward).parameters)[1:]
+    place = names.index("attention_mask") if "attention_mask" in names else len(names)
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = args[place] if place < len(args) else kwargs.get("attention_mask")
+        masks.append(mask.clone() if isinstance(mask, Tensor) else None)
+
+    return keep
 
 
 @contextmanager
@@ -115,24 +130,30 @@ def _patterns(
             if "output_attentions" in inspect.signature(type(site.attention).forward).parameters:
                 stack.callback(site.attention.register_forward_pre_hook(ask, with_kwargs=True).remove)
             stack.callback(site.attention.register_forward_hook(keeper(site)).remove)
-        model(**arguments)
+        run(model, arguments)
 
 
 @contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
     """Runs the model under eager attention, then under what it ran before."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "_attn_implementation", None)
-    if before is None:
+    configs: list[Any] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation") and not any(config is one for one in configs):
+            configs.append(config)
+    before = [config._attn_implementation for config in configs]
+    if not configs:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no config that says which attention it runs: its patterns cannot be recorded"
         )
     # Not set_attn_implementation: some families read the config in each pass and yet do not accept that call.
-    config._attn_implementation = "eager"
+    for config in configs:
+        config._attn_implementation = "eager"
     try:
         yield
     finally:
-        config._attn_implementation = before
+        for config, implementation in zip(configs, before, strict=True):  # outer ones first, since they set inner ones
+            config._attn_implementation = implementation
 
 
 def _activations(site: AttentionSite, seen: Mapping[tuple[int, str], Tensor], pattern: bool) -> LayerActivations:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from freeze_core.vocabulary import ROLES, Role
 if TYPE_CHECKING:
     from freeze_core.attention.sites import Sites
 
-__all__ = ["ActivationStatistics", "LayerStatistics", "model_identity"]
+__all__ = ["ActivationStatistics", "LayerStatistics", "digest_of", "model_identity"]
 
 FORMAT = "circuitfreeze-statistics-1"
 
@@ -31,13 +31,28 @@ class LayerStatistics:
     mean: Mapping[Role, Tensor]
     std: Mapping[Role, Tensor]
 
+    def copied(self) -> LayerStatistics:
+        """A copy of its own: what is written to the original later does not reach it."""
+        mean, std = ({role: values[role].clone() for role in values} for values in (self.mean, self.std))
+        return LayerStatistics(mean, std)
+
     def digest(self) -> str:
         """A short hash of the values."""
-        digest = hashlib.sha256()
-        for values in (self.mean, self.std):
-            for role in sorted(values):
-                digest.update(values[role].numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return digest_of(values[role] for values in (self.mean, self.std) for role in sorted(values))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerStatistics) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """A short hash of the tensors' values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class ActivationStatistics(Mapping[int, LayerStatistics]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -56,15 +57,24 @@ class Sites:
 
     Args:
         layers: number of decoder layers, attention or not; indices count these.
-        stack: the module that holds the decoder layers and so sees each pass's mask and cache.
+        stack: the module around the decoder layers that sees each pass's tokens, mask and cache.
+        stack_name: its path in the model.
         by_layer: the attention layers that can be served.
+        names: the paths of their attention modules in the model.
         refused: why others cannot, by layer. A layer in neither has no attention.
     """
 
     layers: int
     stack: nn.Module
+    stack_name: str
     by_layer: Mapping[int, AttentionSite]
+    names: Mapping[int, str]
     refused: Mapping[int, str]
+
+    def path(self, site: AttentionSite) -> str:
+        """The path of a site's attention module within the stack, whichever module the model was entered by."""
+        prefix = f"{self.stack_name}." if self.stack_name else ""
+        return self.names[site.layer].removeprefix(prefix)
 
 
 class _Found(NamedTuple):
@@ -102,8 +112,20 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None, 
     if not by_layer:
         reasons = "; ".join(dict.fromkeys(refused.values()))
         raise UnsupportedModelError(reasons or f"attention={attention!r}: {type(model).__name__} has no such attention")
-    holder = model.get_submodule(stack.rpartition(".")[0])
-    return Sites(len(list(model.get_submodule(stack).children())), holder, by_layer, refused)
+    name = _entered(model, stack.rpartition(".")[0])
+    layers = len(list(model.get_submodule(stack).children()))
+    names = {one.layer: one.name for one in asked}
+    return Sites(layers, model.get_submodule(name), name, by_layer, names, refused)
+
+
+def _entered(model: nn.Module, name: str) -> str:
+    """The path of the innermost module around `name` that is given tokens: some holders see hidden states only."""
+    parts = name.split(".") if name else []
+    for depth in range(len(parts), -1, -1):
+        outer = ".".join(parts[:depth])
+        if "input_ids" in inspect.signature(type(model.get_submodule(outer)).forward).parameters:
+            return outer
+    return name
 
 
 def _sites(
@@ -173,6 +195,10 @@ def _stack(model: nn.Module, stacks: list[str], role: str) -> str:
 def _site(found: _Found, architecture: ModelArchitecture | None) -> AttentionSite:
     live = getattr(standing_in(found.attention), "site", None)
     if isinstance(live, AttentionSite):  # frozen already: its attributes may be those of the unshared storage
+        if architecture not in (None, live.layout.architecture):
+            raise UnsupportedModelError(
+                f"architecture={str(architecture)!r} is contradicted by the layer, which is {live.layout.architecture}"
+            )
         return live
     if getattr(found.attention, SHARED, False):
         raise UnsupportedModelError("its keys and values are an earlier layer's")
@@ -181,12 +207,18 @@ def _site(found: _Found, architecture: ModelArchitecture | None) -> AttentionSit
 
 
 def _refuse_shared(by_layer: dict[int, AttentionSite], refused: dict[int, str], found: list[_Found]) -> None:
-    layers_of: dict[nn.Module, list[int]] = {}
+    """Refuses layers whose attention, or one of whose projections, serves elsewhere too: both would be frozen."""
+    uses: dict[nn.Module, list[str]] = {}
     for one in found:
-        layers_of.setdefault(one.attention, []).append(one.layer)
-    for layers in layers_of.values():
-        for layer in layers if len(layers) > 1 else ():
-            if layer in by_layer:
+        uses.setdefault(one.attention, []).append(f"layer {one.layer}")
+    for layer, site in by_layer.items():
+        for role, module in (*site.layout.shared.modules.items(), ("output", site.layout.output)):
+            uses.setdefault(module, []).append(f"{role} of layer {layer}")
+    for layer, site in list(by_layer.items()):
+        for module in (site.attention, site.layout.output, *site.layout.shared.modules.values()):
+            if len(uses[module]) > 1:
                 refused[layer] = (
-                    f"{by_layer.pop(layer).name}: one module serves layers {layers}, and cannot be frozen in one"
+                    f"{site.name}: one {type(module).__name__} serves {' and '.join(uses[module])}, and cannot be "
+                    "frozen for one of them"
                 )
+                by_layer.pop(layer, None)

@@ -13,6 +13,9 @@ from freeze_core.errors import InterventionError, StaleCacheWarning
 __all__ = ["check_cache", "filled", "mark_cache", "refuse_reordering"]
 
 ATTRIBUTE = "_circuitfreeze_mark"
+LENGTH = "_circuitfreeze_length"
+"""Tokens that the cache held when it was marked: more than that were added without a mark."""
+
 UNFROZEN = "|"
 """The mark of a cache that carries none: filled without a freeze. What is before the bar is its storage."""
 
@@ -29,7 +32,8 @@ def check_cache(cache: Any, mark: str, on_stale: str) -> None:
         InterventionError: the cache stores other heads than this pass would, or `on_stale` is `error`.
     """
     found = getattr(cache, ATTRIBUTE, UNFROZEN)
-    if found == mark:
+    grown = filled(cache) > getattr(cache, LENGTH, filled(cache))
+    if found == mark and not (grown and mark != UNFROZEN):
         return
     if found.partition("|")[0] != mark.partition("|")[0]:
         raise InterventionError(
@@ -53,11 +57,12 @@ def mark_cache(cache: Any, mark: str, before: int) -> None:
         setattr(cache, ATTRIBUTE, mark)
     else:
         setattr(cache, ATTRIBUTE, f"{mark.partition('|')[0]}|mixed")
+    setattr(cache, LENGTH, filled(cache))
 
 
 def refuse_reordering(cache: Any) -> None:
     """Makes a cache refuse to have its rows reordered, as beam search does between passes."""
-    cache.reorder_cache = _refuse_reordering
+    cache.reorder_cache = cache.batch_select_indices = _refuse_reordering
 
 
 def _refuse_reordering(*args: Any, **kwargs: Any) -> NoReturn:

@@ -87,7 +87,8 @@ class Edit:
         return self._laid_out({role: table.columns(start, tokens, x) for role, table in self._noise.items()}, x)
 
     def _recorded(self, reference: Reference, x: Tensor, running: Pass) -> Tensor:
-        recorded = {place.role: getattr(reference.activations, place.role) for place in self._places}
+        roles = {place.role for place in self._places} & reference.activations.keys()
+        recorded = {role: reference.activations[role] for role in roles}
         for role, value in recorded.items():
             if running.cached or value.shape[1] != x.shape[1] or value.shape[0] not in (1, x.shape[0]):
                 raise InterventionError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from freeze_core.attention.shards import Shard, shard_of
 from freeze_core.attention.sites import AttentionSite
 from freeze_core.attention.storages import Storage
-from freeze_core.errors import FreezeNotInForceError, InterventionError
+from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import straight_through
 from freeze_core.freezing.edits import Edit, edits_of, edits_of_z
 from freeze_core.freezing.plan import LayerFreeze, assign, storage_for
@@ -66,7 +66,9 @@ def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wir
     chosen = [treatment for treatments in assignment.values() for treatment in treatments]
     key = " ".join("-" if treatment is None else treatment.key for treatment in chosen)
     in_force = InForce(
-        key=f"{site.name} {key}" if any(chosen) else "",
+        attention=site.attention,
+        key=f"{site.kind} {site.layer} {key}" if any(chosen) else "",
+        wiring=tuple(chosen),
         unshared=storage is not site.layout.shared,
         needs_rows=any(treatment and treatment.freeze_type == FreezeType.RESAMPLE for treatment in chosen),
         on_stale=max(
@@ -165,9 +167,10 @@ class FrozenOutput(ReplacedForward):
 class FrozenAttention(ReplacedForward):
     """An attention layer with live freezes: refuses to have run without them."""
 
-    def __init__(self, site: AttentionSite, stack: nn.Module) -> None:
+    def __init__(self, site: AttentionSite, stack: nn.Module, path: str) -> None:
         super().__init__(site.attention)
         self.site = site
+        self.path = path  # within the stack
         self.wiring = wire(site, ())
         self.projections: list[FrozenProjection] = []
         self._output: FrozenOutput | None = None
@@ -177,6 +180,7 @@ class FrozenAttention(ReplacedForward):
         self._paths: dict[ReplacedForward, str] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_foreign_recomputation()
         frozen = self._frozen()
         for one in frozen:
             one.ran = False
@@ -195,6 +199,16 @@ class FrozenAttention(ReplacedForward):
                     "what attention reads is not what is held: remove the freeze, then freeze what is there now"
                 )
         return output
+
+    def _refuse_foreign_recomputation(self) -> None:
+        """What gradient checkpointing runs again runs in the pass it came from; one that was unfrozen has none."""
+        if torch.compiler.is_compiling() or self._tracker is None or self._tracker.current is not None:
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise FreezeNotInForceError(
+                f"{self.site.name} is run again for its gradient, and its pass ran without this freeze: call backward "
+                "before the freeze is installed"
+            )
 
     def _frozen(self) -> list[FrozenProjection | FrozenOutput]:
         return [*self.projections, *([self._output] if self._output else [])]
@@ -238,7 +252,7 @@ class FrozenAttention(ReplacedForward):
     def _put_in(self, wiring: Wiring) -> None:
         self.attach()
         self._tracker = tracker_of(self._stack)
-        self._tracker.put(self.site.name, wiring.in_force)
+        self._tracker.put(self.path, wiring.in_force)
         for name, value in wiring.storage.attributes.items():
             self._attributes[name] = getattr(self.site.layout.core, name)
             setattr(self.site.layout.core, name, value)
@@ -252,9 +266,25 @@ class FrozenAttention(ReplacedForward):
             self._paths[one] = paths[one.module]
             one.attach()
 
+    def refuse_covered(self) -> None:
+        """Raises `CircuitFreezeError` if something else was put on top of what is installed, or of what would be.
+
+        Nothing is changed by then.
+        """
+        if self.wiring.freezes:
+            for replaced in (self, *self._frozen(), *([self._tracker] if self._tracker else [])):
+                replaced.refuse_if_covered()
+            return
+        layout = self.site.layout
+        for module in (*layout.shared.modules.values(), layout.output):
+            if standing_in(module) is not None:
+                raise CircuitFreezeError(
+                    f"{self.site.name} is frozen already, and its forward was replaced again, by "
+                    f"{self.module.forward!r}: take that out before another freeze is installed"
+                )
+
     def _take_out(self) -> None:
-        for replaced in (self, *self._frozen()):
-            replaced.refuse_if_covered()
+        self.refuse_covered()
         for one in self._frozen():
             one.detach()
         self.projections, self._output, self._paths = [], None, {}
@@ -262,7 +292,7 @@ class FrozenAttention(ReplacedForward):
             setattr(self.site.layout.core, name, value)
         self._attributes = {}
         if self._tracker:
-            self._tracker.put(self.site.name, None)
+            self._tracker.put(self.path, None)
             self._tracker = None
         self.detach()
 

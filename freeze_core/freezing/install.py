@@ -72,9 +72,11 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
             site = sites.by_layer[freeze.layer]
             frozen = frozen_attention(site.attention) or fresh.get(id(site.attention))
             if frozen is None:
-                frozen = fresh[id(site.attention)] = FrozenAttention(site, sites.stack)
+                frozen = fresh[id(site.attention)] = FrozenAttention(site, sites.stack, sites.path(site))
             asked.setdefault(frozen, []).append((handle, freeze))
     prepared = [(frozen, wire(frozen.site, [*frozen.wiring.freezes, *added])) for frozen, added in asked.items()]
+    for frozen, _ in prepared:
+        frozen.refuse_covered()
     for frozen, wiring in prepared:
         frozen.rewire(wiring)
     for handle in handles:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from torch import Tensor
 
-from freeze_core.activations import LayerActivations, Recording
+from freeze_core.activations import Recording
 from freeze_core.attention.sites import AttentionSite, Sites
 from freeze_core.attention.storages import Part, Storage
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, UnsupportedModelError
-from freeze_core.statistics import ActivationStatistics, LayerStatistics, model_identity
+from freeze_core.errors import InterventionError, UnsupportedModelError, shown
+from freeze_core.statistics import ActivationStatistics, LayerStatistics, digest_of, model_identity
 from freeze_core.vocabulary import ROLES, BackwardMode, CircuitType, FreezeType, KVScope, Role
 
 __all__ = ["Assignment", "LayerFreeze", "Reference", "Treatment", "assign", "resolve", "storage_for"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Reference:
-    """A layer's recorded activations and the padding mask `[batch, token]` they were recorded under."""
+    """A layer's recorded activations by role and the padding mask `[batch, token]` they were recorded under.
 
-    activations: LayerActivations
-    attention_mask: Tensor | None
+    Copies: a live freeze does not change when the recording is written to.
+    """
+
+    activations: Mapping[Role, Tensor] = field(compare=False)
+    attention_mask: Tensor | None = field(compare=False)
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Treatment:
     def key(self) -> str:
         """What decides the frozen value, as text. A recorded reference serves whole passes only, whichever it is."""
         calibrated = self.statistics.digest() if self.statistics else ""
-        return f"{self.freeze_type} {self.strength} {self.seed} {self.noise_std} {calibrated}"
+        return f"{self.freeze_type} {self.strength} {self.seed:x} {self.noise_std} {calibrated}"
 
 
 @dataclass(frozen=True)
@@ -74,27 +78,29 @@ def resolve(config: InterventionConfig, sites: Sites, roles: tuple[Role, ...] | 
     if config.statistics is not None:
         _check_statistics(config.statistics, sites)
     freezes = []
+    roles = roles or CircuitType(config.circuit).roles
     for layer in _layers(config, sites):
         heads = sites.by_layer[layer].heads
         chosen = _in_range("head_indices", config.head_indices, heads, f"layer {layer} has {heads} query heads")
         freezes.append(
             LayerFreeze(
                 layer,
-                roles or CircuitType(config.circuit).roles,
+                roles,
                 chosen,
                 KVScope(config.kv_scope),
-                _treatment(config, layer, roles == ("z",)),
+                _treatment(config, sites.by_layer[layer], roles),
             )
         )
     return freezes
 
 
-def _treatment(config: InterventionConfig, layer: int, of_z: bool) -> Treatment:
+def _treatment(config: InterventionConfig, site: AttentionSite, roles: tuple[Role, ...]) -> Treatment:
+    layer = site.layer
     freeze_type, mode = FreezeType(config.freeze_type), BackwardMode(config.backward_mode)
-    if of_z and mode == BackwardMode.CIRCUIT_STE:
+    if roles == ("z",) and mode == BackwardMode.CIRCUIT_STE:
         mode = BackwardMode.STE  # a circuit ends in z, so the two are the same there
     strength, seed = float(config.strength), int(config.seed)
-    statistics = None if config.statistics is None else _of_layer("statistics", config.statistics, layer)
+    statistics = None if config.statistics is None else _of_layer("statistics", config.statistics, layer).copied()
     if freeze_type == FreezeType.NOISE:
         if config.noise_std is not None:
             return Treatment(freeze_type, mode, strength, seed, float(config.noise_std))
@@ -105,14 +111,37 @@ def _treatment(config: InterventionConfig, layer: int, of_z: bool) -> Treatment:
         return Treatment(freeze_type, mode, strength, statistics=statistics)
     if freeze_type == FreezeType.REFERENCE:
         recording = cast(Recording, config.reference)
-        reference = Reference(_of_layer("reference", recording, layer), recording.attention_mask)
+        recorded = _of_layer("reference", recording, layer)
+        held = {role: _held(site, role, getattr(recorded, role)) for role in roles}
+        mask = recording.attention_mask
+        reference = Reference(held, None if mask is None else mask.clone(), digest_of(held[role] for role in roles))
         return Treatment(freeze_type, mode, strength, reference=reference)
     return Treatment(freeze_type, mode, strength)
 
 
+def _held(site: AttentionSite, role: Role, recorded: Tensor) -> Tensor:
+    """A copy of a recorded activation `[batch, token, head, head_dim]`, with the heads that the model itself has."""
+    heads = site.kv_heads if role in ("k", "v") else site.heads
+    expected = (heads, site.layout.features(role))
+    if role in ("k", "v") and recorded.shape[2:] == (site.heads, expected[1]):  # recorded unshared
+        grouped = recorded.unflatten(2, (heads, site.group))
+        if not bool((grouped == grouped[:, :, :, :1]).all()):
+            raise InterventionError(
+                f"reference: {role} of layer {site.layer} was recorded under kv_scope='head', with query heads that "
+                "share a KV head each having their own: record it without that freeze"
+            )
+        recorded = grouped[:, :, :, 0]
+    if tuple(recorded.shape[2:]) != expected:
+        raise InterventionError(
+            f"reference: {role} of layer {site.layer} is {list(recorded.shape)} [batch, token, head, head_dim], and "
+            f"this model has heads {list(expected)}: record it on this model"
+        )
+    return recorded.detach().clone()
+
+
 def _of_layer(field: str, values: Mapping[int, _T], layer: int) -> _T:
     if layer not in values:
-        raise InterventionError(f"{field}={values!r}: holds nothing of layer {layer}, which is to be frozen")
+        raise InterventionError(f"{field}={shown(values)}: holds nothing of layer {layer}, which is to be frozen")
     return values[layer]
 
 
@@ -120,7 +149,8 @@ def _check_statistics(statistics: ActivationStatistics, sites: Sites) -> None:
     identity = model_identity(sites)
     if statistics.identity != identity:
         raise InterventionError(
-            f"statistics={statistics!r}: of another model ({statistics.identity}, not {identity}); calibrate this one"
+            f"statistics={shown(statistics)}: of another model ({statistics.identity}, not {identity}); "
+            "calibrate this one"
         )
 
 
@@ -180,11 +210,11 @@ def _layers(config: InterventionConfig, sites: Sites) -> list[int]:
     layers = _in_range("layer_indices", config.layer_indices, sites.layers, f"the model has {sites.layers} layers")
     for layer in layers:
         if layer in sites.refused:
-            raise UnsupportedModelError(f"layer_indices={list(config.layer_indices)}: {sites.refused[layer]}")
+            raise UnsupportedModelError(f"layer_indices={shown(list(config.layer_indices))}: {sites.refused[layer]}")
         if layer not in sites.by_layer:
             raise InterventionError(
-                f"layer_indices={list(config.layer_indices)}: layer {layer} has no {config.attention} attention; those "
-                f"that have: {sorted(sites.by_layer)}"
+                f"layer_indices={shown(list(config.layer_indices))}: layer {layer} has no {config.attention} "
+                f"attention; those that have: {sorted(sites.by_layer)}"
             )
     return list(layers)
 
@@ -195,9 +225,10 @@ def _in_range(field: str, indices: Sequence[int] | None, size: int, what: str) -
     for index in indices:
         if not -size <= index < size:
             raise InterventionError(
-                f"{field}={list(indices)}: {index} is out of range; {what}, so {-size} to {size - 1} are allowed"
+                f"{field}={shown(list(indices))}: {shown(index)} is out of range; {what}, so {-size} to "
+                f"{size - 1} are allowed"
             )
     resolved = tuple(int(index) % size for index in indices)
     if len(set(resolved)) < len(resolved):
-        raise InterventionError(f"{field}={list(indices)}: names the same one twice ({what})")
+        raise InterventionError(f"{field}={shown(list(indices))}: names the same one twice ({what})")
     return resolved

@@ -25,14 +25,16 @@ class ReplacedForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original: Callable[..., Any] = module.forward
-        self._was_on_instance = "forward" in vars(module)
+        self._was_on_instance = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What runs in place of the module's own forward."""
         raise NotImplementedError
 
     def attach(self) -> None:
-        """Puts this object in the place of the module's forward."""
+        """Puts this object in the place of the module's forward, whatever that is by now."""
+        self.original = self.module.forward
+        self._was_on_instance = "forward" in vars(self.module)
         self.module.forward = self.forward
 
     def slot(self) -> str | None:

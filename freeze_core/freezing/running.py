@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from freeze_core.errors import InterventionError
+from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.caches import check_cache, filled, mark_cache, refuse_reordering
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.traced import demand
@@ -109,9 +109,20 @@ class Pass:
 
 
 class InForce(NamedTuple):
-    """What a frozen attention tells of itself: a key that says what is frozen, and what follows for caches."""
+    """What a frozen attention tells of itself.
 
+    Args:
+        attention: the attention module itself.
+        key: what is frozen at which value, as text; nothing where nothing is.
+        wiring: the same and what gradients do.
+        unshared: whether each query head has KV heads of its own.
+        needs_rows: whether rows must stay where they are between passes.
+        on_stale: what to do about a foreign cache.
+    """
+
+    attention: nn.Module
     key: str
+    wiring: tuple[object, ...]
     unshared: bool
     needs_rows: bool
     on_stale: str
@@ -142,7 +153,7 @@ class PassTracker(ReplacedForward):
         self._busy = threading.Lock()
 
     def put(self, name: str, in_force: InForce | None) -> None:
-        """Notes what is in force in the attention called `name`; `None` is nothing. Attached while anything is."""
+        """Notes what is in force in the attention at the path `name`; `None` is nothing. Attached while anything is."""
         if in_force is None:
             self._in_force.pop(name, None)
         else:
@@ -175,6 +186,7 @@ class PassTracker(ReplacedForward):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = self._argument("past_key_values", args, kwargs)
         running = self._pass(cache, args, kwargs)
+        self._refuse_replaced()
         before = running.cached + running.cross_cached
         if before:
             check_cache(cache, self._mark, self._on_stale)
@@ -187,11 +199,22 @@ class PassTracker(ReplacedForward):
                 refuse_reordering(cache)
         return output
 
+    def _refuse_replaced(self) -> None:
+        """Raises `FreezeNotInForceError` where a frozen attention is no longer what the model runs."""
+        for name, note in self._in_force.items():
+            if self.module.get_submodule(name) is not note.attention:
+                raise FreezeNotInForceError(
+                    f"{name} of {type(self.module).__name__} was wrapped or replaced after the freeze, so that what "
+                    "runs is not frozen: remove the freeze, then freeze what is there now"
+                )
+
     def _pass(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
         given = self._argument("input_ids", args, kwargs)
         if given is None:
             given = self._argument("inputs_embeds", args, kwargs)
-        tokens = 0 if given is None else given.shape[1]  # an encoder of sounds or images counts its own columns from 0
+            tokens = 0 if given is None else given.shape[-2]  # an encoder of sounds counts its own columns from 0
+        else:
+            tokens = given.shape[-1]
         states = self._argument("encoder_hidden_states", args, kwargs)
         encoder = None
         if states is not None:
@@ -228,9 +251,19 @@ class PassTracker(ReplacedForward):
             for module, original in originals.items():
                 setattr(module, name, original)
 
+    def _wiring(self) -> list[tuple[str, tuple[object, ...]]]:
+        return sorted((name, note.wiring) for name, note in self._in_force.items())
+
     def _keeping(self, running: Pass, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        wiring = self._wiring()
+
         def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             def layer(*inner: Any, **options: Any) -> Any:
+                if self._wiring() != wiring:
+                    raise FreezeNotInForceError(
+                        "gradient checkpointing runs a layer again under other freezes than it first ran under: call "
+                        "backward while the same freezes are live, inside the same `with`"
+                    )
                 with self._running(running):
                     return function(*inner, **options)
 

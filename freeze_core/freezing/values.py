@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freeze_core.freezing.traced import demand
+
 __all__ = ["NoiseTable", "accumulation_dtype", "derangement", "statistics"]
 
 
@@ -36,6 +38,7 @@ def statistics(x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
     # Chosen, not cut out: a compiled pass cannot know how many are real. Nor multiplied: padding may hold inf or nan.
     counted = real.to(x.device)[..., None]
     count = counted.sum()
+    x = demand(x, count > 0, "attention_mask leaves no real token in this pass: there is nothing to take statistics of")
     mean = torch.where(counted, x, 0).sum(dim=(0, 1)) / count
     return mean, (torch.where(counted, x - mean, 0).square().sum(dim=(0, 1)) / count).sqrt()
 
@@ -57,7 +60,7 @@ class NoiseTable:
         self._key = (abs(seed), int(seed < 0), *place)
         self._shape = (heads, features)
         self._rows = torch.empty(0, heads, features)
-        self._name = " ".join(map(str, key))
+        self._name = " ".join(map(hex, key))
         _TABLES[self._name, heads, features] = self
 
     def columns(self, start: int, count: int, like: Tensor) -> Tensor:
@@ -83,7 +86,8 @@ _TABLES: WeakValueDictionary[tuple[str, int, int], NoiseTable] = WeakValueDictio
 @torch.library.custom_op("circuitfreeze::normals", mutates_args=())
 def _traced_columns(key: str, heads: int, features: int, start: int, count: int) -> Tensor:
     """Columns of a table, in float64 on the CPU, as a step that a compiled pass takes without looking inside."""
-    table = _TABLES.get((key, heads, features)) or NoiseTable(tuple(map(int, key.split())), heads, features)
+    numbers = tuple(int(part, 16) for part in key.split())
+    table = _TABLES.get((key, heads, features)) or NoiseTable(numbers, heads, features)
     return table.columns(start, count, torch.empty(0, dtype=torch.float64)).clone()
 
 
@@ -97,13 +101,13 @@ def derangement(seed: int, rows: int) -> Tensor:
 
     A random cycle through all rows: S. Sattolo, "An algorithm to generate a random cyclic permutation", 1986.
     """
-    order: Tensor = _traced_order(str(seed), rows) if torch.compiler.is_compiling() else _order(seed, rows)
+    order: Tensor = _traced_order(hex(seed), rows) if torch.compiler.is_compiling() else _order(seed, rows)
     return order
 
 
 @torch.library.custom_op("circuitfreeze::derangement", mutates_args=())
 def _traced_order(seed: str, rows: int) -> Tensor:
-    return _order(int(seed), rows)
+    return _order(int(seed, 16), rows)
 
 
 @_traced_order.register_fake

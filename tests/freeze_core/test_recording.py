@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, UnsupportedModelError
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -71,11 +71,8 @@ def test_a_layer_out_of_range_is_refused(model, ids):
         FREEZER.record(model, ids, layers=[3])
 
 
-def test_patterns_that_cannot_be_had_are_an_error(ids):
-    model = tiny_model("llama")
-    model.model.config = None
-
-    class Headless(torch.nn.Module):
+def test_patterns_are_recorded_beneath_a_wrapper_without_a_config(ids):
+    class Wrapper(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.inner = tiny_model("llama").model
@@ -83,9 +80,17 @@ def test_patterns_that_cannot_be_had_are_an_error(ids):
         def forward(self, **kwargs):
             return self.inner(**kwargs)
 
-    FREEZER.record(Headless(), ids)
-    with pytest.raises(UnsupportedModelError, match="patterns cannot be recorded"):
-        FREEZER.record(Headless(), ids, pattern=True)
+    expected = FREEZER.record(tiny_model("llama"), ids, pattern=True)
+    assert torch.equal(FREEZER.record(Wrapper(), ids, pattern=True)[2].pattern, expected[2].pattern)
+
+
+def test_patterns_that_are_not_formed_are_an_error(ids):
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    own = attention.forward
+    attention.forward = lambda *args, **kwargs: (own(*args, **kwargs)[0], None)
+    with pytest.raises(InterventionError, match="gave no pattern"):
+        FREEZER.record(model, ids, pattern=True)
 
 
 def test_a_layer_that_did_not_run_is_an_error(ids):

@@ -173,7 +173,7 @@ def test_stacks_that_no_decoder_tells_apart_are_refused():
 def test_a_module_that_serves_two_layers_is_refused():
     shared = plain()
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"self_attn": shared}) for _ in range(2)])})
-    assert "one module serves layers [0, 1]" in refusal(model)
+    assert "serves v_proj of layer 0 and v_proj of layer 1" in refusal(model)
 
 
 def plain():

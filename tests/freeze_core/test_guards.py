@@ -1,0 +1,246 @@
+"""Nothing silent: what would have gone wrong without a word."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from freeze_core import (
+    AttentionCircuitFreezer,
+    CircuitFreezeError,
+    FreezeNotInForceError,
+    InterventionConfig,
+    InterventionError,
+    StaleCacheWarning,
+    UnsupportedModelError,
+)
+from pytest_circuitfreeze.models import draw_parameters, tiny_model
+from pytest_circuitfreeze.shrinking import tiny_of_type
+
+FREEZER = AttentionCircuitFreezer()
+
+
+def checkpointed(reentrant):
+    model = tiny_model("llama").train()
+    model.enable_input_require_grads()
+    model._set_gradient_checkpointing(
+        True, lambda *args, **options: torch.utils.checkpoint.checkpoint(*args, use_reentrant=reentrant, **options)
+    )
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("later", [None, InterventionConfig([0], [2], "v"), InterventionConfig([0], [1], "v", seed=1)])
+def test_recomputation_under_other_freezes_is_an_error(reentrant, later, ids):
+    model = checkpointed(reentrant)
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v", "noise")):
+        loss = model(ids).logits.square().mean()
+    frozen = FREEZER.freeze_circuits(model, later) if later else None
+    with pytest.raises(FreezeNotInForceError, match="under other freezes"):
+        loss.backward()
+    if frozen:
+        frozen.remove()
+
+
+def test_recomputation_of_an_unfrozen_pass_under_a_freeze_is_an_error(ids):
+    model = checkpointed(reentrant=True)
+    loss = model(ids).logits.square().mean()
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1])), pytest.raises(FreezeNotInForceError):
+        loss.backward()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "electra", "megatron-bert"])
+def test_noise_is_the_same_with_a_cache_where_layers_see_hidden_states_only(model_type, ids):
+    model = tiny_of_type(model_type, attn="eager")
+    config = InterventionConfig([0], [0], "v", "noise", noise_std=1.0)
+    with torch.no_grad(), FREEZER.freeze_circuits(model, config):
+        whole = model(ids, use_cache=False).logits
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        step = model(ids[:, 5:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(step, whole[:, 5:], rtol=0, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_padding_is_left_out_where_layers_see_hidden_states_only(ids):
+    model = tiny_of_type("bert", attn="eager")
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    other = torch.where(mask.bool(), ids, (ids + 1) % 97)
+    with torch.no_grad(), FREEZER.freeze_circuits(model, InterventionConfig([0], None, "v", "mean")):
+        one, two = (FREEZER.record(model, {"input_ids": given, "attention_mask": mask})[0].v for given in (ids, other))
+    assert torch.equal(one, two)
+
+
+def bart():
+    config = transformers.BartConfig(
+        vocab_size=97,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    draw_parameters(model, 0)
+    return model
+
+
+def test_a_decoders_activations_are_recorded_under_its_own_mask(ids):
+    model, mask = bart(), torch.tensor([[1] * 5 + [0] * 2, [1] * 7])
+    given = {"input_ids": ids, "decoder_input_ids": ids}
+    assert FREEZER.record(model, {**given, "attention_mask": mask}).attention_mask is None
+    under = {**given, "decoder_attention_mask": mask}
+    recording = FREEZER.record(model, under)
+    assert torch.equal(recording.attention_mask, mask)
+    assert FREEZER.calibrate(model, [under], progress=False).tokens == 12
+    config = InterventionConfig([0], freeze_type="reference", reference=recording)
+    with FREEZER.freeze_circuits(model, config):
+        model(**under)
+        with pytest.raises(InterventionError, match="another attention_mask"):
+            model(**given)
+
+
+@pytest.mark.parametrize("freeze_type", ["mean", "noise"])
+def test_statistics_of_nothing_are_an_error(model, ids, freeze_type):
+    config = InterventionConfig([0], [0], "v", freeze_type)
+    with FREEZER.freeze_circuits(model, config), pytest.raises(InterventionError, match="no real token"):
+        model(ids, attention_mask=torch.zeros_like(ids))
+
+
+def test_a_projection_that_serves_two_layers_or_two_roles_is_refused():
+    model = tiny_model("llama")
+    layers = model.model.layers
+    layers[2].self_attn.k_proj = layers[0].self_attn.k_proj
+    with pytest.raises(UnsupportedModelError, match=r"k_proj of layer 0 and k_proj of layer 2"):
+        FREEZER.freeze_circuits(model, InterventionConfig([0], None, "k"))
+    FREEZER.freeze_circuits(model, InterventionConfig([1], None, "k")).remove()
+    layers[1].self_attn.v_proj = layers[1].self_attn.k_proj
+    with pytest.raises(UnsupportedModelError, match=r"one Linear serves"):
+        FREEZER.freeze_circuits(model, InterventionConfig([1], None, "v"))
+
+
+@pytest.mark.parametrize("what", ["layer", "attention"])
+def test_what_was_replaced_after_the_freeze_is_not_taken_for_frozen(what, ids):
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    layers = model.model.layers
+    frozen = FREEZER.freeze_circuits(model, InterventionConfig([0]))
+    before = layers[0].self_attn
+    if what == "layer":
+        layers[0] = other.model.layers[0]
+    else:
+        layers[0].self_attn = other.model.layers[0].self_attn
+    with pytest.raises(FreezeNotInForceError, match=r"layers\.0\.self_attn .* was wrapped or replaced"):
+        model(ids)
+    frozen.remove()
+    assert "forward" not in vars(before)
+    model(ids)
+
+
+def test_a_second_freeze_over_a_covered_one_is_refused_and_changes_nothing(ids):
+    model = tiny_model("mistral_gqa")
+    attention = model.model.layers[1].self_attn
+    first = FREEZER.freeze_circuits(model, InterventionConfig([0, 1], [0], "qk", kv_scope="head"))
+    frozen = model(ids).logits
+    for module in (attention, attention.q_proj, model.model):
+        standing = module.forward
+        module.forward = lambda *args, standing=standing, **kwargs: standing(*args, **kwargs)
+        with pytest.raises(CircuitFreezeError, match="replaced again"):
+            FREEZER.freeze_circuits(model, InterventionConfig([0, 1], [1], "ov"))
+        with pytest.raises(CircuitFreezeError, match="replaced again"):
+            first.remove()
+        module.forward = standing
+        assert torch.equal(model(ids).logits, frozen)
+    first.remove()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_cache_that_grew_unfrozen_is_recognised(model, ids):
+    config = InterventionConfig([0], [1], "ov")
+    with torch.no_grad():
+        with FREEZER.freeze_circuits(model, config):
+            cache = model(ids[:, :3], use_cache=True).past_key_values
+        model(ids[:, 3:6], past_key_values=cache, use_cache=True)
+        with FREEZER.freeze_circuits(model, config), pytest.warns(StaleCacheWarning):
+            model(ids[:, 6:], past_key_values=cache)
+
+
+def test_a_live_freeze_does_not_follow_its_recording_or_its_statistics(model, ids):
+    recording = FREEZER.record(model, (ids + 3) % 97)
+    statistics = FREEZER.calibrate(model, [ids], progress=False)
+    for config in (
+        InterventionConfig([0], None, "v", "reference", reference=recording),
+        InterventionConfig([0], None, "v", "mean", statistics=statistics),
+    ):
+        with FREEZER.freeze_circuits(model, config):
+            before = model(ids).logits
+            recording[0].v.zero_()
+            statistics[0].mean["v"].zero_()
+            assert torch.equal(model(ids).logits, before)
+
+
+def test_a_reference_recorded_with_heads_of_their_own_does_not_lose_them(ids):
+    model = tiny_model("llama_gqa")
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "ov", kv_scope="head")):
+        recording = FREEZER.record(model, ids)
+    with pytest.raises(InterventionError, match="each having their own"):
+        FREEZER.freeze_circuits(model, InterventionConfig([0], None, "v", "reference", reference=recording))
+    config = InterventionConfig([0], None, "k", "reference", reference=recording)  # k was repeated, no more
+    FREEZER.freeze_circuits(model, config).remove()
+
+
+def test_the_same_freeze_through_the_base_model_knows_its_cache(ids):
+    model = tiny_model("llama_gqa")
+    config = InterventionConfig([0], [1], "ov", kv_scope="head")
+    with torch.no_grad(), FREEZER.freeze_circuits(model, config):
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    with torch.no_grad(), FREEZER.freeze_circuits(model.model, copy.copy(config)):
+        model(ids[:, 6:], past_key_values=cache)
+
+
+def test_a_stated_storage_is_checked_while_frozen(ids):
+    model = tiny_model("llama")
+    frozen = FREEZER.freeze_circuits(model, InterventionConfig([0]))
+    with pytest.raises(UnsupportedModelError, match="is separate_qkv"):
+        FREEZER.freeze_circuits(model, InterventionConfig([0]), "fused_qkv")
+    frozen.remove()
+
+
+BAD_CALLS = {
+    "config": lambda model: FREEZER.check_gradient_behavior(model, torch.zeros(1, 2).long(), "qk"),
+    "effect": lambda model: FREEZER.verify_intervention_effect(model, model, torch.zeros(1, 2).long(), None),
+    "recompute": lambda model: FREEZER.recompute_cache("gpt2", torch.zeros(1, 2).long()),
+    "handles none": lambda model: FREEZER.remove_hooks(None),
+    "handles number": lambda model: FREEZER.remove_hooks([1]),
+    "handles text": lambda model: FREEZER.remove_hooks("a"),
+    "batches": lambda model: FREEZER.calibrate(model, None, progress=False),
+    "batches number": lambda model: FREEZER.calibrate(model, 0, progress=False),
+    "progress": lambda model: FREEZER.calibrate(model, [torch.zeros(1, 2).long()], progress="no"),
+    "pattern": lambda model: FREEZER.record(model, torch.zeros(1, 2).long(), pattern=1),
+    "names": lambda model: FREEZER.record(model, {1: 2}),
+    "nothing": lambda model: FREEZER.record(model, {}),
+    "empty": lambda model: FREEZER.record(model, torch.zeros(0, 2).long()),
+    "no ids": lambda model: FREEZER.record(model, {"attention_mask": torch.ones(1, 2)}),
+    "out of vocabulary": lambda model: FREEZER.record(model, torch.full((1, 2), 10_000)),
+    "strength": lambda model: InterventionConfig(strength=10**400),
+    "noise": lambda model: InterventionConfig(noise_std=10**400),
+    "huge": lambda model: InterventionConfig(strength=10**5000),
+    "index": lambda model: FREEZER.freeze_circuits(model, InterventionConfig([10**5000])),
+    "stale": lambda model: AttentionCircuitFreezer(on_stale_cache=torch.zeros(2)),
+    "architecture": lambda model: FREEZER.freeze_circuits(model, InterventionConfig(), architecture=torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_bad_call_is_refused_and_leaves_the_model_alone(name):
+    model = tiny_model("gpt2")
+    with pytest.raises(CircuitFreezeError):
+        BAD_CALLS[name](model)
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+
+
+def test_a_seed_of_any_size_draws(model, ids):
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], freeze_type="noise", seed=-(10**5000))):
+        assert model(ids).logits.isfinite().all()
