@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,7 +88,7 @@ class Result:
     error: float
     bound: float
     message: str
-    refusals: Sequence[str] = ()
+    refusals: tuple[str, ...] = ()
     """Why the engine refused some of the configs that were drawn."""
 
     @property
@@ -165,7 +165,7 @@ def _result(reports: list[pytest.TestReport]) -> Result:
         error=facts.get("error", 0.0),
         bound=facts.get("bound", 0.0),
         message=_message(reports) or facts.get("refused", "") or facts.get("silent", ""),
-        refusals=facts.get("refusals", ()),
+        refusals=tuple(facts.get("refusals", ())),
     )
 
 

@@ -43,7 +43,7 @@ def causal_lm_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def shrunken_config(model_type: str) -> PretrainedConfig:
+def shrunken_config(model_type: str, fields: Mapping[str, object] | None = None) -> PretrainedConfig:
     """The configuration of a tiny `model_type`: 3 layers, 4 query heads of 8 features, 2 KV heads, 97 tokens.
 
     It has that many KV heads where the type lets them be fewer than the query heads, and a fourth layer where it takes
@@ -57,7 +57,7 @@ def shrunken_config(model_type: str) -> PretrainedConfig:
         raise ValueError(f"transformers has no causal language model type {model_type!r}; it has {known}")
     try:
         default = _config_class(model_type)()
-        return type(default)(**_small_fields(default))
+        return type(default)(**{**_small_fields(default), **(fields or {})})
     except Exception as error:
         raise ValueError(_cannot(model_type, "be configured", error)) from error
 
@@ -65,6 +65,7 @@ def shrunken_config(model_type: str) -> PretrainedConfig:
 def tiny_of_type(
     model_type: str,
     *,
+    fields: Mapping[str, object] | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -74,6 +75,7 @@ def tiny_of_type(
 
     Args:
         model_type: one of `causal_lm_types()`.
+        fields: of its config, where they are not to be what shrinking makes them.
         seed: weights are a function of type and seed alone; torch's own generators are left as they are.
         dtype: of the parameters, float32 by default. The same draws, rounded, in every dtype.
         device: where the model is put.
@@ -86,7 +88,7 @@ def tiny_of_type(
     >>> tiny_of_type("qwen2").config.num_key_value_heads
     2
     """
-    config = shrunken_config(model_type)
+    config = shrunken_config(model_type, fields)
     import torch
 
     if hasattr(type(config), "_experts_implementation"):

@@ -28,7 +28,12 @@ CHUNK = 8
 SECONDS = 240
 """Time limit for each architecture of a chunk."""
 
-SHORT = {"pass": "✓", "pass*": "✓*", "n/a": "–", "refused": "✗", "FAIL": "FAIL", "ERROR": "ERROR", "skip": "skip"}
+SHORT = {"pass": "✓", "pass*": "✓*", "refused": "✗"}
+LEGEND = (
+    "✓ passes; ✓* passes, but for configs that are refused by name; n/a says nothing about this architecture; "
+    "✗ is refused. Reasons are below."
+)
+COMMAND = "python -m pytest_circuitfreeze.reports.compatibility"
 GROUPS = {
     "pass": "pass every claim",
     "pass*": "pass every claim, but for single configs that are refused by name",
@@ -92,7 +97,7 @@ def _unbuilt(result: Result) -> bool:
 
 
 def document(found: Mapping[str, Sequence[Result] | None], profile: str) -> dict[str, Any]:
-    """What the matrix holds, as plain data: `seconds` are wall time, `reasons` say what is refused or does not apply."""
+    """What the matrix holds, as plain data: `seconds` are wall time, `reasons` say what is refused or silent."""
     claims: dict[str, str] = {}
     for results in found.values():
         claims |= {result.claim: result.sentence for result in results or ()}
@@ -127,20 +132,19 @@ def render(matrix_of: Mapping[str, Any]) -> str:
     entries: Mapping[str, Any] = matrix_of["architectures"]
     claims: Mapping[str, str] = matrix_of["claims"]
     found = matrix_of["environment"]
+    examples, seconds = (sum(one[what] for one in entries.values()) for what in ("examples", "seconds"))
     lines = [
         f"# What freeze_core serves: transformers {found['transformers']}, torch {found['torch']}",
         "",
-        "Made by `python -m pytest_circuitfreeze.reports.compatibility reports/published` "
-        f"(profile {matrix_of['profile']}, {sum(one['examples'] for one in entries.values()):,} examples, "
-        f"{sum(one['seconds'] for one in entries.values()) / 60:.0f} minutes of tests).",
+        f"Made by `{COMMAND} reports/published`.",
+        f"Profile {matrix_of['profile']}, {examples:,} examples, {seconds / 60:.0f} minutes of tests.",
         "",
         *(
             f"- {sum(one['verdict'] == group for one in entries.values())} of {len(entries)} architectures {words}"
             for group, words in GROUPS.items()
         ),
         "",
-        "✓ passes; ✓* passes, but for configs that are refused by name; – says nothing about this architecture; "
-        "✗ refused. Reasons are below.",
+        LEGEND,
         "",
         "## Claims",
         "",
@@ -152,7 +156,7 @@ def render(matrix_of: Mapping[str, Any]) -> str:
         "| --- |" + " :-: |" * len(claims) + " --: |",
     ]
     for name, one in entries.items():
-        cells = [SHORT.get(one["claims"].get(claim, ""), " ") for claim in claims]
+        cells = [SHORT.get(cell := one["claims"].get(claim, ""), cell) for claim in claims]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {one['seconds']:.0f} |")
     for group, words in GROUPS.items():
         told = {name: one["reasons"] for name, one in entries.items() if one["verdict"] == group and one["reasons"]}
@@ -170,7 +174,7 @@ def _plain(reason: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, writes, and fails if an architecture did."""
-    parser = argparse.ArgumentParser(prog="python -m pytest_circuitfreeze.reports.compatibility")
+    parser = argparse.ArgumentParser(prog=COMMAND)
     parser.add_argument("folder", type=Path, help="where the matrix is written")
     parser.add_argument("names", nargs="*", help="architectures, by default all")
     parser.add_argument("--profile", default="quick", help="how many examples each claim gets")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
 from pytest_circuitfreeze.suites.judge.anatomy import Site
 from pytest_circuitfreeze.suites.judge.noise import noise_of
 from pytest_circuitfreeze.suites.judge.oracle import Gradients, judged_layers, pulled_back
@@ -53,7 +53,12 @@ def check_gradients_are_the_estimators(
             weighted_sum(found.logits, batch).backward()
         _demand_gradients(claim, model, batch)
         real = batch.real.to(model.device)
-        for layer in judged_layers(known, configs):
+        judged = [layer for layer in judged_layers(known, configs) if not found.layers[layer].shared]
+        if not judged:
+            raise NotApplicable(
+                "later layers read the keys and values of all frozen layers, whose gradients are not theirs alone"
+            )
+        for layer in judged:
             site, seen = known[layer], found.layers[layer]
             if isinstance(site, FoundSite):
                 replay = Replay(model, site, seen, real, configs, noise)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +15,7 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 from pytest_circuitfreeze.suites.judge.passes import look
 from pytest_circuitfreeze.suites.judge.sites import FoundSite, sites
+from pytest_circuitfreeze.suites.refusals import Refused
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -30,8 +33,18 @@ def engine_noise(engine: Engine, model: PreTrainedModel, seed: int, columns: int
     """
     from freeze_core import InterventionConfig
 
+    batch = Batch.of_tokens(torch.zeros(1, columns, dtype=torch.long))
     config = InterventionConfig(freeze_type="noise", noise_std=1.0, seed=seed)
-    return read_noise(engine, model, config, Batch.of_tokens(torch.zeros(1, columns, dtype=torch.long)))
+    try:
+        return read_noise(engine, model, config, batch)
+    except Refused:
+        # Some layer is refused by name: those that are not.
+        draws: dict[tuple[int, int, str], Tensor] = {}
+        for layer in sites(model):
+            with suppress(Refused):
+                own = read_noise(engine, model, replace(config, layer_indices=[layer]), batch)
+                draws |= {place: draw for place, draw in own.items() if place[1] == layer}
+        return draws
 
 
 def read_noise(

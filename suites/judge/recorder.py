@@ -39,9 +39,15 @@ class Call:
             return Call((hidden, *self.args[1:]), self.kwargs)
         return Call(self.args, {**self.kwargs, name: hidden})
 
-    def held(self) -> Call:
-        """A call whose tensors and caches are copies."""
-        return Call(_held(self.args), _held(self.kwargs))
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states."""
+        return hidden_of(self.args, self.kwargs)
+
+    def held(self, keep: Tensor | None = None) -> Call:
+        """A call whose tensors, but for the hidden states `keep`, and caches are copies."""
+        call = Call(_held(self.args), _held(self.kwargs))
+        return call if keep is None else call.given(keep)
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Seen:
         answer: what it returned, or the first of it; after a backward pass it has its gradient; of found families.
         z: input of the output projection `[batch, token, head, head_dim]`.
         pattern: `[batch, head, query, key]`, if asked for.
+        shared: whether it left its keys and values for later layers to read; of found families.
     """
 
     hidden: Tensor
@@ -70,6 +77,7 @@ class Seen:
     answer: Tensor | None = None
     z: Tensor | None = None
     pattern: Tensor | None = None
+    shared: bool = False
 
     def mixed(self) -> Tensor:
         """`z`, which every pass has."""
@@ -112,7 +120,7 @@ class Recorder:
         with ExitStack() as stack:
             for handle in (
                 site.module.register_forward_pre_hook(self._enter(site), with_kwargs=True),
-                site.module.register_forward_hook(self._leave(site)),
+                site.module.register_forward_hook(self._leave(site), with_kwargs=True),
                 site.output.register_forward_pre_hook(self._mix(site)),
             ):
                 stack.callback(handle.remove)
@@ -142,14 +150,16 @@ class Recorder:
         return hook
 
     def _leave(self, site: AnySite) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: Any, result: Any) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
             self.running = None
             self.untap()
             if not self.gradients or not isinstance(site, FoundSite):
                 return result
+            seen = self.layers[site.layer]
+            seen.shared = any(isinstance(value, dict) and value for value in kwargs.values())
             first = result[0] if isinstance(result, tuple) else result
             first.retain_grad()
-            self.layers[site.layer].answer = first
+            seen.answer = first
             # A copy goes on, so that what is written into it later leaves the gradient alone.
             return (first.clone(), *result[1:]) if isinstance(result, tuple) else first.clone()
 
@@ -253,7 +263,19 @@ def _held(value: Any) -> Any:
         return value.detach().clone()
     if type(value) in (list, tuple):
         return type(value)(map(_held, value))
-    if type(value) is dict:
-        return {key: _held(one) for key, one in value.items()}
-    # A cache would grow with each replay.
-    return copy.deepcopy(value) if hasattr(value, "update") and not isinstance(value, nn.Module) else value
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({key: _held(one) for key, one in value.items()})
+        return copied
+    return _held_cache(value) if hasattr(value, "update") and not isinstance(value, nn.Module) else value
+
+
+def _held_cache(cache: Any) -> Any:
+    """A copy of a cache that can be filled without filling the first; caches put new tensors in the place of old."""
+    copied = copy.copy(cache)
+    for name, value in vars(cache).items():
+        if isinstance(value, list):
+            vars(copied)[name] = [_held_cache(one) if hasattr(one, "update") else one for one in value]
+        elif isinstance(value, dict) or hasattr(value, "update"):
+            vars(copied)[name] = copy.copy(value) if isinstance(value, dict) else _held_cache(value)
+    return copied

@@ -83,7 +83,7 @@ class Replay:
     def _call(self) -> Call:
         if self.seen.call is None:
             raise CannotJudge("a replay needs what the attention module was called with")
-        return self.seen.call.held()
+        return self.seen.call
 
     def _touch(self) -> Nudge | Exact:
         return Nudge(self.seen.hidden.dtype) if self.rounding else Exact()
@@ -145,8 +145,9 @@ class Replay:
                 stack.callback(module.get_submodule(place).register_forward_hook(self._editing(edits)).remove)
             stack.callback(module.get_submodule(self.site.output_name).register_forward_pre_hook(stop).remove)
             stack.enter_context(PatternTap(patterns.append) if eager else nullcontext())
+            again = call.held(keep=call.hidden)
             with suppress(_Reached):
-                module(*call.args, **call.kwargs)
+                module(*again.args, **again.kwargs)
         if not found:
             raise CannotJudge(f"layer {self.site.layer}, run again, did not reach its output projection")
         return found[0], self._pattern(patterns)
@@ -165,7 +166,8 @@ class Replay:
 
         handle = module.get_submodule(self.site.output_name).register_forward_pre_hook(put)
         try:
-            result = module(*call.args, **call.kwargs)
+            again = call.held(keep=call.hidden)
+            result = module(*again.args, **again.kwargs)
         finally:
             handle.remove()
         answer: Tensor = result[0] if isinstance(result, tuple) else result
@@ -190,7 +192,8 @@ class Replay:
             own = touch(x[..., features], 4)
             if config is not None:
                 r = self._replacement(name, rows, own.detach(), config, touch)
-                own = touch(blend(own, r.to(own.dtype).expand(own.shape), config, touch), 4)
+                # In float64: near strength 1 hardly a digit of the difference would be left.
+                own = touch(blend(own.double(), r.expand(own.shape), config, touch).to(x.dtype), 4)
             return x.index_copy(-1, features, own)
 
         return edit
