@@ -195,7 +195,9 @@ class PassTracker(ReplacedForward):
     def _refuse_replaced(self) -> None:
         """Raises `FreezeNotInForceError` where a frozen attention is no longer what the model runs."""
         for name, note in self._in_force.items():
-            if self.module.get_submodule(name) is not note.attention:
+            # Its own forward was put back (an offloading undone, say); one put on top may well run the frozen one.
+            unfrozen = getattr(note.attention.forward, "__self__", None) is note.attention
+            if unfrozen or self.module.get_submodule(name) is not note.attention:
                 raise FreezeNotInForceError(
                     f"{name} of {type(self.module).__name__} was wrapped or replaced after the freeze, so that what "
                     "runs is not frozen: remove the freeze, then freeze what is there now"

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from plain_freeze import FREEZE_TYPES, FREEZER, IDS, agrees, config_of, frozen_logits, logits, plain
+from plain_freeze import FREEZE_TYPES, FREEZER, IDS, agrees, config_of, frozen_logits, logits, plain, plain_freeze
+from transformers import DynamicCache, StaticCache
 
 from freeze_core import InterventionError
 from pytest_circuitfreeze.models import tiny_model
@@ -138,3 +139,20 @@ def test_generated_code() -> None:
     model = tiny_model("llama_gqa")
     traced = compiled(model, "inductor")
     agrees(frozen_logits(model, config, lambda: logits(traced)), logits(traced), wanted)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_decoding_with_a_cache(static: bool) -> None:
+    """A prompt and one token more, each a compiled pass under noise: the columns go on where the cache ends."""
+    model = tiny_model("llama_gqa")
+    traced, config = compiled(model), config_of("noise_std", model)
+
+    def decode(run: Any) -> torch.Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+        with torch.no_grad():
+            return torch.cat([run(ids, past_key_values=cache).logits for ids in (IDS[:, :6], IDS[:, 6:])], dim=1)
+
+    wanted = plain_freeze(tiny_model("llama_gqa"), config)
+    with FREEZER.freeze_circuits(model, config):
+        frozen = decode(traced)
+    agrees(frozen, decode(traced), wanted)

@@ -16,6 +16,7 @@ from torch import nn
 
 from freeze_core import FreezeNotInForceError
 from pytest_circuitfreeze.models import tiny_model
+from pytest_circuitfreeze.shrinking import tiny_of_type
 
 accelerate = pytest.importorskip("accelerate", reason="the extra 'conditions' is not installed")
 
@@ -87,4 +88,13 @@ def test_offloading_undone_under_a_freeze(tmp_path: Path) -> None:
     FREEZER.freeze_circuits(model, config_of("zero", tiny_model("llama_gqa")))
     accelerate.hooks.remove_hook_from_submodules(model)
     with pytest.raises(FreezeNotInForceError, match="ran without its Linear"):
+        logits(model)
+
+
+def test_offloading_undone_where_attention_has_weights_of_its_own(tmp_path: Path) -> None:
+    """There accelerate takes the freeze out of the attention itself, so that only the pass can tell."""
+    model = cpu_offload(tiny_of_type("gpt_oss", attn="eager"), tmp_path)
+    FREEZER.freeze_circuits(model, config_of("zero", model))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    with pytest.raises(FreezeNotInForceError, match="what runs is not frozen"):
         logits(model)
