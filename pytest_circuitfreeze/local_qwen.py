@@ -135,6 +135,10 @@ class QWenModel(QWenPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of token ids."""
+        return self.wte
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -173,11 +173,14 @@ def check_implementations_agree(
     claim = Claim("a freeze is the same under eager and sdpa", model=model, engine=engine, config=config, batch=batch)
     if len(implementations(model)) < 2:
         raise NotApplicable(f"{type(model).__name__} runs under {implementations(model)[0]} attention alone")
-    real = batch.real
-    sdpa = look(engine, model, config, batch).logits[real]
-    eager = look(engine, model, config, batch, attn="eager").logits[real]
-    # Several families take the eager softmax in float32 whatever the model's dtype.
-    rounding = torch.float32 if model.dtype == torch.float64 else None
-    moved = nudged_look(engine, model, config, batch, rounding=rounding).logits[real]
-    claim.within("logits", eager, sdpa, largest_change(sdpa, moved), "real word")
+
+    def both(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
+        sdpa = look(engine, model, which, batch).logits[batch.real]
+        eager = look(engine, model, which, batch, attn="eager").logits[batch.real]
+        # Several families take the eager softmax in float32 whatever the model's dtype.
+        rounding = torch.float32 if model.dtype == torch.float64 else None
+        moved = nudged_look(engine, model, which, batch, rounding=rounding).logits[batch.real]
+        return eager, sdpa, largest_change(sdpa, moved)
+
+    claim.compared("logits", both, config, "real word")
     return claim.margin

@@ -183,6 +183,7 @@ def _as_phi3(model: PreTrainedModel) -> PreTrainedModel:
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=heads,
             num_key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
             max_position_embeddings=config.max_position_embeddings,
             original_max_position_embeddings=config.max_position_embeddings,
             hidden_act=config.hidden_act,
