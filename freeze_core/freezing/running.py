@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.caches import check_cache, filled, mark_cache, refuse_reordering
-from freeze_core.freezing.padding import padding_mask
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.traced import demand
 
@@ -25,8 +24,7 @@ class Pass:
     """One forward pass through a stack of decoder layers.
 
     Args:
-        attention_mask: as the stack was given it: `None`, or `[batch, cached + token]` with 0 for padding, or what
-            the model made of that before.
+        attention_mask: as the stack was given it: `None`, or `[batch, cached + token]` with 0 for padding.
         cached: tokens in the cache before this pass.
         tokens: tokens of this pass.
         encoder: the same of the encoder's states that cross-attention reads, if there are any.
@@ -98,7 +96,16 @@ class Pass:
         )
 
     def _padding_mask(self) -> Tensor | None:
-        return padding_mask(self.attention_mask)
+        mask = self.attention_mask
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise InterventionError(
+                f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; "
+                "pass one, or freeze with zero or with noise_std"
+            )
+        return mask.bool()
 
 
 class InForce(NamedTuple):
