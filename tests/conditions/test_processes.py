@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
-import numpy as np
-import torch.multiprocessing
-from plain_freeze import agrees, config_of, frozen_logits, logits, plain
-
-from pytest_circuitfreeze.models import tiny_model
-
-
-def work(name: str, freeze_type: str, results: Any) -> None:
-    """What one process does."""
-    model = tiny_model(name)
-    frozen = frozen_logits(model, config_of(freeze_type, model))
-    results.put((name, freeze_type, frozen.numpy(), logits(model).numpy()))
+import torch
+from plain_freeze import agrees, plain
+from process_worker import work
 
 
 def test_each_process_freezes_its_own() -> None:
-    context: Any = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
     asked = [("llama_gqa", "noise"), ("gpt2", "mean")]
-    processes = [context.Process(target=work, args=(*each, results)) for each in asked]
-    for process in processes:
-        process.start()
-    told = sorted((results.get() for _ in processes), key=lambda one: str(one[0]), reverse=True)
-    for process in processes:
-        process.join()
-    for (name, freeze_type, frozen, unfrozen), wanted in zip(told, asked, strict=True):
-        assert (name, freeze_type) == wanted
-        agrees(*(torch.from_numpy(np.array(one)) for one in (frozen, unfrozen)), plain(name, freeze_type)[1])
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        told = list(pool.map(work, *zip(*asked, strict=True), timeout=300))
+    for each, (frozen, unfrozen) in zip(asked, told, strict=True):
+        agrees(torch.from_numpy(frozen), torch.from_numpy(unfrozen), plain(*each)[1])
