@@ -136,7 +136,7 @@ def tiny_model(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    attn: str | None = "sdpa",
+    attn: str | None = None,
 ) -> PreTrainedModel:
     """Builds the tiny model `name` with weights drawn from `seed`, in eval mode.
 
@@ -145,7 +145,7 @@ def tiny_model(
         seed: weights are a function of name and seed alone; torch's own generators are left as they are.
         dtype: of the parameters, float32 by default. The same draws, rounded, in every dtype.
         device: where the model is put.
-        attn: attention implementation, `"eager"` or `"sdpa"`; `None` is the latter where the class has it.
+        attn: attention implementation, `"eager"` or `"sdpa"`; by default the latter where the class has it.
 
     Raises:
         ValueError: `name` is neither, or transformers cannot build or run it.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from by_heart import BY_HEART
 
-from pytest_circuitfreeze.models import TINY, tiny_model
+from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import NotApplicable
 from pytest_circuitfreeze.suites.judge.anatomy import sites
@@ -15,7 +16,7 @@ IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[0, 0, *[1] * 10], [1] * 12])
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_twins_give_the_same_logits(name: str) -> None:
     model = tiny_model(name, dtype=torch.float64)
     batch = Batch(IDS, MASK)
