@@ -17,7 +17,7 @@ from pytest_circuitfreeze.settings import Settings
 if TYPE_CHECKING:
     from _pytest._io import TerminalWriter
 
-_COLOURS = {"FAIL": "red", "ERROR": "red", "skip": "yellow", "refused": "yellow", "pass*": "green", "pass": "green"}
+_COLOURS = {"FAIL": "red", "ERROR": "red", "skip": "yellow", "pass": "green"}
 _LAST_HEAD = ("of", "bound")
 _GAP = "  "
 _NARROWEST_LABEL = 24
@@ -55,8 +55,6 @@ def write_summary(terminal: pytest.TerminalReporter, results: Sequence[Result], 
     writer.line()
     for message in dict.fromkeys(result.message for result in results if result.outcome == "error"):
         writer.line(f"ERROR {message}", red=True)
-    for line in matrix.reasons(results):
-        writer.line(line, yellow=True)
     writer.line(matrix.totals(results))
 
 

@@ -65,8 +65,7 @@ def read(path: Path) -> Report:
         schema = document["schema"]
         if schema != SCHEMA:
             raise ReportError(f"{path} has schema {schema!r}; this version reads {SCHEMA}")
-        # JSON has lists alone.
-        results = tuple(Result(**{**entry, "refusals": tuple(entry["refusals"])}) for entry in document["results"])
+        results = tuple(Result(**entry) for entry in document["results"])
         return Report(document["settings"], document["environment"], results)
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is no circuitfreeze report: {type(error).__name__}: {error}") from error
