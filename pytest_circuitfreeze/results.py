@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,22 +35,6 @@ class CircuitRecord:
         self.examples = 0
         self.error = 0.0
         self.bound = 0.0
-        self.silent = ""
-        self.refused = ""
-        self.refusals: list[str] = []
-
-    def not_applicable(self, reason: str) -> None:
-        """The claim says nothing about the model (in this example), and why."""
-        self.silent = reason
-
-    def refused_model(self, reason: str) -> None:
-        """The engine refuses the model as a whole, as a test has seen, and why."""
-        self.refused = reason
-
-    def refused_config(self, reason: str) -> None:
-        """The engine refuses to freeze the model in one way, and why."""
-        if reason not in self.refusals:
-            self.refusals.append(reason)
 
     def observe(self, margin: Margin) -> None:
         """Counts one example and keeps the margin that came closest to its bound.
@@ -82,14 +66,12 @@ class Result:
     sentence: str
     model: str | None
     engine: str
-    outcome: str  # "passed", "failed", "error" (in set-up or tear-down), "skipped", "refused" or "n/a"
+    outcome: str  # "passed", "failed", "error" (in set-up or tear-down) or "skipped"
     seconds: float
     examples: int
     error: float
     bound: float
     message: str
-    refusals: tuple[str, ...] = ()
-    """Why the engine refused some of the configs that were drawn."""
 
     @property
     def file(self) -> str:
@@ -119,9 +101,7 @@ def model_of(item: pytest.Item) -> str | None:
 
 def measured(record: CircuitRecord) -> list[tuple[str, object]]:
     """What a test found, as properties of its report."""
-    facts: dict[str, object] = {"examples": record.examples, "error": record.error, "bound": record.bound}
-    told = {"silent": record.silent, "refused": record.refused, "refusals": list(record.refusals)}
-    facts |= {name: value for name, value in told.items() if value}
+    facts = {"examples": record.examples, "error": record.error, "bound": record.bound}
     return [(PREFIX + key, value) for key, value in facts.items()]
 
 
@@ -160,17 +140,16 @@ def _result(reports: list[pytest.TestReport]) -> Result:
         sentence=facts["sentence"],
         model=facts.get("model"),
         engine=facts["engine"],
-        outcome=_outcome(reports, facts),
+        outcome=_outcome(reports),
         seconds=sum(report.duration for report in reports),
         examples=facts.get("examples", 0),
         error=facts.get("error", 0.0),
         bound=facts.get("bound", 0.0),
-        message=_message(reports) or facts.get("refused", "") or facts.get("silent", ""),
-        refusals=tuple(facts.get("refusals", ())),
+        message=_message(reports),
     )
 
 
-def _outcome(reports: Iterable[pytest.TestReport], facts: Mapping[str, Any]) -> str:
+def _outcome(reports: Iterable[pytest.TestReport]) -> str:
     by_phase = {report.when: report.outcome for report in reports}
     if by_phase.get("call") == "failed":
         return "failed"
@@ -178,11 +157,8 @@ def _outcome(reports: Iterable[pytest.TestReport], facts: Mapping[str, Any]) -> 
         return "error"
     if "skipped" in by_phase.values():
         return "skipped"
-    if by_phase.get("call") != "passed":  # a worker that died leaves no report of the call
-        return "error"
-    if facts.get("refused"):
-        return "refused"
-    return "n/a" if facts.get("silent") and not facts.get("examples") else "passed"
+    # A worker that died leaves no report of the call.
+    return "passed" if by_phase.get("call") == "passed" else "error"
 
 
 def _message(reports: Iterable[pytest.TestReport]) -> str:

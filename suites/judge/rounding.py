@@ -30,7 +30,7 @@ def nudged_look(
     config: InterventionConfig | Sequence[InterventionConfig] | None,
     batch: Batch,
     *,
-    attn: str | None = None,
+    attn: str = "sdpa",
     patterns: bool = False,
     rounding: torch.dtype | None = None,
 ) -> Pass:
