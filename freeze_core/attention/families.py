@@ -208,6 +208,7 @@ NOT_SOFTMAX = (
 """Classes that have q, k and v projections, but mix by a recurrence, without a pattern."""
 
 UNSEPARABLE = {
+    "CpmAntAttention": "its layers are never told which tokens are padding",
     "DogeAttention": "its mask is computed from the values, so that freezing OV would move the pattern",
     "DiffLlamaAttention": "its values are halves of two heads and its pattern is a difference of two",
     "DeepseekV4Attention": "its keys and its values are the same features",
@@ -217,4 +218,4 @@ UNSEPARABLE = {
     "ZayaAttention": "a convolution over tokens lies between its projections and the attention",
     "JetMoeAttention": "its queries are routed to experts, so that heads are not the same from token to token",
 }
-"""Classes whose q, k and v cannot be held apart, and why."""
+"""Classes whose q, k and v cannot be held apart, or not as promised, and why."""
