@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -31,10 +31,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> torch.nn.Module:
     """Each chosen model in turn, in eval mode: tiny architectures and --circuitfreeze-model's.
 
-    A model that cannot be loaded, or that the engine cannot serve, is an error of each test that asks for it.
+    A model that cannot be loaded, or one of --circuitfreeze-model's that the engine cannot serve, is an error of each
+    test that asks for it. A tiny architecture that the engine refuses is handed over: freezing it says why.
     """
-    model = _load(request.param, settings_of(request.config))
-    reason = _refusal(circuit_engine, model)
+    settings = settings_of(request.config)
+    model = _load(request.param, settings)
+    reason = _refusal(circuit_engine, model) if request.param in settings.models else None
     if reason is not None:
         pytest.fail(f"engine {circuit_engine.name!r} cannot serve model {request.param!r}: {reason}", pytrace=False)
     return model
@@ -54,13 +56,17 @@ def _refusal(engine: Engine, model: torch.nn.Module) -> str | None:
 def _load(target: str, settings: Settings) -> torch.nn.Module:
     import torch
 
-    from pytest_circuitfreeze.models import TINY, tiny_model
+    from pytest_circuitfreeze.architectures import Unbuilt
+    from pytest_circuitfreeze.models import tiny_model
 
     dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
-    if target in TINY:
-        tiny: torch.nn.Module = tiny_model(
-            target, dtype=dtype or torch.float32, device=settings.device, attn=settings.attn or "sdpa"
-        )
+    if target in settings.architectures:
+        try:
+            tiny: torch.nn.Module = tiny_model(target, dtype=dtype, device=settings.device, attn=settings.attn)
+        except ValueError as error:
+            if settings.every_type:  # the list of types is transformers', and some need packages that are not there
+                return cast("torch.nn.Module", Unbuilt(str(error)))
+            pytest.fail(str(error), pytrace=False)
         return tiny
     try:
         return load_model(target, dtype=dtype, device=settings.device, attn=settings.attn)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pytest_circuitfreeze.results import Result, used
 
 # What a cell says, worst first: a cell of several tests says the worst of them.
-WORDS = {"failed": "FAIL", "error": "ERROR", "skipped": "skip", "passed": "pass"}
+WORDS = {"failed": "FAIL", "error": "ERROR", "skipped": "skip", "refused": "refused", "passed": "pass", "n/a": "n/a"}
+PARTLY = "pass*"
+"""Passed, but for configs that the engine refuses by name."""
 NOT_RUN = "-"
 WITHOUT_MODEL = "(none)"
 
@@ -37,7 +39,7 @@ def rows(results: Sequence[Result], models: Sequence[str]) -> list[Row]:
     for result in results:
         by_claim.setdefault((result.file, result.claim), []).append(result)
     return [
-        Row(file, claim, found[0].sentence, tuple(_cell(found, model) for model in models), closest(found))
+        Row(file, claim, found[0].sentence, tuple(cell(found, model) for model in models), closest(found))
         for (file, claim), found in by_claim.items()
     ]
 
@@ -70,6 +72,22 @@ def totals(results: Sequence[Result]) -> str:
     return f"{line}\nclosest to its bound: {words(tightest.claim)}, {tightest.model}, {share} of it"
 
 
+def reasons(results: Iterable[Result]) -> list[str]:
+    """A line for each reason for which a claim was refused, refused in part, or is not about a model."""
+    found: dict[tuple[str, str, str], set[str]] = {}
+    for result in results:
+        told = [("refused", result.message)] if result.outcome == "refused" else []
+        told += [("n/a", result.message)] if result.outcome == "n/a" else []
+        told += [(PARTLY, reason) for reason in result.refusals]
+        for word, reason in told:
+            found.setdefault((result.model or WITHOUT_MODEL, word, reason), set()).add(result.claim)
+    claims = len({result.claim for result in results})
+    return [
+        f"{model} {word}{'' if len(about) == claims or word == PARTLY else f' ({words(min(about))})'}: {reason}"
+        for (model, word, reason), about in found.items()
+    ]
+
+
 def words(claim: str) -> str:
     """A claim as a person reads it: ``qk_leaves_v`` is ``qk leaves v``."""
     return claim.replace("_", " ")
@@ -80,9 +98,12 @@ def subject(file: str) -> str:
     return words(file.removesuffix(".py").partition("_")[2])
 
 
-def _cell(results: Iterable[Result], model: str) -> str:
-    outcomes = {result.outcome for result in results if (result.model or WITHOUT_MODEL) == model}
-    return next((word for outcome, word in WORDS.items() if outcome in outcomes), NOT_RUN)
+def cell(results: Iterable[Result], model: str) -> str:
+    """What the table says of some results on one model: the worst of them."""
+    own = [result for result in results if (result.model or WITHOUT_MODEL) == model]
+    outcomes = {result.outcome for result in own}
+    word = next((word for outcome, word in WORDS.items() if outcome in outcomes), NOT_RUN)
+    return PARTLY if word == WORDS["passed"] and any(result.refusals for result in own) else word
 
 
 def _count(number: int, noun: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,15 @@ POSITIONS = 96
 
 @dataclass(frozen=True)
 class TinyArchitecture:
-    """One tiny architecture: the name of its transformers config class and that config's fields.
+    """One tiny architecture, as plain data.
 
-    All have 3 layers, 4 query heads of 8 features and a hidden size of 32; what differs is how q, k and v are stored,
-    how many KV heads there are, and how positions enter.
+    All have a hidden size of 32, 97 words, and, where nothing else is said, 3 layers of 4 query heads of 8 features;
+    what differs is how q, k and v are stored, how many KV heads there are, and how positions enter.
+
+    Args:
+        config: name of the config class, in transformers or as `module:class`; or a model type, whose own config class
+            is shrunken (`shrinking.shrunken_config`).
+        fields: that config's fields; of a type, those that differ from the shrunken ones.
     """
 
     config: str
@@ -37,6 +43,10 @@ class TinyArchitecture:
 def _architecture(config: str, **fields: object) -> TinyArchitecture:
     common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     return TinyArchitecture(config, MappingProxyType({**common, **fields}))
+
+
+def _of_type(model_type: str, **fields: object) -> TinyArchitecture:
+    return TinyArchitecture(model_type, MappingProxyType(fields))
 
 
 _DECODER = {
@@ -54,6 +64,18 @@ _FALCON = {
     "alibi": False,
     "bias": True,
 }
+
+NAMED_TYPES = (
+    # Fused, per head; codegen's in four blocks, queries, values, keys.
+    *("bloom", "gpt_neox", "persimmon", "mpt", "codegen", "dbrx"),
+    # Separate.
+    *("gptj", "qwen2", "qwen3", "stablelm", "starcoder2", "cohere2"),
+    # A norm over all heads; soft-caps and norms per head; sinks.
+    *("olmo2", "gemma2", "gemma3_text", "gpt_oss"),
+    # Experts; a gate on z beside layers without attention; multi-head latent attention (MLA).
+    *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3"),
+)
+"""Types among the built-in architectures."""
 
 TINY: Mapping[str, TinyArchitecture] = MappingProxyType(
     {
@@ -85,6 +107,25 @@ TINY: Mapping[str, TinyArchitecture] = MappingProxyType(
         "falcon_gqa": _architecture(
             "FalconConfig", **_FALCON, new_decoder_architecture=True, multi_query=False, num_kv_heads=2
         ),
+        # Eight query heads read each KV head, as in LLaMA's 70B.
+        "llama_70b": _architecture(
+            "LlamaConfig", **{**_DECODER, "num_attention_heads": 16}, num_key_value_heads=2, head_dim=4
+        ),
+        # Positions as a bias on the scores.
+        "falcon_alibi": _architecture("FalconConfig", **{**_FALCON, "alibi": True}, multi_query=True),
+        # One fused projection: all queries, all keys, all values; its code is not in transformers.
+        "qwen": _architecture(
+            "pytest_circuitfreeze.local_qwen:QWenConfig",
+            hidden_size=32,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+        ),
+        # One key head and one value head, or as many as query heads.
+        "gpt_bigcode_mqa": _of_type("gpt_bigcode", multi_query=True),
+        "gpt_bigcode_mha": _of_type("gpt_bigcode", multi_query=False),
+        # What is special in each: see `shrinking` for how a type gets small.
+        **{name: _of_type(name) for name in NAMED_TYPES},
     }
 )
 
@@ -95,32 +136,45 @@ def tiny_model(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    attn: str = "sdpa",
+    attn: str | None = None,
 ) -> PreTrainedModel:
     """Builds the tiny model `name` with weights drawn from `seed`, in eval mode.
 
     Args:
-        name: a key of `TINY`.
+        name: a key of `TINY`, or any causal language model type of transformers.
         seed: weights are a function of name and seed alone; torch's own generators are left as they are.
         dtype: of the parameters, float32 by default. The same draws, rounded, in every dtype.
         device: where the model is put.
-        attn: attention implementation, `"eager"` or `"sdpa"`.
+        attn: attention implementation, `"eager"` or `"sdpa"`; by default the latter where the class has it.
 
     Raises:
-        ValueError: `name` is not in `TINY`.
+        ValueError: `name` is neither, or transformers cannot build or run it.
 
     >>> tiny_model("gpt2").config.n_layer
     3
     """
+    from pytest_circuitfreeze import shrinking
+
+    architecture = TINY.get(name) or _of_type(name)
+    if architecture.config in shrinking.causal_lm_types():
+        model_type, fields = architecture.config, architecture.fields
+        return shrinking.tiny_of_type(model_type, fields=fields, seed=seed, dtype=dtype, device=device, attn=attn)
     if name not in TINY:
-        raise ValueError(f"no tiny model is called {name!r}; there are {', '.join(TINY)}")
+        raise ValueError(
+            f"no tiny model is called {name!r}; there are {', '.join(TINY)}, and the causal language model types of "
+            "transformers"
+        )
     import torch
     import transformers
 
-    architecture = TINY[name]
-    config = getattr(transformers, architecture.config)(**architecture.fields)
+    module, _, kind = architecture.config.rpartition(":")
+    config = getattr(import_module(module or "transformers"), kind)(**architecture.fields)
     with torch.random.fork_rng(devices=[]):
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attn)
+        model: PreTrainedModel = (
+            import_module(module).build(config, attn or "sdpa")
+            if module
+            else transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attn or "sdpa")
+        )
     draw_parameters(model, seed)
     return model.to(device=device, dtype=dtype or torch.float32).eval()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +35,22 @@ class CircuitRecord:
         self.examples = 0
         self.error = 0.0
         self.bound = 0.0
+        self.silent = ""
+        self.refused = ""
+        self.refusals: list[str] = []
+
+    def not_applicable(self, reason: str) -> None:
+        """The claim says nothing about the model (in this example), and why."""
+        self.silent = reason
+
+    def refused_model(self, reason: str) -> None:
+        """The engine refuses the model as a whole, as a test has seen, and why."""
+        self.refused = reason
+
+    def refused_config(self, reason: str) -> None:
+        """The engine refuses to freeze the model in one way, and why."""
+        if reason not in self.refusals:
+            self.refusals.append(reason)
 
     def observe(self, margin: Margin) -> None:
         """Counts one example and keeps the margin that came closest to its bound.
@@ -66,12 +82,14 @@ class Result:
     sentence: str
     model: str | None
     engine: str
-    outcome: str  # "passed", "failed", "error" (in set-up or tear-down) or "skipped"
+    outcome: str  # "passed", "failed", "error" (in set-up or tear-down), "skipped", "refused" or "n/a"
     seconds: float
     examples: int
     error: float
     bound: float
     message: str
+    refusals: tuple[str, ...] = ()
+    """Why the engine refused some of the configs that were drawn."""
 
     @property
     def file(self) -> str:
@@ -101,7 +119,9 @@ def model_of(item: pytest.Item) -> str | None:
 
 def measured(record: CircuitRecord) -> list[tuple[str, object]]:
     """What a test found, as properties of its report."""
-    facts = {"examples": record.examples, "error": record.error, "bound": record.bound}
+    facts: dict[str, object] = {"examples": record.examples, "error": record.error, "bound": record.bound}
+    told = {"silent": record.silent, "refused": record.refused, "refusals": list(record.refusals)}
+    facts |= {name: value for name, value in told.items() if value}
     return [(PREFIX + key, value) for key, value in facts.items()]
 
 
@@ -140,16 +160,17 @@ def _result(reports: list[pytest.TestReport]) -> Result:
         sentence=facts["sentence"],
         model=facts.get("model"),
         engine=facts["engine"],
-        outcome=_outcome(reports),
+        outcome=_outcome(reports, facts),
         seconds=sum(report.duration for report in reports),
         examples=facts.get("examples", 0),
         error=facts.get("error", 0.0),
         bound=facts.get("bound", 0.0),
-        message=_message(reports),
+        message=_message(reports) or facts.get("refused", "") or facts.get("silent", ""),
+        refusals=tuple(facts.get("refusals", ())),
     )
 
 
-def _outcome(reports: Iterable[pytest.TestReport]) -> str:
+def _outcome(reports: Iterable[pytest.TestReport], facts: Mapping[str, Any]) -> str:
     by_phase = {report.when: report.outcome for report in reports}
     if by_phase.get("call") == "failed":
         return "failed"
@@ -157,8 +178,11 @@ def _outcome(reports: Iterable[pytest.TestReport]) -> str:
         return "error"
     if "skipped" in by_phase.values():
         return "skipped"
-    # A worker that died leaves no report of the call.
-    return "passed" if by_phase.get("call") == "passed" else "error"
+    if by_phase.get("call") != "passed":  # a worker that died leaves no report of the call
+        return "error"
+    if facts.get("refused"):
+        return "refused"
+    return "n/a" if facts.get("silent") and not facts.get("examples") else "passed"
 
 
 def _message(reports: Iterable[pytest.TestReport]) -> str:

@@ -42,6 +42,13 @@ class Settings:
         """Tiny architectures and then models, in the order asked for: the ids of ``circuit_model``."""
         return self.architectures + self.models
 
+    @property
+    def every_type(self) -> bool:
+        """Whether all architectures were asked for, and none by its name."""
+        from pytest_circuitfreeze.architectures import every_architecture
+
+        return self.architectures == every_architecture()
+
 
 @dataclass(frozen=True)
 class Option:
@@ -64,15 +71,19 @@ class Option:
 
 
 def parse_architectures(text: str) -> tuple[str, ...]:
-    """Names of tiny architectures, comma-separated, or ``all``."""
+    """Names of tiny architectures or causal language model types, comma-separated, or ``all``."""
+    from pytest_circuitfreeze.architectures import every_architecture
     from pytest_circuitfreeze.models import TINY
 
     names = tuple(name.strip() for name in text.split(","))
     if names == ("all",):
-        return tuple(TINY)
+        return every_architecture()
     for name in names:
-        if name not in TINY:
-            raise ValueError(f"{name!r} is no tiny architecture; choose from {', '.join(TINY)}, or 'all' alone")
+        if name not in TINY and name not in every_architecture():
+            raise ValueError(
+                f"{name!r} is no tiny architecture; choose from {', '.join(TINY)}, a causal language model type of "
+                "transformers, or 'all' alone"
+            )
     return _distinct(names)
 
 
@@ -128,7 +139,7 @@ OPTIONS = (
     Option("", "run the shipped circuitfreeze suites too", kind="switch"),
     Option(
         "arch",
-        "tiny architectures to validate, comma-separated, or 'all'",
+        "tiny architectures to validate, comma-separated: built-in names, model types of transformers, or 'all'",
         parse_architectures,
         DEFAULT_ARCHITECTURES,
         "NAMES",

@@ -43,7 +43,7 @@ def causal_lm_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def shrunken_config(model_type: str) -> PretrainedConfig:
+def shrunken_config(model_type: str, fields: Mapping[str, object] | None = None) -> PretrainedConfig:
     """The configuration of a tiny `model_type`: 3 layers, 4 query heads of 8 features, 2 KV heads, 97 tokens.
 
     It has that many KV heads where the type lets them be fewer than the query heads, and a fourth layer where it takes
@@ -57,7 +57,7 @@ def shrunken_config(model_type: str) -> PretrainedConfig:
         raise ValueError(f"transformers has no causal language model type {model_type!r}; it has {known}")
     try:
         default = _config_class(model_type)()
-        return type(default)(**_small_fields(default))
+        return type(default)(**{**_small_fields(default), **(fields or {})})
     except Exception as error:
         raise ValueError(_cannot(model_type, "be configured", error)) from error
 
@@ -65,19 +65,21 @@ def shrunken_config(model_type: str) -> PretrainedConfig:
 def tiny_of_type(
     model_type: str,
     *,
+    fields: Mapping[str, object] | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    attn: str = "sdpa",
+    attn: str | None = "sdpa",
 ) -> PreTrainedModel:
     """Builds a tiny model of `model_type` with every parameter drawn from `seed`, in eval mode.
 
     Args:
         model_type: one of `causal_lm_types()`.
+        fields: of its config, where they are not to be what shrinking makes them.
         seed: weights are a function of type and seed alone; torch's own generators are left as they are.
         dtype: of the parameters, float32 by default. The same draws, rounded, in every dtype.
         device: where the model is put.
-        attn: attention implementation, `"eager"` or `"sdpa"`.
+        attn: attention implementation, `"eager"` or `"sdpa"`; `None` is the latter where the class has it.
 
     Raises:
         ValueError: no such type, or its model cannot be built (under `attn`, perhaps) or cannot run on token ids
@@ -86,17 +88,20 @@ def tiny_of_type(
     >>> tiny_of_type("qwen2").config.num_key_value_heads
     2
     """
-    config = shrunken_config(model_type)
+    config = shrunken_config(model_type, fields)
     import torch
 
     if hasattr(type(config), "_experts_implementation"):
         # The plain loop over experts serves every dtype; the grouped product does not.
         config._experts_implementation = "eager"
+    model_class = _model_class(model_type)
+    if attn is None:
+        attn = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     try:
         # What the class draws (decays, buffers) is a function of the seed as well; it does so on the CPU.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            model: PreTrainedModel = _model_class(model_type)._from_config(config, attn_implementation=attn)
+            model: PreTrainedModel = model_class._from_config(config, attn_implementation=attn)
     except Exception as error:
         raise ValueError(_cannot(model_type, f"be built with attention {attn!r}", error)) from error
     draw(model, seed, SOFTER.get(model_type, SHARPNESS))

@@ -32,11 +32,13 @@ __all__ = [
     "configs_without_statistics",
     "freeze_types",
     "head_indices",
+    "heads_by_layer",
     "layer_indices",
     "noise_stds",
     "scopes",
     "seeds",
     "strengths",
+    "vocabulary",
 ]
 
 T = TypeVar("T")
@@ -69,8 +71,11 @@ class Batch:
         positions = (self.real.long().cumsum(-1) - 1).clamp_min(0)
         found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": positions}
         known = inspect.signature(model.forward).parameters
-        given = {name: value.to(model.device) for name, value in found.items() if value is not None and name in known}
-        return {**given, "use_cache": False}
+        given: dict[str, Any] = {
+            name: value.to(model.device) for name, value in found.items() if value is not None and name in known
+        }
+        takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+        return {**given, "use_cache": False} if "use_cache" in known or takes_all else given
 
     def __repr__(self) -> str:
         mask = None if self.attention_mask is None else self.attention_mask.tolist()
@@ -121,6 +126,18 @@ def _or(given: st.SearchStrategy[T] | None, usual: st.SearchStrategy[T]) -> st.S
     return usual if given is None else given
 
 
+def vocabulary(model: PreTrainedModel) -> int:
+    """Number of token ids that `model` takes."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def heads_by_layer(model: PreTrainedModel) -> dict[int, int]:
+    """The number of query heads of each decoder layer of `model` that has attention."""
+    from pytest_circuitfreeze.suites.judge.sites import sites
+
+    return {layer: site.heads for layer, site in sites(model).items()}
+
+
 @st.composite
 def configs(
     draw: st.DrawFn,
@@ -143,12 +160,14 @@ def configs(
     """
     from freeze_core import InterventionConfig
 
-    config: Any = model.config
     kind = draw(_or(freeze_type, freeze_types()))
     noisy = kind == "noise"
+    by_layer = heads_by_layer(model)
+    attending = sorted(by_layer)
+    layers = [attending[at] for at in draw(layer_indices(len(attending), most=most_layers))]
     return InterventionConfig(
-        layer_indices=draw(layer_indices(config.num_hidden_layers, most=most_layers)),
-        head_indices=draw(head_indices(config.num_attention_heads)),
+        layer_indices=layers,
+        head_indices=draw(head_indices(min(by_layer[layer] for layer in layers))),
         circuit=draw(_or(circuit, circuits())),
         freeze_type=kind,
         backward_mode=draw(_or(backward_mode, st.sampled_from(["stopgrad", "ste"]))),
@@ -188,8 +207,7 @@ def batches(
     batch = draw(_or(rows, st.integers(1, 3)))
     length = draw(_or(tokens, st.integers(1, LONGEST)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    vocabulary: int = model.config.vocab_size
-    input_ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    input_ids = torch.randint(0, vocabulary(model), (batch, length), generator=generator)
     side = draw(st.sampled_from(["none", "ones", "left", "right"] if padding else ["none", "ones"]))
     if side == "none":
         return Batch(input_ids)

@@ -17,7 +17,7 @@ from pytest_circuitfreeze.settings import Settings
 if TYPE_CHECKING:
     from _pytest._io import TerminalWriter
 
-_COLOURS = {"FAIL": "red", "ERROR": "red", "skip": "yellow", "pass": "green"}
+_COLOURS = {"FAIL": "red", "ERROR": "red", "skip": "yellow", "refused": "yellow", "pass*": "green", "pass": "green"}
 _LAST_HEAD = ("of", "bound")
 _GAP = "  "
 _NARROWEST_LABEL = 24
@@ -55,6 +55,8 @@ def write_summary(terminal: pytest.TerminalReporter, results: Sequence[Result], 
     writer.line()
     for message in dict.fromkeys(result.message for result in results if result.outcome == "error"):
         writer.line(f"ERROR {message}", red=True)
+    for line in matrix.reasons(results):
+        writer.line(line, yellow=True)
     writer.line(matrix.totals(results))
 
 
@@ -64,12 +66,14 @@ def _write_table(writer: TerminalWriter, results: Sequence[Result], order: Seque
     rows = matrix.rows(results, models)
     full = writer.fullwidth
     label = max(len(_GAP + matrix.words(row.claim)) for row in rows)
+    cells = [[row.cells[at] for row in rows] for at in range(len(models))]
     heads = [[model] for model in models]
-    if label + _width(heads) > full:
+    if label + _width(heads, cells) > full:
         heads = [_fold(model) for model in models]
-        label = min(label, max(_NARROWEST_LABEL, full - _width(heads)))
-    fitting = max(1, (full - label - _width([])) // max(len(_GAP) + _cell_width(head) for head in heads))
-    if label + _width(heads) <= full:
+        label = min(label, max(_NARROWEST_LABEL, full - _width(heads, cells)))
+    widest = max(len(_GAP) + _cell_width([*head, *column]) for head, column in zip(heads, cells, strict=True))
+    fitting = max(1, (full - label - _width([], [])) // widest)
+    if label + _width(heads, cells) <= full:
         fitting = len(heads)
     for start in range(0, len(heads), fitting):
         _write_block(writer, rows, slice(start, start + fitting), heads, label)
@@ -84,7 +88,8 @@ def _write_block(
 ) -> None:
     """The table's columns ``shown``, each as wide as its head, beside the claims."""
     heads = [*heads[shown], _LAST_HEAD]
-    widths = [_cell_width(head) for head in heads]
+    columns = [*zip(*(row.cells[shown] for row in rows), strict=True), ()]
+    widths = [_cell_width([*head, *column]) for head, column in zip(heads, columns, strict=True)]
     depth = max(map(len, heads))
     for line in range(depth):
         words = [head[line - depth + len(head)] if line >= depth - len(head) else "" for head in heads]
@@ -104,13 +109,14 @@ def _cells(words: Sequence[str], widths: Sequence[int]) -> str:
     return "".join(_GAP + word.rjust(width) for word, width in zip(words, widths, strict=True))
 
 
-def _width(heads: Sequence[Sequence[str]]) -> int:
+def _width(heads: Sequence[Sequence[str]], cells: Sequence[Sequence[str]]) -> int:
     """What all columns but the first take, the last one included."""
-    return sum(len(_GAP) + _cell_width(head) for head in (*heads, _LAST_HEAD))
+    columns = [[*head, *column] for head, column in zip(heads, cells, strict=True)]
+    return sum(len(_GAP) + _cell_width(words) for words in (*columns, _LAST_HEAD))
 
 
-def _cell_width(head: Sequence[str]) -> int:
-    return max(map(len, [*head, *_COLOURS]))
+def _cell_width(words: Sequence[str]) -> int:
+    return max(map(len, [*words, "ERROR"]))
 
 
 def _fold(name: str) -> list[str]:

@@ -50,7 +50,7 @@ def build(settings: Settings, versions: Mapping[str, str], results: Iterable[Res
         "exit_status": status,
         "environment": {**versions, "python": platform.python_version(), "platform": platform.platform()},
         "settings": {**chosen, "architectures": list(chosen["architectures"]), "models": list(chosen["models"])},
-        "results": [asdict(result) for result in results],
+        "results": [asdict(result) | {"refusals": list(result.refusals)} for result in results],
     }
 
 
@@ -65,7 +65,10 @@ def read(path: Path) -> Report:
         schema = document["schema"]
         if schema != SCHEMA:
             raise ReportError(f"{path} has schema {schema!r}; this version reads {SCHEMA}")
-        results = tuple(Result(**entry) for entry in document["results"])
+        # JSON has lists alone.
+        results = tuple(
+            Result(**{**entry, "refusals": tuple(entry.get("refusals", ()))}) for entry in document["results"]
+        )
         return Report(document["settings"], document["environment"], results)
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is no circuitfreeze report: {type(error).__name__}: {error}") from error

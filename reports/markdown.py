@@ -18,6 +18,7 @@ def render(report: Report) -> str:
         matrix.totals(report.results),
         *_tables(report),
         *_failures(report.results),
+        *_reasons(report.results),
         "## What was run",
         _table([[name, _shown(value)] for name, value in report.settings.items()], ["setting", "value"]),
         _table(list(report.environment.items()), ["software", "version"]),
@@ -43,6 +44,15 @@ def _failures(results: tuple[Result, ...]) -> list[str]:
         return []
     lines = [f"- `{result.id}`: {_escape(result.message)}" for result in failed]
     return ["## What failed", "\n".join(lines)]
+
+
+def _reasons(results: tuple[Result, ...]) -> list[str]:
+    told = matrix.reasons(results)
+    return (
+        ["## What was refused, and what does not apply", "\n".join(f"- {_escape(line)}" for line in told)]
+        if told
+        else []
+    )
 
 
 def _table(rows: list[list[str]] | list[tuple[str, str]], heads: list[str]) -> str:

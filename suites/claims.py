@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Claim", "ClaimBroken", "Margin"]
+__all__ = ["Claim", "ClaimBroken", "Margin", "NotApplicable"]
 
 
 class ClaimBroken(AssertionError):
     """An engine did not do what the claim says."""
+
+
+class NotApplicable(Exception):
+    """A claim says nothing about this model; the message says why."""
 
 
 class Margin(NamedTuple):
@@ -79,6 +84,28 @@ class Claim:
             )
         closest = int((error / bounds.clamp_min(1e-300)).flatten().argmax())
         self.observe(float(error.flatten()[closest]), float(bounds.flatten()[closest]))
+
+    def compared(
+        self, what: str, pair: Callable[[Any], tuple[Tensor, Tensor, float | Tensor]], config: object, axes: str = ""
+    ) -> None:
+        """Demands, where the unfrozen model keeps to it, that what `pair` gives for a config is `within` its bound.
+
+        Args:
+            pair: makes what the engine gave, what it should have given, and the bound; of `None`, unfrozen.
+
+        Raises:
+            ClaimBroken: it is broken under the freeze alone.
+            NotApplicable: the unfrozen model breaks it, too.
+        """
+        try:
+            self.within(what, *pair(config), axes)
+        except ClaimBroken:
+            clean = Claim(self.sentence)
+            try:
+                clean.within(what, *pair(None), axes)
+            except ClaimBroken as own:
+                raise NotApplicable(f"not even of the unfrozen model: {own}") from None
+            raise
 
     def observe(self, error: float, bound: float) -> None:
         """Keeps `Margin(error, bound)` if it is closer to its bound than what was kept before."""

@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
-from pytest_circuitfreeze.suites.judge.anatomy import Site, sites
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
+from pytest_circuitfreeze.suites.judge.anatomy import Site
 from pytest_circuitfreeze.suites.judge.noise import noise_of
 from pytest_circuitfreeze.suites.judge.oracle import Gradients, judged_layers, pulled_back
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, observe
+from pytest_circuitfreeze.suites.judge.replay import Replay
+from pytest_circuitfreeze.suites.judge.sites import FoundSite, implementations, sites
+from pytest_circuitfreeze.suites.replays import compare_gradients_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge
 
 if TYPE_CHECKING:
@@ -44,17 +47,26 @@ def check_gradients_are_the_estimators(
     claim = Claim("gradients are the estimators'", model=model, engine=engine, configs=configs, batch=batch)
     known = sites(model)
     noise = noise_of(engine, model, configs, batch.input_ids.shape[1])
-    with without_gradients(model), attention_implementation(model, "sdpa"):
+    with without_gradients(model), attention_implementation(model, implementations(model)[0]):
         with engine.freeze(model, configs) as frozen, torch.enable_grad():
             found = observe(frozen, model, batch, known, gradients=True)
             weighted_sum(found.logits, batch).backward()
         _demand_gradients(claim, model, batch)
         real = batch.real.to(model.device)
-        for layer in judged_layers(known, configs):
-            seen = found.layers[layer]
-            exact = pulled_back(known[layer], seen, real, configs, noise)
-            moved = pulled_back(known[layer], seen, real, configs, noise, Nudge(seen.hidden.dtype))
-            _compare(claim, known[layer], _gradient(seen.hidden), exact, moved)
+        judged = [layer for layer in judged_layers(known, configs) if not found.layers[layer].shared]
+        if not judged:
+            raise NotApplicable(
+                "later layers read the keys and values of all frozen layers, whose gradients are not theirs alone"
+            )
+        for layer in judged:
+            site, seen = known[layer], found.layers[layer]
+            if isinstance(site, FoundSite):
+                replay = Replay(model, site, seen, real, configs, noise)
+                compare_gradients_with_replay(claim, replay, _gradient(seen.hidden))
+                continue
+            exact = pulled_back(site, seen, real, configs, noise)
+            moved = pulled_back(site, seen, real, configs, noise, Nudge(seen.hidden.dtype))
+            _compare(claim, site, _gradient(seen.hidden), exact, moved)
     return claim.margin
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,14 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, Site, sites
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, Site
+from pytest_circuitfreeze.suites.judge.noise import noise_of
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.passes import Pass, look
+from pytest_circuitfreeze.suites.judge.passes import Pass, attention_implementation, look
+from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
+from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, sites
+from pytest_circuitfreeze.suites.replays import compare_with_replay
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -58,7 +63,7 @@ def _compare(
     model: PreTrainedModel,
     config: InterventionConfig,
     batch: Batch,
-    site: Site,
+    site: AnySite,
     roles: tuple[Role, ...],
     heads: list[int],
 ) -> None:
@@ -66,16 +71,36 @@ def _compare(
     moved = nudged_look if unshares(site, config) else look  # the same pass again leaves no room: bit for bit
     clean, frozen = (look(engine, model, which, batch) for which in (None, config))
     other = moved(engine, model, None, batch)
-    for role in roles:
-        want, got = own_view(clean, site, role), own_view(frozen, site, role)
-        bound = largest_change(want, own_view(other, site, role))
-        claim.within(f"{role} of layer {site.layer}", got, want, bound, "batch head token feature")
+    for what, want, got, near in _views(clean, frozen, other, site, roles):
+        claim.within(f"{what} of layer {site.layer}", got, want, largest_change(want, near))
     clean, frozen = (look(engine, model, which, batch, attn="eager", patterns=True) for which in (None, config))
     other = moved(engine, model, None, batch, attn="eager", patterns=True)
     for head in heads:
         want, got = patterns(clean, site)[:, head], patterns(frozen, site)[:, head]
         bound = largest_change(want, patterns(other, site)[:, head])
         claim.within(f"pattern of head {head} in layer {site.layer}", got, want, bound, "batch query key")
+    if isinstance(site, FoundSite) and unshares(site, config):
+        # Where the un-shared heads lie is the engine's own choice: what they are shows in z.
+        noise = noise_of(engine, model, [config], batch.input_ids.shape[1])
+        seen, real = frozen.layers[site.layer], batch.real.to(model.device)
+        with attention_implementation(model, "eager"):
+            compare_with_replay(claim, Replay(model, site, seen, real, [config], noise))
+
+
+def _views(
+    clean: Pass, frozen: Pass, other: Pass, site: AnySite, roles: tuple[Role, ...]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What is read of `roles` in three passes, by name: one view a query head, or the features that hold them."""
+    for role in roles:
+        if not isinstance(site, FoundSite):
+            want, got, near = (own_view(found, site, role) for found in (clean, frozen, other))
+            yield role, want, got, near
+            continue
+        for name in site.parts_of(role):
+            want, got, near = (found.layers[site.layer].parts[name] for found in (clean, frozen, other))
+            if got.shape == want.shape:  # else the KV heads are un-shared
+                features = site.parts[name].features.flatten().to(want.device)
+                yield name, want[..., features], got[..., features], near[..., features]
 
 
 def check_order_does_not_matter(
@@ -103,14 +128,14 @@ def check_order_does_not_matter(
     return claim.margin
 
 
-def unshares(site: Site, config: InterventionConfig) -> bool:
+def unshares(site: AnySite, config: InterventionConfig) -> bool:
     """Whether this freeze gives query heads of this layer KV heads of their own."""
     shared: tuple[Role, ...] = ("k", "v")
     own = str(config.kv_scope) == "head" and any(chosen_heads(site, config, role) for role in shared)
     return own and site.group > 1
 
 
-def first_frozen(model: PreTrainedModel, config: InterventionConfig) -> Site:
+def first_frozen(model: PreTrainedModel, config: InterventionConfig) -> AnySite:
     """The first layer that `config` freezes: up to its input, both models are the same."""
     known = sites(model)
     return next(
@@ -124,7 +149,7 @@ def own_view(found: Pass, site: Site, role: Role) -> torch.Tensor:
     return used.repeat_interleave(site.heads // used.shape[1], dim=1)
 
 
-def patterns(found: Pass, site: Site) -> torch.Tensor:
+def patterns(found: Pass, site: AnySite) -> torch.Tensor:
     """`[batch, head, query, key]`, as the model gave them."""
     pattern = found.layers[site.layer].pattern
     if pattern is None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.strategies import Batch, vocabulary
 from pytest_circuitfreeze.suites.claims import Claim, Margin
 from pytest_circuitfreeze.suites.independence import first_frozen, unshares
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
@@ -68,9 +70,8 @@ def check_earlier_layers_are_untouched(
         claim.same(f"input of layer {layer}", after.hidden, before.hidden, "batch token feature")
         if layer < first.layer:
             claim.same(f"z of layer {layer}", after.mixed(), before.mixed(), "batch token head feature")
-            for role in ROLES:
-                what = f"{role} of layer {layer}"
-                claim.same(what, after.qkv[role], before.qkv[role], "batch head token feature")
+            for what, used in before.consumed().items():
+                claim.same(f"{what} of layer {layer}", after.consumed()[what], used)
     return claim.margin
 
 
@@ -89,13 +90,17 @@ def check_later_tokens_do_not_matter(
         "no position depends on later tokens", model=model, engine=engine, config=config, batch=batch, column=column
     )
     _demand_no_statistics(claim, config)
-    other = batch.input_ids.clone()
-    other[:, column:] = (other[:, column:] + 1) % model.config.vocab_size
-    want = look(engine, model, config, batch).logits[:, :column]
-    got = look(engine, model, config, Batch(other, batch.attention_mask)).logits[:, :column]
+    ids = batch.input_ids.clone()
+    ids[:, column:] = (ids[:, column:] + 1) % vocabulary(model)
+    other = Batch(ids, batch.attention_mask)
     real = batch.real[:, :column]
-    bound = largest_change(want[real], nudged_look(engine, model, config, batch).logits[:, :column][real])
-    claim.within("logits", got[real], want[real], bound, "real word")
+
+    def before(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
+        want, got = (look(engine, model, which, each).logits[:, :column][real] for each in (batch, other))
+        moved = nudged_look(engine, model, which, batch).logits[:, :column][real]
+        return got, want, largest_change(want, moved)
+
+    claim.compared("logits", before, config, "real word")
     return claim.margin
 
 
@@ -112,13 +117,21 @@ def check_rows_do_not_matter(
     """
     claim = Claim("no row depends on the others", model=model, engine=engine, config=config, batch=batch)
     _demand_no_statistics(claim, config)
-    together = look(engine, model, config, batch).logits
-    moved = nudged_look(engine, model, config, batch).logits
-    for row, real in enumerate(batch.real):
-        mask = None if batch.attention_mask is None else batch.attention_mask[[row]]
-        alone = look(engine, model, config, Batch(batch.input_ids[[row]], mask)).logits[0]
-        bound = largest_change(together[row][real], moved[row][real])
-        claim.within(f"logits of row {row}", alone[real], together[row][real], bound, "real word")
+    masks = [None if batch.attention_mask is None else mask[None] for mask in batch.real.long()]
+    alone = [Batch(ids[None], mask) for ids, mask in zip(batch.input_ids, masks, strict=True)]
+
+    def rows(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
+        got = [look(engine, model, which, row).logits[0] for row in alone]
+        want, moved = look(engine, model, which, batch).logits, nudged_look(engine, model, which, batch).logits
+        real = list(batch.real)
+        bounds = [
+            want.new_full((int(at.sum()), 1), largest_change(one[at], off[at]))
+            for one, off, at in zip(want, moved, real, strict=True)
+        ]
+        own = torch.cat([one[at] for one, at in zip(got, real, strict=True)])
+        return own, want[batch.real], torch.cat(bounds)
+
+    claim.compared("logits", rows, config, "real word")
     return claim.margin
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
-from pytest_circuitfreeze.suites.judge.anatomy import sites
 from pytest_circuitfreeze.suites.judge.noise import engine_noise, read_noise
 from pytest_circuitfreeze.suites.judge.oracle import frozen_roles
+from pytest_circuitfreeze.suites.judge.sites import sites
 from pytest_circuitfreeze.suites.tolerance import gamma
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def check_noise_is_standard_normal(engine: Engine, model: PreTrainedModel, seed:
         _demand_unrelated(claim, f"{where}, neighbouring heads", draw[:, 1:], draw[:, :-1])
         _demand_unrelated(claim, f"{where}, neighbouring features", draw[..., 1:], draw[..., :-1])
     for (first, one), (second, other) in combinations(draws.items(), 2):
-        heads = min(one.shape[1], other.shape[1])
+        heads, features = (min(one.shape[axis], other.shape[axis]) for axis in (1, 2))
         where = f"{first[2]} of layer {first[1]} and {second[2]} of layer {second[1]}"
-        _demand_unrelated(claim, where, one[:, :heads], other[:, :heads])
+        _demand_unrelated(claim, where, one[:, :heads, :features], other[:, :heads, :features])
     return claim.margin
 
 
@@ -94,9 +94,9 @@ def check_noise_depends_on_its_place_alone(
     for row in range(len(batch.input_ids)):
         got = read_noise(engine, model, alone, batch, row)
         for layer in alone.layer_indices or known:
-            for role in frozen_roles(alone):
-                key = (config.seed, layer, role)
+            for part in (part for role in frozen_roles(alone) for part in known[layer].parts_of(role)):
+                key = (config.seed, layer, part)
                 bound = gamma(8, model.dtype) * float(want[key].abs().max())
-                what = f"draws of {role} in layer {layer}, row {row}"
+                what = f"draws of {part} in layer {layer}, row {row}"
                 claim.within(what, got[key], want[key][:columns], bound, "column head feature")
     return claim.margin

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.architectures import Unbuilt
+from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.suites.claims import NotApplicable
+from pytest_circuitfreeze.suites.refusals import Refused, Refusing, check_refusal, refusal
 
 __all__ = ["proven"]
 
@@ -14,7 +22,38 @@ Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def proven(test: Test) -> Callable[..., None]:
-    """Runs `test` on examples that it draws itself from its argument `data`, as many as the chosen profile says."""
+    """Runs `test` on examples that it draws itself from its argument `data`, as many as the chosen profile says.
+
+    What the engine refuses by name is written down with its reason and another example is drawn; where it refuses the
+    whole model, the refusal is what is tested. A claim that says nothing about the model is written down as such.
+    """
+
     drawn: Any = given(data=st.data())(test)
+
+    @wraps(test)
+    def example(
+        circuit_engine: Engine,
+        circuit_model: PreTrainedModel | Unbuilt,
+        circuit_record: CircuitRecord,
+        data: st.DataObject,
+    ) -> None:
+        if isinstance(circuit_model, Unbuilt):
+            circuit_record.not_applicable(circuit_model.reason)
+            return
+        reason = refusal(circuit_engine, circuit_model)
+        if reason is not None:
+            check_refusal(circuit_engine, circuit_model)
+            circuit_record.refused_model(reason)
+            return
+        try:
+            test(Refusing(circuit_engine), circuit_model, circuit_record, data)
+        except NotApplicable as silent:
+            circuit_record.not_applicable(str(silent))
+        except Refused as refused:
+            circuit_record.refused_config(str(refused))
+            reject()
+
+    # Hypothesis's own place for what stands around a test, so that the test stays what is collected and shown.
+    drawn.hypothesis.inner_test = example
     decorated: Callable[..., None] = settings(settings.get_profile("circuitfreeze"))(drawn)
     return decorated

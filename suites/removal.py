@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
 from pytest_circuitfreeze.suites.independence import first_frozen
-from pytest_circuitfreeze.suites.judge.anatomy import sites
 from pytest_circuitfreeze.suites.judge.passes import look, observe
+from pytest_circuitfreeze.suites.judge.sites import sites
 from pytest_circuitfreeze.suites.judge.state import changes, visible_state
 
 if TYPE_CHECKING:

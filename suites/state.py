@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
-from pytest_circuitfreeze.suites.judge.anatomy import sites
 from pytest_circuitfreeze.suites.judge.passes import observe
+from pytest_circuitfreeze.suites.judge.recorder import hidden_of
+from pytest_circuitfreeze.suites.judge.sites import sites
 from pytest_circuitfreeze.suites.judge.state import changes, parameters_state, training_flags
 
 if TYPE_CHECKING:
@@ -93,10 +94,8 @@ def check_inputs_are_not_written_to(
     def hold(what: str, tensor: Tensor) -> None:
         held.append((what, tensor, tensor.clone(), tensor._version))
 
-    def hold_hidden(layer: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if isinstance(hidden, Tensor):
-            hold(f"input of layer {layer}", hidden)
+    def hold_hidden(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hold(f"input of layer {layer}", hidden_of(args, kwargs))
 
     arguments = batch.arguments(model)
     for name, value in arguments.items():

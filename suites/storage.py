@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
 from pytest_circuitfreeze.suites.gradients import weighted_sum, without_gradients
-from pytest_circuitfreeze.suites.judge.anatomy import Role, Site, sites
+from pytest_circuitfreeze.suites.judge.anatomy import Role
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation
 from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention, largest_change
+from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, implementations, sites
 from pytest_circuitfreeze.suites.judge.twins import Twin
 from pytest_circuitfreeze.suites.tolerance import nudged
 
@@ -48,7 +49,7 @@ def check_storage_does_not_matter(
 def _results(engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> dict[str, Tensor]:
     """Logits of real tokens and gradients, by names that do not depend on the storage."""
     known = sites(model)
-    with without_gradients(model), attention_implementation(model, "sdpa"), torch.enable_grad():
+    with without_gradients(model), attention_implementation(model, implementations(model)[0]), torch.enable_grad():
         with engine.freeze(model, config) as frozen:
             logits = frozen(**batch.arguments(model)).logits
             weighted_sum(logits, batch).backward()
@@ -62,16 +63,24 @@ def _results(engine: Engine, model: PreTrainedModel, config: InterventionConfig,
     return found
 
 
-def _projection_gradients(site: Site) -> dict[Role, Tensor]:
+def _projection_gradients(site: AnySite) -> dict[Role, Tensor]:
     """Gradients of each role's weight `[head, feature, model_dim]`, with the bias's, if any, as one more input of 1.
 
     Kept together because the bias's alone may be a sum that cancels: its rounding is that of what was summed.
     """
+    if isinstance(site, FoundSite):
+        return {part.role: _rows(site.place(name), part.features) for name, part in site.parts.items()}
     weights, biases = site.weights(_grad), site.biases(_grad)
     return {
         role: torch.cat([weight, biases[role][..., None]], -1) if role in biases else weight
         for role, weight in weights.items()
     }
+
+
+def _rows(place: Any, features: Tensor) -> Tensor:
+    """`[head, feature, model_dim]`, one more with a bias: gradients of what makes some features of a linear layer."""
+    weight = place.weight.grad.T if hasattr(place, "nf") else place.weight.grad
+    return torch.cat([weight, place.bias.grad[:, None]], -1)[features] if place.bias is not None else weight[features]
 
 
 def _grad(parameter: Tensor) -> Tensor | None:

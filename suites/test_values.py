@@ -9,6 +9,7 @@ from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics
 from pytest_circuitfreeze.suites.judge.passes import pads_under_eager
+from pytest_circuitfreeze.suites.judge.sites import implementations
 from pytest_circuitfreeze.suites.properties import proven
 from pytest_circuitfreeze.suites.values import (
     check_full_strength_replaces_anything,
@@ -24,7 +25,7 @@ def test_values_are_the_oracles(
 ) -> None:
     """What attention consumes under a freeze is what a float64 oracle computes."""
     config = data.draw(configs(circuit_model), label="config")
-    attn = data.draw(st.sampled_from(["sdpa", "eager"]), label="attn")
+    attn = data.draw(st.sampled_from(implementations(circuit_model)), label="attn")
     padding = attn == "sdpa" or pads_under_eager(circuit_model)
     batch = data.draw(batches(circuit_model, padding=padding), label="batch")
     circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, [config], batch, attn))

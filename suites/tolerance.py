@@ -16,13 +16,13 @@ from __future__ import annotations
 import copy
 import math
 from typing import cast
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["Nudge", "gamma", "nudged"]
+__all__ = ["Nudge", "gamma", "nudged", "original"]
 
 CONFIDENCE = 6.0
 """Standard deviations that a sum of rounding errors is allowed."""
@@ -51,6 +51,7 @@ class Nudge:
 
 
 _COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDictionary()
+_ORIGINALS: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
 
 
 def nudged(model: PreTrainedModel, rounding: torch.dtype | None = None) -> PreTrainedModel:
@@ -74,11 +75,18 @@ def nudged(model: PreTrainedModel, rounding: torch.dtype | None = None) -> PreTr
             if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
                 module.register_forward_hook(_nudge_gradient)
         copies[dtype] = twin
+        _ORIGINALS[twin] = ref(model)
     return cast(PreTrainedModel, copies[dtype])
 
 
-def _nudge_gradient(module: nn.Module, args: object, output: Tensor) -> None:
+def original(model: nn.Module) -> PreTrainedModel | None:
+    """The model that `nudged` made this one of; `None` where it is no such copy."""
+    found = _ORIGINALS.get(model)
+    return None if found is None else cast("PreTrainedModel | None", found())
+
+
+def _nudge_gradient(module: nn.Module, args: object, output: object) -> None:
     """Nudges the gradient that arrives at a linear layer's output, alike on every pass."""
-    if output.requires_grad:
+    if isinstance(output, Tensor) and output.requires_grad:
         terms = output.shape[-1]
         output.register_hook(lambda grad: Nudge(grad.dtype)(grad, terms))

@@ -11,12 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, sites
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role
 from pytest_circuitfreeze.suites.judge.noise import noise_of
 from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due, judged_layers
-from pytest_circuitfreeze.suites.judge.passes import look
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look
+from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
+from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, implementations, made_by, sites
+from pytest_circuitfreeze.suites.replays import compare_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge
 
 if TYPE_CHECKING:
@@ -36,24 +39,32 @@ def check_values_are_the_oracles(
     model: PreTrainedModel,
     configs: Sequence[InterventionConfig],
     batch: Batch,
-    attn: str = "sdpa",
+    attn: str | None = None,
 ) -> Margin:
-    """In every frozen layer, and in the one after it, q, k, v and z of all heads are what a float64 oracle computes.
+    """In every frozen layer, and in the one after it, what heads consume and give is what an oracle computes.
+
+    In families that the judge knows by heart q, k, v and z are compared with a float64 oracle; in others z with what
+    the clean attention gives when it is run again, and under eager attention the pattern, too.
 
     Args:
         configs: installed together, the later one winning where they meet.
-        attn: attention implementation; under eager z alone is compared.
+        attn: attention implementation, by default the model's first; under eager z alone is compared with float64.
 
     Raises:
         ClaimBroken: they are not, beyond what rounding in the model's dtype explains.
     """
+    attn = attn or implementations(model)[0]
     claim = Claim("frozen values are the oracle's", model=model, engine=engine, configs=configs, batch=batch, attn=attn)
     known = sites(model)
     noise = noise_of(engine, model, configs, batch.input_ids.shape[1])
-    found = look(engine, model, configs, batch, attn=attn)
+    found = look(engine, model, configs, batch, attn=attn, patterns=attn == "eager")
     real = batch.real.to(model.device)
     for layer in judged_layers(known, configs):
         site, seen = known[layer], found.layers[layer]
+        if isinstance(site, FoundSite):
+            with attention_implementation(model, attn):
+                compare_with_replay(claim, Replay(model, site, seen, real, configs, noise))
+            continue
         dtype = seen.mixed().dtype
         softmax = torch.float32 if attn == "eager" and site.family.float32_softmax and dtype == torch.float64 else dtype
         exact = due(site, seen, real, configs, noise)
@@ -125,17 +136,30 @@ def _poisoned(model: PreTrainedModel, config: InterventionConfig, poison: float)
     saved = []
     try:
         for site in sites(model).values():
-            for role, weight in site.weights().items():
-                readers = site.heads // site.count(role)
-                frozen = set(chosen_heads(site, config, role))
-                for head in range(site.count(role)):
-                    if frozen.issuperset(range(head * readers, (head + 1) * readers)):
-                        saved.append((weight[head], weight[head].clone()))
-                        weight[head].fill_(poison)
+            for role, readers, rows in _rows(site):
+                if set(readers).issubset(chosen_heads(site, config, role)):
+                    saved.append((rows, rows.clone()))
+                    rows.fill_(poison)
         yield
     finally:
         for rows, values in saved:
             rows.copy_(values)
+
+
+def _rows(site: AnySite) -> Iterator[tuple[Role, Sequence[int], Tensor]]:
+    """For each head of each role its readers and, as views, the rows of the weight that make it."""
+    if isinstance(site, FoundSite):
+        for name, part in site.parts.items():
+            place = site.place(name)
+            weight = made_by(place)
+            for row, readers in enumerate(part.readers):
+                for feature in part.features[row].tolist():
+                    yield part.role, readers, weight[feature]
+        return
+    for role, weight in site.weights().items():
+        count = site.heads // site.count(role)
+        for head in range(site.count(role)):
+            yield role, range(head * count, (head + 1) * count), weight[head]
 
 
 def check_implementations_agree(
@@ -147,11 +171,16 @@ def check_implementations_agree(
         ClaimBroken: they do not.
     """
     claim = Claim("a freeze is the same under eager and sdpa", model=model, engine=engine, config=config, batch=batch)
-    real = batch.real
-    sdpa = look(engine, model, config, batch).logits[real]
-    eager = look(engine, model, config, batch, attn="eager").logits[real]
-    # Several families take the eager softmax in float32 whatever the model's dtype.
-    rounding = torch.float32 if model.dtype == torch.float64 else None
-    moved = nudged_look(engine, model, config, batch, rounding=rounding).logits[real]
-    claim.within("logits", eager, sdpa, largest_change(sdpa, moved), "real word")
+    if len(implementations(model)) < 2:
+        raise NotApplicable(f"{type(model).__name__} runs under {implementations(model)[0]} attention alone")
+
+    def both(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
+        sdpa = look(engine, model, which, batch).logits[batch.real]
+        eager = look(engine, model, which, batch, attn="eager").logits[batch.real]
+        # Several families take the eager softmax in float32 whatever the model's dtype.
+        rounding = torch.float32 if model.dtype == torch.float64 else None
+        moved = nudged_look(engine, model, which, batch, rounding=rounding).logits[batch.real]
+        return eager, sdpa, largest_change(sdpa, moved)
+
+    claim.compared("logits", both, config, "real word")
     return claim.margin

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["ROLES", "CannotJudge", "Role", "Site", "sites"]
+__all__ = ["ROLES", "CannotJudge", "Role", "Site", "is_known", "sites"]
 
 Role = Literal["q", "k", "v"]
 ROLES: tuple[Role, ...] = ("q", "k", "v")
@@ -82,6 +82,15 @@ class Site:
     def group(self) -> int:
         """Query heads that read one KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.module.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+
+    def parts_of(self, role: Role) -> list[str]:
+        """Names of what is read of one role: itself."""
+        return [role]
 
     @property
     def output(self) -> nn.Module:
@@ -165,6 +174,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos[:, None].to(x) + across * sin[:, None].to(x), kept], dim=-1)
 
 
+KNOWN_TYPES = ("gpt2", "opt", "llama", "mistral", "qwen2", "phi3", "falcon")
+
+
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether the judge knows the family by heart."""
+    return model.config.model_type in KNOWN_TYPES and not getattr(model.config, "alibi", False)
+
+
 def sites(model: PreTrainedModel) -> dict[int, Site]:
     """The attention layers of `model` by decoder layer. Ask before a freeze: a freeze may change attributes.
 
@@ -187,8 +204,6 @@ def sites(model: PreTrainedModel) -> dict[int, Site]:
 
 def _site(layer: int, module: nn.Module, family: Family) -> Site:
     config: Any = module.config
-    if getattr(config, "alibi", False):
-        raise CannotJudge(f"the judge does not know ALiBi, which {type(module).__name__} is configured for")
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Site(

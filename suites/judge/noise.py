@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role, sites
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 from pytest_circuitfreeze.suites.judge.passes import look
+from pytest_circuitfreeze.suites.judge.sites import FoundSite, sites
+from pytest_circuitfreeze.suites.refusals import Refused
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -20,30 +24,44 @@ if TYPE_CHECKING:
 __all__ = ["engine_noise", "noise_of", "read_noise"]
 
 
-def engine_noise(
-    engine: Engine, model: PreTrainedModel, seed: int, columns: int
-) -> dict[tuple[int, int, Role], Tensor]:
+def engine_noise(engine: Engine, model: PreTrainedModel, seed: int, columns: int) -> dict[tuple[int, int, str], Tensor]:
     """The draws `e` of one seed: all layers and heads, on one row of `columns` tokens without padding.
 
     Returns:
-        by seed, layer and role `[column, head, head_dim]`, right to the rounding of the model's dtype, with as many
-        heads as the role has.
+        by seed, layer and role, or part of one, `[column, head, head_dim]`, right to the rounding of the model's
+        dtype, with as many heads as the role has.
     """
     from freeze_core import InterventionConfig
 
+    batch = Batch.of_tokens(torch.zeros(1, columns, dtype=torch.long))
     config = InterventionConfig(freeze_type="noise", noise_std=1.0, seed=seed)
-    return read_noise(engine, model, config, Batch.of_tokens(torch.zeros(1, columns, dtype=torch.long)))
+    try:
+        return read_noise(engine, model, config, batch)
+    except Refused:
+        # Some layer is refused by name: those that are not.
+        draws: dict[tuple[int, int, str], Tensor] = {}
+        for layer in sites(model):
+            with suppress(Refused):
+                own = read_noise(engine, model, replace(config, layer_indices=[layer]), batch)
+                draws |= {place: draw for place, draw in own.items() if place[1] == layer}
+        return draws
 
 
 def read_noise(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, row: int = 0
-) -> dict[tuple[int, int, Role], Tensor]:
+) -> dict[tuple[int, int, str], Tensor]:
     """What q, k and v are in one row under `config`: the draws, where it freezes to noise of standard deviation 1."""
     known = sites(model)
     found = look(engine, model, config, batch)
-    draws: dict[tuple[int, int, Role], Tensor] = {}
+    draws: dict[tuple[int, int, str], Tensor] = {}
     for layer, seen in found.layers.items():
         site = known[layer]
+        if isinstance(site, FoundSite):
+            for name, part in site.parts.items():
+                draws[config.seed, layer, name] = seen.parts[name][row].double()[
+                    :, part.features.to(seen.hidden.device)
+                ]
+            continue
         for role in ROLES:
             x = site.unused(role, seen.qkv[role].double(), seen.rotary)[row]
             draws[config.seed, layer, role] = x[:, :: x.shape[1] // site.count(role)]
@@ -52,9 +70,9 @@ def read_noise(
 
 def noise_of(
     engine: Engine, model: PreTrainedModel, configs: Sequence[InterventionConfig], columns: int
-) -> dict[tuple[int, int, Role], Tensor]:
+) -> dict[tuple[int, int, str], Tensor]:
     """The draws of every seed that `configs` freeze to noise with."""
-    draws: dict[tuple[int, int, Role], Tensor] = {}
+    draws: dict[tuple[int, int, str], Tensor] = {}
     for seed in {config.seed for config in configs if str(config.freeze_type) == "noise"}:
         draws |= engine_noise(engine, model, seed, columns)
     return draws

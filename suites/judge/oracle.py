@@ -15,16 +15,28 @@ import torch
 from torch import Tensor
 
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role, Site
-from pytest_circuitfreeze.suites.judge.passes import Seen
+from pytest_circuitfreeze.suites.judge.recorder import Seen
+from pytest_circuitfreeze.suites.judge.sites import AnySite
 from pytest_circuitfreeze.suites.tolerance import Nudge
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
 
-__all__ = ["Answer", "Gradients", "Noise", "chosen_heads", "due", "frozen_roles", "judged_layers", "pulled_back"]
+__all__ = [
+    "Answer",
+    "Exact",
+    "Gradients",
+    "Noise",
+    "blend",
+    "chosen_heads",
+    "due",
+    "frozen_roles",
+    "judged_layers",
+    "pulled_back",
+]
 
-Noise = Mapping[tuple[int, int, Role], Tensor]
-"""Draws by seed, layer and role, `[token, head, head_dim]` with the role's own number of heads."""
+Noise = Mapping[tuple[int, int, str], Tensor]
+"""Draws by seed, layer and role (or part of it), `[token, head, head_dim]` with the role's own number of heads."""
 
 
 @dataclass
@@ -92,7 +104,7 @@ def frozen_used(
     real: Tensor,
     configs: Sequence[InterventionConfig],
     noise: Noise | None,
-    touch: Nudge | _Exact,
+    touch: Nudge | Exact,
     weights: Mapping[Role, Tensor] | None = None,
     biases: Mapping[Role, Tensor] | None = None,
     hidden: Tensor | None = None,
@@ -153,10 +165,9 @@ def frozen_roles(config: InterventionConfig) -> tuple[Role, ...]:
     return circuits.get(str(config.circuit), (str(config.circuit),))  # type: ignore[arg-type]
 
 
-def chosen_heads(site: Site, config: InterventionConfig, role: Role) -> list[int]:
+def chosen_heads(site: AnySite, config: InterventionConfig, role: Role) -> list[int]:
     """Query heads whose own view of `role` the config freezes in this layer, in order; none where it names others."""
-    layers = int(site.module.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
-    if role not in frozen_roles(config) or not _names(config.layer_indices, site.layer, layers):
+    if role not in frozen_roles(config) or not _names(config.layer_indices, site.layer, site.layers):
         return []
     heads = [head for head in range(site.heads) if _names(config.head_indices, head, site.heads)]
     if role == "q" or str(config.kv_scope) == "head":
@@ -165,7 +176,7 @@ def chosen_heads(site: Site, config: InterventionConfig, role: Role) -> list[int
     return [head for head in range(site.heads) if head // site.group in touched]
 
 
-def judged_layers(known: Mapping[int, Site], configs: Sequence[InterventionConfig]) -> list[int]:
+def judged_layers(known: Mapping[int, AnySite], configs: Sequence[InterventionConfig]) -> list[int]:
     """The layers that any of `configs` freezes, and the one after each, where a slip by one would show."""
     frozen = {
         layer
@@ -181,14 +192,14 @@ def _names(indices: Sequence[int] | None, index: int, count: int) -> bool:
     return indices is None or index in indices or index - count in indices
 
 
-class _Exact:
+class Exact:
     """No rounding."""
 
     def __call__(self, exact: Tensor, terms: int = 1, dtype: torch.dtype | None = None) -> Tensor:
         return exact
 
 
-_exact = _Exact()
+_exact = Exact()
 
 
 def _frozen(
@@ -198,7 +209,7 @@ def _frozen(
     real: Tensor,
     configs: Sequence[InterventionConfig],
     noise: Noise | None,
-    touch: Nudge | _Exact,
+    touch: Nudge | Exact,
 ) -> Tensor:
     """The activation after all freezes, `[batch, token, query head, head_dim]`."""
     own = torch.arange(site.heads, device=x.device) // (1 if role == "q" else site.group)
@@ -210,12 +221,12 @@ def _frozen(
         r = touch(_replacement(site, role, x.detach(), real, config, noise, touch), 8)
         r = r.expand(x.shape)[:, :, own[heads]]
         result = result.index_copy(
-            2, torch.tensor(heads, device=x.device), _blend(x[:, :, own[heads]], r, config, touch)
+            2, torch.tensor(heads, device=x.device), blend(x[:, :, own[heads]], r, config, touch)
         )
     return result
 
 
-def _blend(x: Tensor, r: Tensor, config: InterventionConfig, touch: Nudge | _Exact) -> Tensor:
+def blend(x: Tensor, r: Tensor, config: InterventionConfig, touch: Nudge | Exact) -> Tensor:
     """`x + strength * (r - x)`, with the gradient that the config's estimator has."""
     strength = config.strength
     value = x + strength * touch(r - x, 2) if strength < 1 else r + 0 * x
@@ -229,7 +240,7 @@ def _replacement(
     real: Tensor,
     config: InterventionConfig,
     noise: Noise | None,
-    touch: Nudge | _Exact,
+    touch: Nudge | Exact,
 ) -> Tensor:
     """`r`, broadcastable to `x [batch, token, head, head_dim]`, without gradient."""
     kind = str(config.freeze_type)

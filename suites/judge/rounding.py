@@ -30,7 +30,7 @@ def nudged_look(
     config: InterventionConfig | Sequence[InterventionConfig] | None,
     batch: Batch,
     *,
-    attn: str = "sdpa",
+    attn: str | None = None,
     patterns: bool = False,
     rounding: torch.dtype | None = None,
 ) -> Pass:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,7 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Site, sites
+from pytest_circuitfreeze.suites.claims import NotApplicable
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Site, is_known, sites
+from pytest_circuitfreeze.suites.judge.splitting import put_together, split_found
 
 __all__ = ["Twin", "twins"]
 
@@ -47,18 +49,24 @@ def twins(model: PreTrainedModel) -> list[Twin]:
     """All twins that are known for `model`, made once and kept as long as it.
 
     Raises:
-        CannotJudge: none is known.
+        NotApplicable: none is known.
     """
     if model not in _TWINS:
         made = []
-        if any(site.family.fused and not hasattr(site.module, "q_proj") for site in sites(model).values()):
+        if not is_known(model):
+            twin = split_found(model)
+            made += [Twin("its fused projection split", twin, unshares=False)] if twin else []
+        elif any(site.family.fused and not hasattr(site.module, "q_proj") for site in sites(model).values()):
             made.append(Twin("its fused projection split", _split(model), unshares=False))
         other = _OTHER_FAMILY.get(model.config.model_type)
         if other is not None:
             name, build = other
             made.append(Twin(name, build(model), unshares=True))
         if not made:
-            raise CannotJudge(f"no twin of {type(model).__name__} is known that stores its projections otherwise")
+            raise NotApplicable(
+                f"{type(model).__name__} stores queries, keys and values apart, and no family is known that computes "
+                "the same from another storage"
+            )
         for twin in made:
             twin.model.to(device=model.device, dtype=model.dtype).eval()
         _TWINS[model] = made
@@ -79,18 +87,8 @@ def _split(model: PreTrainedModel) -> PreTrainedModel:
                 linear.bias = nn.Parameter(biases[role].flatten().clone())
             site.module.add_module(f"{role}_proj", linear)
         delattr(site.module, fused)
-        site.module.__class__ = _put_together(type(site.module), fused, order.argsort())
+        site.module.__class__ = put_together(type(site.module), fused, order.argsort())
     return twin
-
-
-def _put_together(attention: type, fused: str, place: Tensor) -> type:
-    """A subclass of `attention` in which `fused` gives what q_proj, k_proj and v_proj give, in the family's order."""
-
-    def projection(self: Any, hidden: Tensor) -> Tensor:
-        apart = [self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)]
-        return torch.cat(apart, dim=-1)[..., place.to(hidden.device)]
-
-    return type(f"Split{attention.__name__}", (attention,), {fused: projection})
 
 
 def _width(site: Site) -> int:
@@ -185,6 +183,7 @@ def _as_phi3(model: PreTrainedModel) -> PreTrainedModel:
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=heads,
             num_key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
             max_position_embeddings=config.max_position_embeddings,
             original_max_position_embeddings=config.max_position_embeddings,
             hidden_act=config.hidden_act,

@@ -15,11 +15,11 @@ import pytest
 import torch
 import transformers
 from plain_freeze import FREEZER, IDS, frozen_logits, logits
-from qwen_1 import qwen_1
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freeze_core import InterventionConfig, ModelArchitecture
+from pytest_circuitfreeze.local_qwen import QWenConfig, build
 from pytest_circuitfreeze.models import draw_parameters
 from pytest_circuitfreeze.suites.tolerance import nudged
 
@@ -59,14 +59,12 @@ class Row:
 
     def build(self, attn: str = "sdpa") -> Any:
         """Two layers, every parameter drawn."""
-        width = self.heads * HEAD_DIM
-        if self.config == "qwen_1":
-            model = qwen_1(self.heads, HEAD_DIM, attn)
-        else:
-            config = getattr(transformers, self.config)(
-                vocab_size=97, **_named(self.config, self.heads, width), **self.fields
-            )
-            with torch.random.fork_rng(devices=[]):
+        fields = {"vocab_size": 97, **_named(self.config, self.heads, self.heads * HEAD_DIM), **self.fields}
+        with torch.random.fork_rng(devices=[]):
+            if self.config == "QWenConfig":  # its code is not in transformers
+                model = build(QWenConfig(**fields), attn)
+            else:
+                config = getattr(transformers, self.config)(**fields)
                 model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attn)
         draw_parameters(model, 0)
         return model.eval()
@@ -100,7 +98,7 @@ SUPPORTED = {
     "GPT-J": Row(
         "GPTJConfig", 16, 16, SEPARATE, separate("attn.q_proj", "attn.k_proj", "attn.v_proj"), {"rotary_dim": 4}
     ),
-    "Qwen": Row("qwen_1", 32, 32, FUSED, all_q_k_v("self_attn.c_attn", 32, 32)),
+    "Qwen": Row("QWenConfig", 32, 32, FUSED, all_q_k_v("attn.c_attn", 32, 32), SMALL),
 }
 """What the table calls supported. GPT-J is separate, BLOOM and Falcon are fused, whatever the table says."""
 IMPLEMENTATIONS = {name: ["sdpa", "eager"] for name in SUPPORTED} | {"BLOOM": ["eager"], "GPT-J": ["eager"]}

@@ -58,7 +58,9 @@ def assert_refused(result: pytest.RunResult, named: str, value: str) -> None:
 
 def test_message_says_what_is_allowed(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_inprocess("--circuitfreeze", "--circuitfreeze-arch", "gpt3")
-    result.stderr.fnmatch_lines(["*'gpt3' is no tiny architecture; choose from gpt2, *falcon_mqa*, or 'all' alone"])
+    result.stderr.fnmatch_lines(
+        ["*'gpt3' is no tiny architecture; choose from gpt2, *falcon_mqa*, a causal *, or 'all' alone"]
+    )
 
 
 def test_ini_file_gives_defaults_and_the_command_line_wins(stand_in: Run) -> None:

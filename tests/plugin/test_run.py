@@ -118,7 +118,8 @@ def test_narrow_terminal_folds_names(stand_in: Run, monkeypatch: pytest.MonkeyPa
 
 def test_too_many_models_for_a_line_start_a_new_block(stand_in: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    result = stand_in("--circuitfreeze", "--circuitfreeze-arch", "all", "circuitfreeze")
+    names = "gpt2,opt,llama,llama_gqa,mistral_gqa,phi3,falcon_mqa,falcon_mha,falcon_gqa"
+    result = stand_in("--circuitfreeze", "--circuitfreeze-arch", names, "circuitfreeze")
     shown = table(result)
     assert shown.count("alpha") > 1
     rows = [line for line in shown if line.startswith("  a property")]

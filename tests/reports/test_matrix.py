@@ -19,6 +19,9 @@ PASSED = Result("circuitfreeze/test_a.py::test_x[m]", "x", "X holds.", "m", "e",
         (["passed", "skipped"], "skip"),
         (["skipped", "error", "passed"], "ERROR"),
         (["passed", "failed", "error"], "FAIL"),
+        (["passed", "n/a"], "pass"),
+        (["n/a"], "n/a"),
+        (["refused"], "refused"),
         ([], "-"),
     ],
 )
@@ -56,3 +59,16 @@ def test_one_claim_name_in_two_files_is_two_claims() -> None:
     results = [PASSED, replace(PASSED, id="circuitfreeze/test_b.py::test_x[m]")]
     assert [row.file for row in matrix.rows(results, ["m"])] == ["test_a.py", "test_b.py"]
     assert matrix.totals(results) == "2 claims on 1 model: 2 passed; 10 examples"
+
+
+def test_refused_configs_put_a_star_on_the_cell_and_their_reasons_below() -> None:
+    partly = replace(PASSED, refusals=("K of some heads is shared",))
+    silent = replace(PASSED, claim="y", outcome="n/a", message="eager alone")
+    whole = replace(PASSED, model="r", outcome="refused", message="no attention")
+    results = [partly, silent, whole, replace(whole, claim="y")]
+    assert [row.cells for row in matrix.rows(results, ["m", "r"])] == [("pass*", "refused"), ("n/a", "refused")]
+    assert matrix.reasons(results) == [
+        "m pass*: K of some heads is shared",
+        "m n/a (y): eager alone",
+        "r refused: no attention",
+    ]

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from by_heart import BY_HEART
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import FreezeCore
-from pytest_circuitfreeze.models import TINY, tiny_model
+from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, sites
 from pytest_circuitfreeze.suites.judge.noise import noise_of
@@ -31,7 +32,10 @@ FREEZES: list[dict[str, Any]] = [
 ]
 
 # What transformers computes in float32 even where a model is float64; all the rest is float64.
-IN_FLOAT32 = {"eager softmax": ["opt", "llama", "llama_gqa", "mistral_gqa", "phi3"], "rotary tables": [*TINY][2:]}
+IN_FLOAT32 = {
+    "eager softmax": ["opt", "llama", "llama_gqa", "llama_70b", "mistral_gqa", "phi3"],
+    "rotary tables": BY_HEART[2:],
+}
 
 
 @cache
@@ -51,7 +55,7 @@ def relative_error(found: Pass, name: str, batch: Batch, configs: list[Intervent
 
 @pytest.mark.parametrize("scope", ["group", "head"])
 @pytest.mark.parametrize("circuit", CIRCUITS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_frozen_model_agrees_to_1e_9(name: str, circuit: str, scope: str) -> None:
     engine = FreezeCore()
     for fields in FREEZES:
@@ -63,12 +67,12 @@ def test_frozen_model_agrees_to_1e_9(name: str, circuit: str, scope: str) -> Non
         assert relative_error(found, name, PADDED, [config], noise) < 1e-9
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_clean_model_agrees_to_1e_9(name: str) -> None:
     assert relative_error(look(FreezeCore(), model(name), None, PADDED), name, PADDED, []) < 1e-9
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_eager_agrees_but_for_a_float32_softmax(name: str) -> None:
     error = relative_error(look(FreezeCore(), model(name), None, WHOLE, attn="eager"), name, WHOLE, [])
     assert error < (1e-6 if name in IN_FLOAT32["eager softmax"] else 1e-9)
@@ -78,9 +82,9 @@ def test_eager_agrees_but_for_a_float32_softmax(name: str) -> None:
 def test_own_rotary_tables_agree_but_for_float32_ones(name: str) -> None:
     found = look(FreezeCore(), model(name), None, PADDED)
     config: Any = model(name).config
-    for seen in found.layers.values():
-        positions = PADDED.arguments(model(name))["position_ids"]
-        seen.rotary = rotary_tables(positions, config.rope_parameters["rope_theta"], 8)
+    for layer, seen in found.layers.items():
+        positions, site = PADDED.arguments(model(name))["position_ids"], sites(model(name))[layer]
+        seen.rotary = rotary_tables(positions, config.rope_parameters["rope_theta"], site.head_dim)
     assert 0 < relative_error(found, name, PADDED, []) < 1e-6
 
 
@@ -91,7 +95,7 @@ def rotary_tables(positions: Tensor, theta: float, features: int) -> tuple[Tenso
     return angle.cos(), angle.sin()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_patterns_are_the_models_own(name: str) -> None:
     small = tiny_model(name)
     found = look(FreezeCore(), small, None, PADDED, attn="eager", patterns=True)
@@ -102,7 +106,7 @@ def test_patterns_are_the_models_own(name: str) -> None:
         assert ((pattern - want).transpose(1, 2)[PADDED.real].abs() < 1e-5).all()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_used_and_unused_are_inverses(name: str) -> None:
     found = look(FreezeCore(), model(name), None, PADDED)
     for layer, site in sites(model(name)).items():

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from by_heart import BY_HEART
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.engines import FreezeCore
-from pytest_circuitfreeze.models import TINY, tiny_model
+from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, sites
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look, observe, pads_under_eager
@@ -22,7 +23,7 @@ BATCH = Batch(IDS, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_looking_changes_nothing(name: str, attn: str) -> None:
     model = tiny_model(name)
     with attention_implementation(model, attn), torch.no_grad():
@@ -33,7 +34,7 @@ def test_looking_changes_nothing(name: str, attn: str) -> None:
     assert not changes(before, visible_state(model))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_attention_implementation_takes_effect_and_is_put_back(name: str) -> None:
     model = tiny_model(name)
     calls: list[Any] = []
@@ -74,7 +75,7 @@ def test_attention_elsewhere_is_said_to_be_out_of_sight(monkeypatch: pytest.Monk
         look(FreezeCore(), model, None, BATCH)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_eager_is_shown_padding_where_it_stays_finite(name: str) -> None:
     model = tiny_model(name)
     assert pads_under_eager(model)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from by_heart import BY_HEART
 
-from pytest_circuitfreeze.models import TINY, tiny_model
+from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention
 from pytest_circuitfreeze.suites.tolerance import Nudge, gamma, nudged
 
@@ -35,7 +36,7 @@ def test_nudged_operands_bound_the_rounding_of_a_product(terms: int) -> None:
     assert error < bound < 1000 * error
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_nudged_model_bounds_float32_against_float64(name: str) -> None:
     small = tiny_model(name)
     with torch.no_grad():

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from by_heart import BY_HEART
 
-from pytest_circuitfreeze.models import TINY, tiny_model
+from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, sites
+from pytest_circuitfreeze.suites.claims import NotApplicable
+from pytest_circuitfreeze.suites.judge.anatomy import sites
 from pytest_circuitfreeze.suites.judge.twins import twins
 
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[0, 0, *[1] * 10], [1] * 12])
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", BY_HEART)
 def test_twins_give_the_same_logits(name: str) -> None:
     model = tiny_model(name, dtype=torch.float64)
     batch = Batch(IDS, MASK)
@@ -57,5 +59,5 @@ def test_twins_share_no_parameter() -> None:
 def test_a_model_that_has_no_twin_is_said_to_have_none() -> None:
     model = tiny_model("llama")
     model.config.model_type = "unheard_of"
-    with pytest.raises(CannotJudge, match="no twin of LlamaForCausalLM is known"):
+    with pytest.raises(NotApplicable, match="LlamaForCausalLM stores queries, keys and values apart"):
         twins(model)

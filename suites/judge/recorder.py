@@ -1,0 +1,282 @@
+"""Keeps what attention layers consume and give in a pass, wherever it can be seen in the family at hand.
+
+In the families that the judge knows by heart queries, keys and values are taken at `scaled_dot_product_attention`; in
+all others at the outputs that they were found in. z is the input of the output projection; patterns are what comes out
+of the softmax under eager attention. All of it lies downstream of a freeze.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, Role
+from pytest_circuitfreeze.suites.judge.discovery import SOFTMAX
+from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite
+
+__all__ = ["Call", "PatternTap", "Recorder", "Seen", "hidden_of"]
+
+
+@dataclass
+class Call:
+    """What an attention module was called with: tensors are copies, since a model may write into its own."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def given(self, hidden: Tensor) -> Call:
+        """The same call on other hidden states, wherever they are handed over."""
+        own = self.hidden
+        kwargs = {name: hidden if value is own else value for name, value in self.kwargs.items()}
+        return Call(tuple(hidden if value is own else value for value in self.args), kwargs)
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states."""
+        return hidden_of(self.args, self.kwargs)
+
+    def held(self, keep: Tensor | None = None) -> Call:
+        """A call whose tensors, but for the hidden states `keep`, and caches are copies."""
+        copies: dict[int, Tensor] = {}
+        call = Call(_held(self.args, copies), _held(self.kwargs, copies))
+        return call if keep is None else call.given(keep)
+
+
+@dataclass
+class Seen:
+    """What one attention layer consumed and gave in one pass.
+
+    Args:
+        hidden: the attention module's input `[batch, token, model_dim]`.
+        rotary: cosines and sines `[batch, token, feature]` that it was handed, if any.
+        qkv: queries, keys and values as used, `[batch, head, token, head_dim]`, one KV head a query head or one a
+            group; of known families under sdpa only.
+        probes: zeros that were added to `qkv`; after a backward pass their gradients are those of `qkv`.
+        parts: by part, what its place gave, all of it, `[batch, token, feature]`; of found families.
+        call: what the module was called with; of found families.
+        answer: what it returned, or the first of it; after a backward pass it has its gradient; of found families.
+        z: input of the output projection `[batch, token, head, head_dim]`.
+        pattern: `[batch, head, query, key]`, if asked for.
+        shared: whether it left its keys and values for later layers to read; of found families.
+    """
+
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor] | None = None
+    qkv: dict[Role, Tensor] = field(default_factory=dict)
+    probes: dict[Role, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    call: Call | None = None
+    answer: Tensor | None = None
+    z: Tensor | None = None
+    pattern: Tensor | None = None
+    shared: bool = False
+
+    def mixed(self) -> Tensor:
+        """`z`, which every pass has."""
+        if self.z is None:
+            raise CannotJudge("an attention layer ran without its output projection")
+        return self.z
+
+    def consumed(self) -> Mapping[str, Tensor]:
+        """All that was seen of q, k and v, by role or part."""
+        return self.parts or {str(role): used for role, used in self.qkv.items()}
+
+
+# Torch's own, whatever may have been put in its place.
+_ATTENTION = F.scaled_dot_product_attention
+
+
+class Recorder:
+    """Keeps what passes; knows which layer is running.
+
+    Args:
+        gradients: make gradients available after a backward pass.
+        patterns: keep what comes out of the softmax.
+    """
+
+    def __init__(self, gradients: bool = False, patterns: bool = False) -> None:
+        self.gradients = gradients
+        self.patterns = patterns
+        self.layers: dict[int, Seen] = {}
+        self.running: AnySite | None = None
+        self.mode: TorchFunctionMode | None = PatternTap(self.keep_pattern) if patterns else None
+        self.tapping: TorchFunctionMode | None = None
+
+    def tap_attention(self) -> None:
+        """From now on sees every `scaled_dot_product_attention`."""
+        self.mode = _Tap(self)
+
+    @contextmanager
+    def attached(self, site: AnySite) -> Iterator[None]:
+        """Watches one layer."""
+        with ExitStack() as stack:
+            for handle in (
+                site.module.register_forward_pre_hook(self._enter(site), with_kwargs=True),
+                site.module.register_forward_hook(self._leave(site), with_kwargs=True),
+                site.output.register_forward_pre_hook(self._mix(site)),
+            ):
+                stack.callback(handle.remove)
+            if isinstance(site, FoundSite):
+                for name in site.parts:
+                    stack.callback(site.place(name).register_forward_hook(self._keep(site, name)).remove)
+            yield
+
+    def _enter(self, site: AnySite) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            call = Call(args, kwargs)
+            hidden = hidden_of(args, kwargs)
+            if self.gradients:  # a node of its own: other readers of the same tensor add nothing to its gradient
+                hidden = hidden.view_as(hidden)
+                hidden.retain_grad()
+                call = call.given(hidden)
+            self.running = site
+            if self.mode is not None:  # on in attention alone: it slows down every function that it sees
+                self.tapping = self.mode.__enter__()
+            if isinstance(site, FoundSite):
+                self.layers[site.layer] = Seen(hidden, call=call.held())
+            else:
+                rotary = kwargs.get("position_embeddings") if site.family.rotary else None
+                self.layers[site.layer] = Seen(hidden, rotary)
+            return call.args, call.kwargs
+
+        return hook
+
+    def _leave(self, site: AnySite) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
+            self.running = None
+            self.untap()
+            if not self.gradients or not isinstance(site, FoundSite):
+                return result
+            seen = self.layers[site.layer]
+            seen.shared = any(isinstance(value, MutableMapping) and value for value in kwargs.values())
+            first = result[0] if isinstance(result, tuple) else result
+            first.retain_grad()
+            seen.answer = first
+            # A copy goes on, so that what is written into it later leaves the gradient alone.
+            return (first.clone(), *result[1:]) if isinstance(result, tuple) else first.clone()
+
+        return hook
+
+    def untap(self) -> None:
+        """Ends the tap of the layer that runs, if any: also of one that raised."""
+        if self.tapping is not None:
+            self.tapping.__exit__(None, None, None)
+            self.tapping = None
+
+    def _mix(self, site: AnySite) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if site.layer in self.layers:
+                self.layers[site.layer].z = args[0].unflatten(-1, (site.heads, -1))
+
+        return hook
+
+    def _keep(self, site: FoundSite, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, result: Tensor) -> None:
+            seen = self.layers[site.layer]
+            seen.parts[name] = result.reshape(*seen.hidden.shape[:2], -1)
+
+        return hook
+
+    def keep_pattern(self, pattern: Tensor) -> None:
+        """Keeps a pattern of the layer that runs, `[batch, head, query, key]` or batch and head in one dimension."""
+        if self.running is None:
+            return
+        seen, heads = self.layers[self.running.layer], self.running.heads
+        batch, tokens = seen.hidden.shape[:2]
+        if pattern.shape[-2] == tokens and pattern[..., 0, 0].numel() == batch * heads:
+            seen.pattern = pattern.reshape(batch, heads, tokens, -1)
+
+    def tap(self, role: Role, used: Tensor) -> Tensor:
+        """Keeps what attention reads of one role, and hands it on."""
+        if self.running is None:
+            return used
+        seen = self.layers[self.running.layer]
+        if role in seen.qkv:
+            raise CannotJudge(f"attention ran twice in layer {self.running.layer}; the judge cannot tell which counts")
+        if self.gradients:
+            seen.probes[role] = torch.zeros_like(used, requires_grad=True)
+            used = used + seen.probes[role]
+        seen.qkv[role] = used
+        return used
+
+
+class _Tap(TorchFunctionMode):
+    """Sees every `scaled_dot_product_attention`."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _ATTENTION:
+            query, key, value, *rest = args
+            tap = self.recorder.tap
+            args = (tap("q", query), tap("k", key), tap("v", value), *rest)
+        return func(*args, **(kwargs or {}))
+
+
+class PatternTap(TorchFunctionMode):
+    """Hands every result of a softmax to `keep`."""
+
+    def __init__(self, keep: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in SOFTMAX and result.dim() in (3, 4):
+            self.keep(result)
+        return result
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states among what an attention module is called with."""
+    name = _hidden_name(args, kwargs)
+    found = args[0] if name is None else kwargs[name]
+    if not isinstance(found, Tensor):
+        raise CannotJudge(f"an attention module is called with a {type(found).__name__} in the place of hidden states")
+    return found
+
+
+def _hidden_name(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """The name under which hidden states are handed over; `None` where they come first, without one."""
+    if args:
+        return None
+    floating = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    return "hidden_states" if "hidden_states" in kwargs or not floating else floating[0]
+
+
+def _held(value: Any, copies: dict[int, Tensor]) -> Any:
+    """`value` with tensors copied, one copy of each; `copies` has those made so far."""
+    if isinstance(value, Tensor):
+        return copies.setdefault(id(value), value.detach().clone())
+    if type(value) in (list, tuple):
+        return type(value)(_held(one, copies) for one in value)
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({key: _held(one, copies) for key, one in value.items()})
+        return copied
+    return _held_cache(value) if hasattr(value, "update") and not isinstance(value, nn.Module) else value
+
+
+def _held_cache(cache: Any) -> Any:
+    """A copy of a cache that can be filled without filling the first; caches put new tensors in the place of old."""
+    copied = copy.copy(cache)
+    for name, value in vars(cache).items():
+        if isinstance(value, list):
+            vars(copied)[name] = [_held_cache(one) if hasattr(one, "update") else one for one in value]
+        elif isinstance(value, dict) or hasattr(value, "update"):
+            vars(copied)[name] = copy.copy(value) if isinstance(value, dict) else _held_cache(value)
+    return copied

@@ -1,0 +1,217 @@
+"""What a frozen attention layer should have computed, by running the unfrozen one again on the same input.
+
+The oracle of families that the judge does not know by heart. The clean attention module is called as it was called in
+the frozen pass, while hooks put the contract's replacement at the features that differentiation found; so rotations,
+norms, gates, sinks, windows and latents are the model's own. Where heads are treated unlike, everything is treated as
+one head's q, k and v are, and z is read of the heads that are treated so: no KV head is ever un-shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge
+from pytest_circuitfreeze.suites.judge.oracle import Exact, Noise, blend, chosen_heads
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation
+from pytest_circuitfreeze.suites.judge.recorder import Call, PatternTap, Seen
+from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention
+from pytest_circuitfreeze.suites.judge.sites import FoundSite
+from pytest_circuitfreeze.suites.tolerance import Nudge, nudged
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+
+__all__ = ["Replay"]
+
+Treatment = tuple[int | None, int | None, int | None]
+"""For q, k and v of a head, which config decides; `None` is left alone."""
+
+
+class _Reached(Exception):
+    """The output projection was reached: the rest is not needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """One layer of one frozen pass, to be run again.
+
+    Args:
+        model: unfrozen.
+        site: the layer.
+        seen: what it was called with in the frozen pass.
+        real: `[batch, token]` bool, true where a token is not padding.
+        configs: in install order, the later one winning where they meet.
+        noise: the engine's draws, where a config freezes to noise.
+        rounding: run the model off by rounding, for a bound.
+    """
+
+    model: PreTrainedModel
+    site: FoundSite
+    seen: Seen
+    real: Tensor
+    configs: Sequence[InterventionConfig]
+    noise: Noise
+    rounding: bool = False
+
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        """z `[batch, token, head, feature]` and, under eager attention, the pattern `[batch, head, query, key]`."""
+        with torch.no_grad(), self._module() as module:
+            return self._heads(module, self._call())
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of the layer's input (`""`) and of its parameters (by name), given that of its answer."""
+        with torch.enable_grad(), self._module() as module:
+            hidden = self.seen.hidden.detach().clone().requires_grad_()
+            call = self._call().given(hidden)
+            z, _ = self._heads(module, call)
+            answer = self._answer(module, call, z)
+            arrived = self.seen.answer.grad if self.seen.answer is not None else None
+            if arrived is None:
+                raise CannotJudge(f"no gradient reached the attention of layer {self.site.layer}")
+            total = (self._touch()(arrived, arrived.shape[-1]) * answer).sum()
+            leaves = {"": hidden} | {name: one for name, one in module.named_parameters() if one.requires_grad}
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        # A parameter that the module only hands on has its gradient from elsewhere.
+        return {name: one for name, one in zip(leaves, found, strict=True) if one is not None}
+
+    def _call(self) -> Call:
+        if self.seen.call is None:
+            raise CannotJudge("a replay needs what the attention module was called with")
+        return self.seen.call
+
+    def _touch(self) -> Nudge | Exact:
+        return Nudge(self.seen.hidden.dtype) if self.rounding else Exact()
+
+    @contextmanager
+    def _module(self) -> Iterator[nn.Module]:
+        """The clean module, or that of the model that is off by rounding."""
+        if not self.rounding:
+            yield self.site.module
+            return
+        twin = nudged(self.model)
+        with attention_implementation(twin, self.model.config._attn_implementation), NudgedAttention():
+            yield twin.get_submodule(self.site.name)
+
+    def _heads(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor | None]:
+        """z and pattern of all heads, each from a run in which everything is treated as it is."""
+        treatments = self._treatments()
+        z: list[Tensor | None] = [None] * self.site.heads
+        patterns: list[Tensor | None] = [None] * self.site.heads
+        for treatment in dict.fromkeys(treatments):
+            heads = [head for head, own in enumerate(treatments) if own == treatment]
+            own, pattern = self._run(module, call, treatment, heads)
+            for head in heads:
+                z[head] = own[:, :, head]
+                patterns[head] = None if pattern is None else pattern[:, head]
+        touch, tokens = self._touch(), self.seen.hidden.shape[1]
+        known = [pattern for pattern in patterns if pattern is not None]
+        whole = torch.stack(known, dim=1) if len(known) == self.site.heads else None
+        mixed = touch(torch.stack([one for one in z if one is not None], dim=2), tokens)
+        return mixed, None if whole is None else touch(whole, tokens, whole.dtype)
+
+    def _treatments(self) -> list[Treatment]:
+        """What is done to what each query head reads."""
+        deciding: list[list[int | None]] = [[None] * len(ROLES) for _ in range(self.site.heads)]
+        for at, config in enumerate(self.configs):
+            for column, role in enumerate(ROLES):
+                for head in chosen_heads(self.site, config, role):
+                    deciding[head][column] = at
+        return [(q, k, v) for q, k, v in deciding]
+
+    def _run(
+        self, module: nn.Module, call: Call, treatment: Treatment, heads: list[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """z and pattern of a run that treats all that `heads` read in one way."""
+        found: list[Tensor] = []
+        patterns: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(args[0].unflatten(-1, (self.site.heads, -1)))
+            raise _Reached
+
+        by_place: dict[str, list[Callable[[Tensor], Tensor]]] = {}
+        for column, role in enumerate(ROLES):
+            deciding = treatment[column]
+            for name in self.site.parts_of(role) if deciding is not None or self.rounding else ():
+                config = None if deciding is None else self.configs[deciding]
+                by_place.setdefault(self.site.parts[name].place, []).append(self._edit(name, config, heads))
+        eager = self.model.config._attn_implementation == "eager"
+        with ExitStack() as stack:
+            for place, edits in by_place.items():
+                stack.callback(module.get_submodule(place).register_forward_hook(self._editing(edits)).remove)
+            stack.callback(module.get_submodule(self.site.output_name).register_forward_pre_hook(stop).remove)
+            stack.enter_context(PatternTap(patterns.append) if eager else nullcontext())
+            again = call.held(keep=call.hidden)
+            with suppress(_Reached):
+                module(*again.args, **again.kwargs)
+        if not found:
+            raise CannotJudge(f"layer {self.site.layer}, run again, did not reach its output projection")
+        return found[0], self._pattern(patterns)
+
+    def _pattern(self, seen: list[Tensor]) -> Tensor | None:
+        batch, tokens = self.seen.hidden.shape[:2]
+        heads = self.site.heads
+        fits = [one for one in seen if one.shape[-2] == tokens and one[..., 0, 0].numel() == batch * heads]
+        return fits[-1].reshape(batch, heads, tokens, -1) if fits else None
+
+    def _answer(self, module: nn.Module, call: Call, z: Tensor) -> Tensor:
+        """What the module returns when its output projection is given `z`."""
+
+        def put(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (z.reshape(args[0].shape), *args[1:])
+
+        handle = module.get_submodule(self.site.output_name).register_forward_pre_hook(put)
+        try:
+            again = call.held(keep=call.hidden)
+            result = module(*again.args, **again.kwargs)
+        finally:
+            handle.remove()
+        answer: Tensor = result[0] if isinstance(result, tuple) else result
+        return answer
+
+    def _editing(self, edits: list[Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: Any, result: Tensor) -> Tensor:
+            x = result.reshape(*self.seen.hidden.shape[:2], -1)
+            for edit in edits:
+                x = edit(x)
+            return x.reshape(result.shape)
+
+        return hook
+
+    def _edit(self, name: str, config: InterventionConfig | None, heads: list[int]) -> Callable[[Tensor], Tensor]:
+        """Freezes those features of a part that `heads` read; without a config only rounds them off."""
+        part, touch = self.site.parts[name], self._touch()
+        rows = [row for row, readers in enumerate(part.readers) if set(readers) & set(heads)]
+
+        def edit(x: Tensor) -> Tensor:
+            features = part.features[rows].flatten().to(x.device)
+            own = touch(x[..., features], 4)
+            if config is not None:
+                r = self._replacement(name, rows, own.detach(), config, touch)
+                # In float64: near strength 1 hardly a digit of the difference would be left.
+                own = touch(blend(own.double(), r.expand(own.shape), config, touch).to(x.dtype), 4)
+            return x.index_copy(-1, features, own)
+
+        return edit
+
+    def _replacement(
+        self, name: str, rows: list[int], x: Tensor, config: InterventionConfig, touch: Nudge | Exact
+    ) -> Tensor:
+        """`r`, broadcastable to `x [batch, token, feature]`, in float64."""
+        kind = str(config.freeze_type)
+        if kind == "zero":
+            return torch.zeros_like(x, dtype=torch.float64)
+        samples = touch(x.double()[self.real], int(self.real.sum()), x.dtype)
+        if kind == "mean":
+            return touch(samples.mean(0), 8, x.dtype)
+        e = self.noise[config.seed, self.site.layer, name][: x.shape[1], rows].flatten(1).to(x.device)
+        if config.noise_std is not None:
+            return touch(config.noise_std * e, 8, x.dtype)
+        return touch(samples.mean(0) + samples.var(0, correction=0).sqrt() * e, 8, x.dtype)

@@ -1,0 +1,166 @@
+"""The attention layers of any model as the judge sees them: by heart in families that it knows, found out elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.suites.judge import anatomy
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, Site
+from pytest_circuitfreeze.suites.judge.discovery import Attention, HeadFeatures, attention_of, features_of
+from pytest_circuitfreeze.suites.tolerance import original
+
+__all__ = ["AnySite", "FoundSite", "Part", "implementations", "made_by", "sites"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What the heads of one role are made of in the output of one linear layer or norm.
+
+    Args:
+        role: whose.
+        place: the layer's path in the attention module.
+        features: `[head, feature]`, one row for each set of features, in the order of the first query head that reads
+            it; as many rows as the role has heads, or one where all share it.
+        readers: the query heads that read each row.
+    """
+
+    role: Role
+    place: str
+    features: Tensor
+    readers: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FoundSite:
+    """One attention layer whose storage was found by differentiation.
+
+    Args:
+        layer: index of the decoder layer.
+        layers: number of decoder layers.
+        name: path of the attention module in the model.
+        module: the attention module.
+        output_name, output: what takes z: the output projection, or a norm over all heads before it.
+        heads: query heads.
+        group: query heads that read one KV head.
+        parts: what q, k and v are made of, by a name of their own.
+    """
+
+    layer: int
+    layers: int
+    name: str
+    module: nn.Module
+    output_name: str
+    output: nn.Module
+    heads: int
+    group: int
+    parts: dict[str, Part]
+
+    def parts_of(self, role: Role) -> list[str]:
+        """The parts of one role."""
+        return [name for name, part in self.parts.items() if part.role == role]
+
+    def place(self, name: str) -> nn.Module:
+        """The module whose output holds a part."""
+        return self.module.get_submodule(self.parts[name].place)
+
+
+AnySite = Site | FoundSite
+
+_FOUND: WeakKeyDictionary[nn.Module, dict[int, FoundSite]] = WeakKeyDictionary()
+
+
+def sites(model: PreTrainedModel) -> dict[int, AnySite]:
+    """The attention layers of `model` by decoder layer. Ask before a freeze: a freeze may change attributes.
+
+    Raises:
+        CannotJudge: none can be told, by heart or by differentiation.
+    """
+    if anatomy.is_known(model):
+        return dict(anatomy.sites(model))
+    if model not in _FOUND:
+        source = original(model)
+        _FOUND[model] = _find(model) if source is None else _moved(sites(source), model)
+    return dict(_FOUND[model])
+
+
+def implementations(model: PreTrainedModel) -> tuple[str, ...]:
+    """The attention implementations, of `sdpa` and `eager`, that the model's class has; the one to run first."""
+    return ("sdpa", "eager") if getattr(model, "_supports_sdpa", False) else ("eager",)
+
+
+def made_by(place: nn.Module) -> Tensor:
+    """The weight of a linear layer or norm with one row for each feature of its output, as a view without gradient."""
+    weight = cast(Tensor, place.weight).detach()
+    return weight.T if hasattr(place, "nf") else weight  # transformers' Conv1D keeps [in, out]
+
+
+def _find(model: PreTrainedModel) -> dict[int, FoundSite]:
+    with torch.random.fork_rng(devices=[]):
+        attention = attention_of(model)
+        told = [(one, features_of(model, one)) for one in attention]
+    found: dict[int, FoundSite] = {}
+    for one, features in told:
+        # Two in one layer: neither is the layer's attention.
+        if features is not None and sum(other.layer == one.layer for other in attention) == 1:
+            site = _site(model, one, features)
+            if site is not None:
+                found[one.layer] = site
+    if not found:
+        raise CannotJudge(
+            f"no layer of {type(model).__name__} has an attention whose queries, keys and values can be told apart"
+        )
+    return found
+
+
+def _moved(found: Mapping[int, AnySite], model: PreTrainedModel) -> dict[int, FoundSite]:
+    """The sites of a model in a copy of it, whose own gradients tell less."""
+    moved = {}
+    for layer, site in found.items():
+        if isinstance(site, FoundSite):
+            module = model.get_submodule(site.name)
+            moved[layer] = replace(site, module=module, output=module.get_submodule(site.output_name))
+    return moved
+
+
+def _site(model: PreTrainedModel, found: Attention, features: list[HeadFeatures]) -> FoundSite | None:
+    module = model.get_submodule(found.name)
+    values = [tuple(sorted((place, *sorted(own)) for place, own in head["v"].items())) for head in features]
+    kv_heads = len(set(values))
+    group = found.heads // kv_heads
+    if any(values[head] != values[head // group * group] for head in range(found.heads)):
+        return None
+    parts: dict[str, Part] = {}
+    for role in ROLES:
+        places = {place for head in features for place in head[role]}
+        for place in sorted(places):
+            name = role if len(places) == 1 else f"{role} in {place}"
+            parts[name] = _part(role, place, [head[role].get(place, frozenset()) for head in features])
+    if any(len(part.features) == 0 for part in parts.values()):
+        return None
+    config: Any = model.config.get_text_config(decoder=True)
+    return FoundSite(
+        layer=found.layer,
+        layers=int(config.num_hidden_layers),
+        name=found.name,
+        module=module,
+        output_name=found.output,
+        output=module.get_submodule(found.output),
+        heads=found.heads,
+        group=group,
+        parts=parts,
+    )
+
+
+def _part(role: Role, place: str, own: list[frozenset[int]]) -> Part:
+    distinct = list(dict.fromkeys(own))
+    if len({len(one) for one in distinct}) > 1:
+        return Part(role, place, torch.empty(0, 0, dtype=torch.long), ())
+    readers = tuple(tuple(head for head, each in enumerate(own) if each == one) for one in distinct)
+    return Part(role, place, torch.tensor([sorted(one) for one in distinct]), readers)

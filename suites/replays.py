@@ -1,0 +1,46 @@
+"""Compares what a frozen layer gave with what the unfrozen one gives when it is run again under the same freeze."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pytest_circuitfreeze.suites.claims import Claim
+from pytest_circuitfreeze.suites.judge.replay import Replay
+
+__all__ = ["compare_gradients_with_replay", "compare_with_replay"]
+
+
+def compare_with_replay(claim: Claim, replay: Replay) -> None:
+    """Demands that z of a layer, and its pattern if it was seen, are what the clean attention gives when run again."""
+    layer, real, seen = replay.site.layer, replay.real, replay.seen
+    (z, pattern), (other, moved) = replay.values(), replace(replay, rounding=True).values()
+    where = real[:, :, None, None]  # a padded query attends to nothing
+    want, off = z.where(where, 0.0), other.where(where, 0.0)
+    bound = (want.double() - off.double()).abs().amax((0, 1, 3), keepdim=True)
+    claim.within(f"z of layer {layer}", seen.mixed().where(where, 0.0), want, bound, "batch token head feature")
+    if seen.pattern is not None and pattern is not None and moved is not None:
+        where = real[:, None, :, None]
+        want, off = pattern.where(where, 0.0), moved.where(where, 0.0)
+        bound = (want.double() - off.double()).abs().amax((0, 2, 3), keepdim=True)
+        what = f"pattern of layer {layer}"
+        claim.within(what, seen.pattern.where(where, 0.0), want, bound, "batch head query key")
+
+
+def compare_gradients_with_replay(claim: Claim, replay: Replay, of_input: Tensor) -> None:
+    """Demands that gradients of a layer's input and of its parameters are those of the estimators.
+
+    Args:
+        of_input: the gradient of the input. Those of the parameters are where torch puts them.
+    """
+    due, moved = replay.gradients(), replace(replay, rounding=True).gradients()
+    parameters = dict(replay.site.module.named_parameters())
+    for name, want in due.items():
+        got = parameters[name].grad if name else of_input
+        bound = (want.double() - moved[name].double()).abs().max()
+        # What is due to be zero, whatever the rounding, is zero.
+        bounds = torch.where((want == 0) & (moved[name] == 0), 0.0, bound)
+        what = f"gradient of layer {replay.site.layer}'s {name or 'input'}"
+        claim.within(what, torch.zeros_like(want) if got is None else got, want, bounds)
