@@ -1,0 +1,107 @@
+"""Engines whose frozen values are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from honest_engine import HookEngine, Layer
+from torch import Tensor, nn
+
+from freeze_core import InterventionConfig
+
+Config = InterventionConfig
+
+
+class MeanOverPadding(HookEngine):
+    """Counts padded positions into the mean."""
+
+    def samples(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)
+
+
+class SampleDeviation(HookEngine):
+    """Takes the sample's standard deviation where the population's is due."""
+
+    def replacement(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
+        if config.freeze_type != "noise":
+            return super().replacement(layer, role, x, config)
+        samples = self.samples(x.detach())
+        return samples.mean(0) + samples.std(0) * self.noise(layer, role, x, config)
+
+
+class WholeAtAnyStrength(HookEngine):
+    """Takes every strength for 1."""
+
+    def blend(self, x: Tensor, r: Tensor, config: Config) -> Tensor:
+        return super().blend(x, r, Config(strength=1.0, backward_mode=config.backward_mode))
+
+
+class NextHead(HookEngine):
+    """Freezes the head after the one that was asked for."""
+
+    def heads(self, layer: Layer, role: str, config: Config, readers: int) -> list[int]:
+        count = layer.heads // readers
+        return sorted((head + 1) % count for head in super().heads(layer, role, config, readers))
+
+
+class KeyForQuery(HookEngine):
+    """Freezes keys when asked for queries."""
+
+    def roles(self, config: Config) -> str:
+        return super().roles(config).replace("q", "k") if config.circuit == "q" else super().roles(config)
+
+
+class KeysWithValues(HookEngine):
+    """Freezes keys along with values."""
+
+    def roles(self, config: Config) -> str:
+        return super().roles(config).replace("v", "kv")
+
+
+class FirstOneWins(HookEngine):
+    """Applies a list of freezes from its end."""
+
+    def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
+        return super().frozen(layer, role, x, configs[::-1], readers)
+
+
+class FreezesTheFrozen(HookEngine):
+    """Takes what an earlier freeze left for the activation of the next."""
+
+    def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
+        for config in configs:
+            x = super().frozen(layer, role, x, [config], readers)
+        return x
+
+
+class RoundsOff(HookEngine):
+    """Passes every activation of a frozen layer through bfloat16."""
+
+    def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
+        return super().frozen(layer, role, x, configs, readers).bfloat16().to(x.dtype)
+
+
+class NoStrengthIsLittle(HookEngine):
+    """Installs strength 0 as a freeze of almost no strength."""
+
+    @contextmanager
+    def freeze(self, model: nn.Module, config: Any) -> Iterator[Callable[..., Any]]:
+        with super().freeze(model, Config(**{**vars(config), "strength": 1e-3})) as frozen:
+            yield frozen
+
+
+class Multiplies(HookEngine):
+    """Blends by products, which leaves nan where x is inf or nan."""
+
+    def blend(self, x: Tensor, r: Tensor, config: Config) -> Tensor:
+        return x * (1 - config.strength) + r * config.strength
+
+
+class BlindUnderEager(HookEngine):
+    """Does nothing under eager attention."""
+
+    def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
+        eager = layer.module.config._attn_implementation == "eager"  # type: ignore[union-attr]
+        return x if eager else super().frozen(layer, role, x, configs, readers)
