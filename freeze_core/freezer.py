@@ -68,7 +68,7 @@ class AttentionCircuitFreezer:
             InterventionError: the config cannot be served on this model; nothing is installed.
         """
         configs = [config] if isinstance(config, InterventionConfig) else config
-        if not isinstance(configs, Sequence) or not configs:
+        if not isinstance(configs, Sequence) or isinstance(configs, str | bytes) or not configs:
             raise InterventionError(f"config={shown(config)}: must be an InterventionConfig or a list of some")
         for one in configs:
             check_config(one)
@@ -140,9 +140,10 @@ class AttentionCircuitFreezer:
         inputs: Tensor | Mapping[str, Any],
         layers: Sequence[int] | None = None,
         pattern: bool = False,
+        device: torch.device | str | None = None,
     ) -> Recording:
         """The activations of a forward pass on `inputs`; see `freeze_core.recording.record`."""
-        return record(model, inputs, layers, pattern)
+        return record(model, inputs, layers, pattern, device)
 
     def calibrate(
         self,

@@ -68,12 +68,17 @@ class ExperimentalInterventions:
             of `self`, `cross` and `encoder` attention that the model has a dict from layer to
             `{"name", "architecture", "num_heads", "num_kv_heads", "kv_scope"}`, the scopes that it can serve, or to
             `{"refused": reason}`.
+
+        Raises:
+            UnsupportedModelError: `model` is no module at all.
         """
         report: dict[str, Any] = {"compatible": True, "reasons": []}
         for attention in ATTENTION:
             try:
                 sites = find_sites(model, attention=attention)
             except UnsupportedModelError as error:
+                if not isinstance(model, nn.Module):
+                    raise
                 if attention == "self":
                     report.update(compatible=False, reasons=[str(error)])
                 continue

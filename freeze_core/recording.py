@@ -26,6 +26,7 @@ def record(
     inputs: Tensor | Mapping[str, Any],
     layers: Sequence[int] | None = None,
     pattern: bool = False,
+    device: torch.device | str | None = None,
 ) -> Recording:
     """Records q, k, v, z and, if asked, the patterns of one forward pass; under a freeze, the frozen values.
 
@@ -37,27 +38,39 @@ def record(
         inputs: token ids `[batch, token]`, embeddings `[batch, token, hidden]`, or a dict of model arguments.
         layers: decoder layers, negative ones count from the end; `None` is all that have attention.
         pattern: record patterns too.
+        device: where each layer's activations are put as they come by, such as `"cpu"`; `None` leaves them in place.
 
     Raises:
         UnsupportedModelError: the model cannot be served, or forms no patterns.
-        InterventionError: a layer that is out of range, inputs that are none, or an activation that did not come by.
+        InterventionError: a layer that is out of range, inputs or a device that are none, or an activation that did not
+            come by.
     """
     sites = find_sites(model)
     wanted = [freeze.layer for freeze in resolve(InterventionConfig(layer_indices=layers), sites)]
     if not isinstance(pattern, bool):
         raise InterventionError(f"pattern={shown(pattern)}: must be True or False")
+    device = _device(device)
     arguments = model_arguments(model, inputs)
     masks: list[Tensor | None] = []
     seen: dict[tuple[int, str], Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for layer in wanted:
-            stack.enter_context(_listening(sites.by_layer[layer], seen))
+            stack.enter_context(_listening(sites.by_layer[layer], seen, device))
         stack.callback(sites.stack.register_forward_pre_hook(_mask_keeper(sites.stack, masks), with_kwargs=True).remove)
         run(model, arguments)
     if pattern:
-        _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen)
+        _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen, device)
     activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
     return Recording(activations, masks[0])
+
+
+def _device(device: object) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device  # type: ignore[call-overload, no-any-return]
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise InterventionError(f"device={shown(device)}: must be None or a device of this machine: {error}") from error
 
 
 def _mask_keeper(stack: nn.Module, masks: list[Tensor | None]) -> Callable[..., None]:
@@ -73,8 +86,10 @@ def _mask_keeper(stack: nn.Module, masks: list[Tensor | None]) -> Callable[..., 
 
 
 @contextmanager
-def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor]) -> Iterator[None]:
-    """Splits what the projections give, and the output projection takes, into heads."""
+def _listening(
+    site: AttentionSite, seen: dict[tuple[int, str], Tensor], device: torch.device | None
+) -> Iterator[None]:
+    """Splits what the projections give, and the output projection takes, into heads; copies, put on `device`."""
     frozen = frozen_attention(site.attention)
     storage = frozen.wiring.storage if frozen else site.layout.shared
     outputs: dict[str, Tensor] = {}
@@ -82,13 +97,14 @@ def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor]) -> Iter
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             _refuse_shard(site, name, output, storage.widths[name])
-            outputs[name] = output.detach().flatten(1, -2)
+            outputs[name] = output.detach().flatten(1, -2).to(device or output.device)
 
         return hook
 
     def keep_z(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         _refuse_shard(site, "z", args[0], site.layout.z.numel())
-        seen[site.layer, "z"] = args[0].detach().unflatten(-1, (site.heads, -1)).clone()
+        z = args[0].detach().unflatten(-1, (site.heads, -1))
+        seen[site.layer, "z"] = z.to(device or z.device, copy=True)
 
     with ExitStack() as stack:
         for name, module in storage.modules.items():
@@ -111,7 +127,11 @@ def _refuse_shard(site: AttentionSite, what: str, activation: Tensor, width: int
 
 
 def _patterns(
-    model: nn.Module, arguments: Mapping[str, Any], sites: Sequence[AttentionSite], seen: dict[tuple[int, str], Tensor]
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    sites: Sequence[AttentionSite],
+    seen: dict[tuple[int, str], Tensor],
+    device: torch.device | None,
 ) -> None:
     # The model itself is not asked for attentions: transformers would leave hooks of its own behind.
     def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -121,7 +141,7 @@ def _patterns(
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             for value in output if isinstance(output, tuple) else ():
                 if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == site.heads:
-                    seen[site.layer, "pattern"] = value.detach()
+                    seen[site.layer, "pattern"] = value.detach().to(device or value.device)
 
         return keep
 

@@ -98,3 +98,17 @@ def test_a_layer_that_did_not_run_is_an_error(ids):
     model.config.num_hidden_layers = 2  # the model's own way to stop early
     with pytest.raises(InterventionError, match=r"layer 2 .* gave no q, k, v, z"):
         FREEZER.record(model, ids)
+
+
+def test_activations_are_put_where_they_are_asked_for(any_storage, ids):
+    def devices(device):
+        recording = FREEZER.record(any_storage, ids, pattern=True, device=device)
+        return {tensor.device.type for layer in recording.values() for tensor in vars(layer).values()}
+
+    assert devices(None) == devices("cpu") == {"cpu"}
+    assert devices("meta") == {"meta"}  # the only other one that every machine has
+
+
+def test_a_device_that_is_not_there_is_refused(ids):
+    with pytest.raises(InterventionError, match=r"device='toaster': must be None or a device of this machine"):
+        FREEZER.record(tiny_model("gpt2"), ids, device="toaster")
