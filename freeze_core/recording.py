@@ -86,9 +86,7 @@ def _mask_keeper(stack: nn.Module, masks: list[Tensor | None]) -> Callable[..., 
 
 
 @contextmanager
-def _listening(
-    site: AttentionSite, seen: dict[tuple[int, str], Tensor], device: torch.device | None
-) -> Iterator[None]:
+def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor], device: torch.device | None) -> Iterator[None]:
     """Splits what the projections give, and the output projection takes, into heads; copies, put on `device`."""
     frozen = frozen_attention(site.attention)
     storage = frozen.wiring.storage if frozen else site.layout.shared

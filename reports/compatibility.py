@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -91,7 +92,8 @@ def verdict(results: Iterable[Result] | None) -> str:
 
 
 def _unbuilt(result: Result) -> bool:
-    return result.outcome in ("error", "n/a") and result.message.startswith("a tiny model of type")
+    told = result.message.removeprefix("Failed: ")  # pytest's own word before a reason to fail
+    return result.outcome in ("error", "n/a") and told.startswith("a tiny model of type")
 
 
 def document(found: Mapping[str, Sequence[Result] | None], profile: str) -> dict[str, Any]:
@@ -112,9 +114,11 @@ def _entry(name: str, results: Sequence[Result] | None) -> dict[str, Any]:
     result = verdict(results)
     reasons = [line.removeprefix(f"{name} ") for line in matrix.reasons(own)]
     if result == "not built":
-        reasons = sorted({one.message for one in own})
+        reasons = sorted({one.message.removeprefix("Failed: ") for one in own})
     elif result == "FAIL":
-        reasons += [f"{one.claim}: {one.message}" for one in own if one.outcome in ("failed", "error", "skipped")]
+        broken = [one for one in own if one.outcome in ("failed", "error", "skipped")]
+        about = {message: [one.claim for one in broken if one.message == message] for message in _messages(broken)}
+        reasons += [f"{', '.join(claims)}: {message}" for message, claims in about.items()]
         reasons += [] if own else ["the run did not end in time, or died"]
     return {
         "verdict": result,
@@ -123,6 +127,10 @@ def _entry(name: str, results: Sequence[Result] | None) -> dict[str, Any]:
         "claims": {} if result == "not built" else {one.claim: matrix.cell([one], name) for one in own},
         "reasons": reasons,
     }
+
+
+def _messages(results: Iterable[Result]) -> list[str]:
+    return list(dict.fromkeys(result.message for result in results))
 
 
 def render(matrix_of: Mapping[str, Any]) -> str:
@@ -160,10 +168,13 @@ def render(matrix_of: Mapping[str, Any]) -> str:
         told = {name: one["reasons"] for name, one in entries.items() if one["verdict"] == group and one["reasons"]}
         if told and group != "pass":
             lines += ["", f"## Those that {words}", ""]
-            lines += [
-                f"- **{name}**: {'; '.join(dict.fromkeys(map(_plain, reasons)))}" for name, reasons in told.items()
-            ]
+            lines += [f"- **{name}**: {'; '.join(_once(map(_plain, reasons)))}" for name, reasons in told.items()]
     return "\n".join(lines) + "\n"
+
+
+def _once(reasons: Iterable[str]) -> list[str]:
+    """Reasons that differ in their numbers alone, as those of several layers do, are told once."""
+    return list({re.sub(r"\d+", "", reason): reason for reason in reversed(list(reasons))}.values())[::-1]
 
 
 def _plain(reason: str) -> str:

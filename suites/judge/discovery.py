@@ -99,7 +99,9 @@ def _are_apart(features: list[HeadFeatures]) -> bool:
 @contextmanager
 def under_eager(model: nn.Module) -> Iterator[None]:
     """Runs `model` under eager attention, whose steps are functions of torch that can be seen."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:

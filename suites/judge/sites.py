@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from freeze_core.attention.probe import HeadFeatures
 from pytest_circuitfreeze.suites.judge import anatomy
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, Site
-from pytest_circuitfreeze.suites.judge.discovery import Attention, HeadFeatures, attention_of, features_of
+from pytest_circuitfreeze.suites.judge.discovery import Attention, attention_of, features_of
 from pytest_circuitfreeze.suites.tolerance import original
 
 __all__ = ["AnySite", "FoundSite", "Part", "implementations", "made_by", "sites"]

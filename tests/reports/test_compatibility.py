@@ -13,13 +13,13 @@ from pytest_circuitfreeze.results import Result
 
 PASSED = Result("circuitfreeze/test_a.py::test_x[m]", "x", "X holds.", "m", "e", "passed", 90.0, 5, 0.0, 0.0, "")
 SILENT = replace(PASSED, claim="y", sentence="Y holds.", outcome="n/a", message="eager alone", examples=0)
-UNBUILT = replace(PASSED, outcome="error", message="a tiny model of type 'm' cannot be built: ImportError: timm")
+UNBUILT = replace(PASSED, outcome="error", message="Failed: a tiny model of type 'm' cannot be built: timm")
 FOUND = {
     "m": [PASSED, SILENT],
-    "partly": [replace(PASSED, model="partly", refusals=("K is shared",))],
+    "partly": [replace(PASSED, model="partly", refusals=("layer 0: K is shared", "layer 12: K is shared"))],
     "none": [replace(PASSED, model="none", outcome="refused", message="no attention")],
     "new": [replace(UNBUILT, model="new")],
-    "bad": [replace(PASSED, model="bad", outcome="failed", message="z differs")],
+    "bad": [replace(PASSED, model="bad", outcome="failed", message="z differs", claim=claim) for claim in ("x", "y")],
     "hung": None,
 }
 
@@ -55,9 +55,9 @@ def test_the_matrix_says_what_it_was_made_of_and_why() -> None:
     assert "| m | \u2713 | n/a | 180 |" in lines
     assert "| partly | \u2713* |  | 90 |" in lines
     assert "| none | \u2717 |  | 90 |" in lines
-    assert "- **partly**: pass\\*: K is shared" in lines
+    assert "- **partly**: pass\\*: layer 0: K is shared" in lines
     assert "- **none**: refused: no attention" in lines
-    assert "- **bad**: x: z differs" in lines
+    assert "- **bad**: x, y: z differs" in lines
     assert "- **hung**: the run did not end in time, or died" in lines
 
 
