@@ -133,3 +133,35 @@ def test_a_frozen_baseline_is_refused(model, ids):
     config = InterventionConfig([0])
     with FREEZER.freeze_circuits(model, config), pytest.raises(InterventionError, match="model_baseline is frozen"):
         FREEZER.verify_intervention_effect(model, model, ids, config)
+
+
+def gradient_norms(model, ids, config):
+    freezer = AttentionCircuitFreezer(debug_gradients=True)
+    stats = freezer.check_gradient_behavior(model, ids, config)
+    assert stats["validation_passed"]
+    return {
+        name.split("self_attn.")[1]: one for name, one in stats["parameters"].items() if "layers.0.self_attn" in name
+    }
+
+
+def test_gradients_under_stopgrad_and_ste(ids, capsys):
+    """All heads' queries and keys at zero: stopgrad gives exactly no gradient, and so does ste.
+
+    Under `ste` the gradient passes unchanged, but it arrives as 0: dq is a sum of keys, dk one of queries, and both
+    are 0. With the mean, whose keys do not vanish, the gradient of the queries flows; `circuit_ste` always has it.
+    """
+    model = tiny_model("llama")
+    config = InterventionConfig([0], None, circuit="qk", backward_mode="stopgrad")
+    weights = ("q_proj.weight", "k_proj.weight")
+    stopgrad = gradient_norms(model, ids, config)
+    assert [stopgrad[name]["norm"] for name in weights] == [0.0, 0.0]
+    assert [stopgrad[name]["nonzero"] for name in weights] == [0.0, 0.0]
+    config.backward_mode = "ste"
+    ste = gradient_norms(model, ids, config)
+    assert [ste[name]["norm"] for name in weights] == [0.0, 0.0]
+    config.freeze_type = "mean"
+    assert gradient_norms(model, ids, config)["q_proj.weight"]["norm"] > 0
+    config.freeze_type, config.backward_mode = "zero", "circuit_ste"
+    circuit = gradient_norms(model, ids, config)
+    assert all(circuit[name]["norm"] > 0 for name in weights)
+    assert "self_attn.q_proj.weight" in capsys.readouterr().out
