@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from freeze_core.config import InterventionConfig, check_config
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
 from freeze_core.freezing.install import install, live_freezes
-from freeze_core.freezing.plan import resolve
+from freeze_core.freezing.plan import assign, resolve
 from freeze_core.inputs import logits_of, model_arguments, run
 from freeze_core.vocabulary import BackwardMode
 
@@ -43,7 +43,7 @@ def gradient_behavior(
         sources = [*(one for _, one in parameters), *activations]
         grads = dict(zip(sources, torch.autograd.grad(loss, sources, allow_unused=True), strict=True))
     of_parameters = {name: grads[one] for name, one in parameters}
-    checked = {tap.name: _verdict(tap, _of(grads, tap.before), _of(grads, tap.after)) for tap in taps}
+    checked = {tap.name: _verdict(tap, grads) for tap in taps}
     lost = [name for name, one in of_parameters.items() if one is None and _belongs(name, list(checked))]
     result = {
         "validation_passed": all(site["passed"] for site in checked.values())
@@ -72,15 +72,47 @@ def intervention_effect(
     config = config.checked()
     sites = find_sites(model_intervened, attention=config.attention)
     with torch.no_grad():
-        clean = logits_of(run(model_baseline, model_arguments(model_baseline, test_input)))
+        clean, before = _outcome(model_baseline, find_sites(model_baseline, attention=config.attention), test_input)
         with _frozen(sites, config):
-            frozen = logits_of(run(model_intervened, model_arguments(model_intervened, test_input)))
+            chosen = {layer: _reading_frozen(site) for layer, site in sites.by_layer.items()}
+            frozen, after = _outcome(model_intervened, sites, test_input)
     difference = (frozen.double() - clean.double()).abs()
+    heads = [
+        {"layer": layer, "head": head, "frozen": head in chosen[layer], **_sizes(after[layer][:, :, head] - own)}
+        for layer, z in before.items()
+        if layer in after
+        for head, own in enumerate(z.unbind(2))
+    ]
     return {
         "max_absolute_diff": float(difference.max()),
         "mean_absolute_diff": float(difference.mean()),
         "changed": not torch.equal(frozen, clean),
+        "heads": heads,
     }
+
+
+def _outcome(model: nn.Module, sites: Sites, test_input: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """The logits, and by layer the z `[batch, token, head, head_dim]` that its heads mixed, before a freeze of z."""
+    zs: dict[int, Tensor] = {}
+
+    def keeper(site: AttentionSite) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].shape[-1] == site.layout.z.numel():  # not a process's own stretch of it
+                zs[site.layer] = args[0].unflatten(-1, (site.heads, -1)).clone()
+
+        return keep
+
+    with ExitStack() as stack:
+        for site in sites.by_layer.values():
+            stack.callback(site.layout.output.register_forward_pre_hook(keeper(site)).remove)
+        return logits_of(run(model, model_arguments(model, test_input))), zs
+
+
+def _reading_frozen(site: AttentionSite) -> set[int]:
+    """The query heads of which some activation is frozen, along with a neighbour's or for themselves."""
+    frozen = frozen_attention(site.attention)
+    assignment = assign(site, [freeze for _, freeze in frozen.wiring.freezes]) if frozen else {}
+    return {head for treatments in assignment.values() for head, one in enumerate(treatments) if one is not None}
 
 
 @contextmanager
@@ -139,15 +171,17 @@ def _tapped(site: AttentionSite, projection: FrozenProjection) -> Iterator[_Tap]
         hook.remove()
 
 
-def _verdict(tap: _Tap, dx: Tensor | None, dx_after: Tensor | None) -> dict[str, Any]:
+def _verdict(tap: _Tap, grads: Mapping[Tensor, Tensor | None]) -> dict[str, Any]:
     """Whether the gradient obeys its identity at one projection, and what it is for each head.
 
     The identities are `dx = (1 - a) dx'` under `stopgrad` and `dx = dx'` under `ste`, on the frozen features;
     `dx = dx'` elsewhere. Under `circuit_ste` both are of the run that spares the circuit, in which nothing stands
     between the two.
     """
+    dx, dx_after = _of(grads, tap.before), _of(grads, tap.after)
+    rows = _rows(tap, grads)
     if dx is None or dx_after is None:
-        return {"passed": dx is dx_after, "deviation": None, "bound": None, "heads": [], "notes": []}
+        return {"passed": dx is dx_after, "deviation": None, "bound": None, "heads": [], "rows": rows, "notes": []}
     projection = tap.projection
     expected = dx_after.clone()
     exact = projection.source is None
@@ -167,16 +201,37 @@ def _verdict(tap: _Tap, dx: Tensor | None, dx_after: Tensor | None) -> dict[str,
         "deviation": deviation,
         "bound": bound,
         "heads": _heads(tap, dx),
+        "rows": rows,
         "notes": _notes(tap, dx_after),
     }
 
 
+def _touched(tap: _Tap) -> Tensor:
+    """Which features of the projection's own output are frozen for some query head, `[feature]` bool."""
+    touched = torch.zeros(tap.site.layout.shared.widths[tap.projection.name], dtype=torch.bool)
+    source = tap.projection.source
+    for edit in tap.projection.edits:
+        touched[edit.mask.nonzero().flatten() if source is None else source[edit.mask]] = True
+    return touched
+
+
+def _rows(tap: _Tap, grads: Mapping[Tensor, Tensor | None]) -> dict[str, dict[str, dict[str, float]]]:
+    """The gradients of the projection's own parameters, rows that make frozen features apart from the others."""
+    touched, found = _touched(tap), {}
+    for name, parameter in tap.projection.module.named_parameters(recurse=False):
+        grad = grads.get(parameter)
+        # One row a feature; transformers' Conv1D keeps its weight as [in, out].
+        across = -1 if hasattr(tap.projection.module, "nf") else 0
+        if grad is not None and grad.shape[across] == len(touched):
+            rows = grad.movedim(across, 0)
+            apart = {"frozen": rows[touched.to(grad.device)], "unfrozen": rows[~touched.to(grad.device)]}
+            found[name] = {which: _sizes(own) for which, own in apart.items() if own.numel()}
+    return found
+
+
 def _heads(tap: _Tap, dx: Tensor) -> list[dict[str, Any]]:
     """The gradient at each head's activation before the freeze, frozen and unfrozen ones apart."""
-    touched = torch.zeros(dx.shape[-1], dtype=torch.bool)
-    for edit in tap.projection.edits:
-        source = tap.projection.source
-        touched[edit.mask.nonzero().flatten() if source is None else source[edit.mask]] = True
+    touched = _touched(tap)
     rows = []
     for role, parts in tap.site.layout.shared.features.items():
         for part in parts:
@@ -242,5 +297,11 @@ def gradient_table(result: dict[str, Any]) -> str:
             for one in site["heads"]
         ]
         lines.append(tabulate(heads, headers=["gradient before the freeze", "", *headers], disable_numparse=True))
+        rows = [
+            [parameter, which, *(f"{one[key]:.3g}" for key in KEYS)]
+            for parameter, apart in site["rows"].items()
+            for which, one in apart.items()
+        ]
+        lines.append(tabulate(rows, headers=["rows of its parameters", "", *headers], disable_numparse=True))
     verdict = "PASSED" if result["validation_passed"] else "FAILED"
     return "\n".join([*lines, *result["notes"], f"validation {verdict}, loss {result['loss_value']:.6g}"])

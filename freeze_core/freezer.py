@@ -189,8 +189,9 @@ class AttentionCircuitFreezer:
             `validation_passed`; `loss_value`, the mean square of the logits that was differentiated;
             `parameters`, for each that requires a gradient its `norm`, `mean`, `max` (of magnitudes) and
             `nonzero` (share, 0 to 1), or `None` where nothing flows; `sites`, for each frozen projection whether
-            it `passed`, its largest `deviation` from the identity, the `bound` on it, and `heads`, the same four
-            numbers of the gradient at each head before the freeze; `notes`, what looks like a fault and is none.
+            it `passed`, its largest `deviation` from the identity, the `bound` on it, `heads`, the same four
+            numbers of the gradient at each head before the freeze, and `rows`, those of its own parameters, the rows
+            that make frozen features apart from the others; `notes`, what looks like a fault and is none.
 
         Raises:
             CircuitFreezeError: the model, the input or the config cannot be served.
@@ -212,7 +213,9 @@ class AttentionCircuitFreezer:
             test_input: token ids `[batch, token]` (integer) or embeddings `[batch, token, hidden]` (floating).
 
         Returns:
-            `max_absolute_diff` and `mean_absolute_diff` in units of the logits, `changed` (whether any logit did).
+            `max_absolute_diff` and `mean_absolute_diff` in units of the logits, `changed` (whether any logit did), and
+            `heads`, for each query head of each layer the `norm`, `mean`, `max` (of magnitudes) and `nonzero` (share)
+            of the change of its z, and whether it is `frozen`, itself or along with one that shares its KV head.
 
         Raises:
             CircuitFreezeError: a baseline that is frozen, or what `freeze_circuits` raises.

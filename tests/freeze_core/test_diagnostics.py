@@ -126,7 +126,29 @@ def test_the_effect_is_the_largest_change_of_a_logit(model, ids):
 
 def test_no_effect_is_told_as_none(model, ids):
     effect = FREEZER.verify_intervention_effect(model, model, ids, InterventionConfig(strength=0))
+    assert not any(head["max"] or head["frozen"] for head in effect.pop("heads"))
     assert effect == {"max_absolute_diff": 0.0, "mean_absolute_diff": 0.0, "changed": False}
+
+
+@pytest.mark.parametrize(("scope", "reading"), [("group", [2, 3]), ("head", [3])])
+def test_the_effect_is_told_head_by_head(scope, reading, ids):
+    model = tiny_model("llama_gqa")
+    config = InterventionConfig([1], [3], "ov", kv_scope=scope)
+    heads = FREEZER.verify_intervention_effect(model, model, ids, config)["heads"]
+    assert [(one["layer"], one["head"]) for one in heads] == [(layer, head) for layer in range(3) for head in range(4)]
+    assert [one["head"] for one in heads if one["frozen"]] == reading
+    assert [one["head"] for one in heads if one["layer"] == 1 and one["max"] > 1e-5] == reading
+    assert not any(one["max"] for one in heads if one["layer"] == 0)
+    assert all(one["max"] > 0 and one["nonzero"] > 0.5 for one in heads if one["layer"] == 2)
+
+
+def test_rows_of_a_parameter_are_told_apart(any_storage, ids):
+    for mode, strength, stopped in (("stopgrad", 1.0, True), ("stopgrad", 0.5, False), ("ste", 1.0, False)):
+        config = InterventionConfig([1], [1], "ov", "noise", backward_mode=mode, strength=strength)
+        sites = FREEZER.check_gradient_behavior(any_storage, ids, config)["sites"]
+        (rows,) = [site["rows"]["weight"] for site in sites.values()]
+        assert (rows["frozen"]["max"] == 0) == stopped
+        assert "unfrozen" not in rows or rows["unfrozen"]["max"] > 0
 
 
 def test_a_frozen_baseline_is_refused(model, ids):
