@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
@@ -14,7 +14,7 @@ from pytest_circuitfreeze.suites.claims import Claim, Margin
 from pytest_circuitfreeze.suites.independence import first_frozen
 from pytest_circuitfreeze.suites.judge.passes import look, observe
 from pytest_circuitfreeze.suites.judge.sites import sites
-from pytest_circuitfreeze.suites.judge.state import changes, visible_state
+from pytest_circuitfreeze.suites.judge.state import changes, moving, visible_state
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -42,8 +42,7 @@ def check_removal_leaves_no_trace(
         ClaimBroken: an output, hook, attribute, parameter, buffer or class is not what it was.
     """
     claim = Claim("removal leaves no trace", model=model, engine=engine, config=config, batch=batch)
-    clean = look(engine, model, None, batch).logits
-    before = visible_state(model)
+    clean, before = _unfrozen(engine, model, batch)
     look(engine, model, config, batch)
     _demand_no_trace(claim, model, before)
     claim.same("logits", look(engine, model, None, batch).logits, clean, "batch token word")
@@ -59,8 +58,7 @@ def check_error_in_body_leaves_no_trace(
         ClaimBroken: it is not, or the error was swallowed.
     """
     claim = Claim("an error under a freeze leaves no trace", model=model, engine=engine, config=config, batch=batch)
-    clean = look(engine, model, None, batch).logits
-    before = visible_state(model)
+    clean, before = _unfrozen(engine, model, batch)
     try:
         with engine.freeze(model, config):
             raise _Interruption
@@ -84,9 +82,8 @@ def check_error_in_forward_leaves_no_trace(
     claim = Claim(
         "an error in a frozen forward leaves no trace", model=model, engine=engine, config=config, batch=batch
     )
-    clean = look(engine, model, None, batch).logits
+    clean, before = _unfrozen(engine, model, batch)
     want = look(engine, model, config, batch).logits
-    before = visible_state(model)
     known = sites(model)
     interrupted = first_frozen(model, config).output
     with engine.freeze(model, config) as frozen:
@@ -140,9 +137,8 @@ def check_nesting_is_a_list(
         ClaimBroken: they do not, bit for bit.
     """
     claim = Claim("nested freezes are one list in order", model=model, engine=engine, configs=configs, batch=batch)
-    clean = look(engine, model, None, batch).logits
+    clean, before = _unfrozen(engine, model, batch)
     want = [look(engine, model, configs[start:], batch).logits for start in range(len(configs))]
-    before = visible_state(model)
     known = sites(model)
     entered: list[AbstractContextManager[Any]] = []
     try:
@@ -161,6 +157,20 @@ def check_nesting_is_a_list(
     return claim.margin
 
 
-def _demand_no_trace(claim: Claim, model: PreTrainedModel, before: dict[str, object]) -> None:
-    found = changes(before, visible_state(model))
+class _State(NamedTuple):
+    """A model's visible state, and what its own passes move of it."""
+
+    visible: dict[str, object]
+    moving: set[str]
+
+
+def _unfrozen(engine: Engine, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, _State]:
+    """The unfrozen model's logits and state."""
+    moved = moving(model, lambda: look(engine, model, None, batch))
+    return look(engine, model, None, batch).logits, _State(visible_state(model), moved)
+
+
+def _demand_no_trace(claim: Claim, model: PreTrainedModel, before: _State) -> None:
+    own = (before.visible, visible_state(model))
+    found = changes(*({name: one for name, one in state.items() if name not in before.moving} for state in own))
     claim.demand(not found, f"{len(found)} traces, such as: {'; '.join(found[:3])}")

@@ -64,7 +64,7 @@ def nudged(model: PreTrainedModel, rounding: torch.dtype | None = None) -> PreTr
     dtype = rounding or next(model.parameters()).dtype
     copies = _COPIES.setdefault(model, {})
     if dtype not in copies:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, _kept_results(model))
         nudge = Nudge(dtype)
         with torch.no_grad():
             for parameter in twin.parameters():
@@ -77,6 +77,12 @@ def nudged(model: PreTrainedModel, rounding: torch.dtype | None = None) -> PreTr
         copies[dtype] = twin
         _ORIGINALS[twin] = ref(model)
     return cast(PreTrainedModel, copies[dtype])
+
+
+def _kept_results(model: nn.Module) -> dict[int, object]:
+    """Copies of what a model keeps of its last pass, by identity: a result in a graph cannot be copied otherwise."""
+    kept = (value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values()))
+    return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
 
 
 def original(model: nn.Module) -> PreTrainedModel | None:

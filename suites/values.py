@@ -18,7 +18,7 @@ from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due, 
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look
 from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
-from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, implementations, made_by, sites
+from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, implementations, made_by, sites, tied
 from pytest_circuitfreeze.suites.replays import compare_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge
 
@@ -123,6 +123,9 @@ def check_full_strength_replaces_anything(
     )
     free = config.freeze_type == "zero" or (config.freeze_type == "noise" and config.noise_std is not None)
     claim.demand(config.strength == 1 and free, "asked about a replacement that depends on the activation")
+    shared = tied(model)
+    if any(parameter in shared for site in sites(model).values() for parameter in site.module.parameters()):
+        raise NotApplicable("another layer that is not frozen has the same weights, and would be poisoned along")
     want = look(engine, model, config, batch).logits
     with _poisoned(model, config, poison):
         got = look(engine, model, config, batch).logits

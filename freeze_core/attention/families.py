@@ -189,7 +189,7 @@ NORMS: dict[Role, tuple[str, ...]] = {
 
 HARMLESS = {
     *("dropout", "attn_dropout", "attention_dropout", "resid_dropout", "out_drop", "softmax"),
-    *("rotary_emb", "rotary_fn", "act_fn", "sinks", "relative_attention_bias"),
+    *("rotary_emb", "rotary_fn", "act_fn", "sinks", "relative_attention_bias", "dense_bias"),
     # Gates on what the heads put out come after z was mixed: they are no part of the OV circuit.
     *("gate_proj", "g_proj", "gate_bias"),
     # A norm of the rotary part of latent keys, one for each head's features, as q_norm and k_norm are.

@@ -126,7 +126,7 @@ class Recorder:
                 stack.callback(handle.remove)
             if isinstance(site, FoundSite):
                 for name in site.parts:
-                    stack.callback(site.place(name).register_forward_hook(self._keep(site, name)).remove)
+                    stack.callback(site.read_at(name).register_forward_hook(self._keep(site, name)).remove)
             yield
 
     def _enter(self, site: AnySite) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -157,11 +157,12 @@ class Recorder:
                 return result
             seen = self.layers[site.layer]
             seen.shared = any(isinstance(value, MutableMapping) and value for value in kwargs.values())
-            first = result[0] if isinstance(result, tuple) else result
+            several = isinstance(result, tuple | list)
+            first = result[0] if several else result
             first.retain_grad()
             seen.answer = first
             # A copy goes on, so that what is written into it later leaves the gradient alone.
-            return (first.clone(), *result[1:]) if isinstance(result, tuple) else first.clone()
+            return type(result)([first.clone(), *result[1:]]) if several else first.clone()
 
         return hook
 

@@ -22,7 +22,7 @@ from pytest_circuitfreeze.suites.judge.oracle import Exact, Noise, blend, chosen
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation
 from pytest_circuitfreeze.suites.judge.recorder import Call, PatternTap, Seen
 from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention
-from pytest_circuitfreeze.suites.judge.sites import FoundSite
+from pytest_circuitfreeze.suites.judge.sites import FoundSite, tied
 from pytest_circuitfreeze.suites.tolerance import Nudge, nudged
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ class Replay:
             if arrived is None:
                 raise CannotJudge(f"no gradient reached the attention of layer {self.site.layer}")
             total = (self._touch()(arrived, arrived.shape[-1]) * answer).sum()
-            leaves = {"": hidden} | {name: one for name, one in module.named_parameters() if one.requires_grad}
+            elsewhere = tied(self.model if not self.rounding else nudged(self.model))
+            own = {name: one for name, one in module.named_parameters() if one.requires_grad and one not in elsewhere}
+            leaves = {"": hidden} | own
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         # A parameter that the module only hands on has its gradient from elsewhere.
         return {name: one for name, one in zip(leaves, found, strict=True) if one is not None}
@@ -173,7 +175,7 @@ class Replay:
             result = module(*again.args, **again.kwargs)
         finally:
             handle.remove()
-        answer: Tensor = result[0] if isinstance(result, tuple) else result
+        answer: Tensor = result[0] if isinstance(result, tuple | list) else result
         return answer
 
     def _editing(self, edits: list[Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,7 +18,7 @@ from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, 
 from pytest_circuitfreeze.suites.judge.discovery import Attention, attention_of, features_of
 from pytest_circuitfreeze.suites.tolerance import original
 
-__all__ = ["AnySite", "FoundSite", "Part", "implementations", "made_by", "sites"]
+__all__ = ["AnySite", "FoundSite", "Part", "implementations", "made_by", "sites", "tied"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,15 @@ class FoundSite:
         return [name for name, part in self.parts.items() if part.role == role]
 
     def place(self, name: str) -> nn.Module:
-        """The module whose output holds a part."""
+        """The linear layer or norm whose output holds a part."""
         return self.module.get_submodule(self.parts[name].place)
+
+    def read_at(self, name: str) -> nn.Module:
+        """The outermost module that hands on what `place` gives: a linear layer may be wrapped, and frozen there."""
+        path = self.parts[name].place
+        while "." in path and len(list(self.module.get_submodule(path.rpartition(".")[0]).children())) == 1:
+            path = path.rpartition(".")[0]
+        return self.module.get_submodule(path)
 
 
 AnySite = Site | FoundSite
@@ -100,6 +108,12 @@ def made_by(place: nn.Module) -> Tensor:
     """The weight of a linear layer or norm with one row for each feature of its output, as a view without gradient."""
     weight = cast(Tensor, place.weight).detach()
     return weight.T if hasattr(place, "nf") else weight  # transformers' Conv1D keeps [in, out]
+
+
+def tied(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that several modules use: what is seen of them is not one layer's doing."""
+    named = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, names in named.items() if names > 1}
 
 
 def _find(model: PreTrainedModel) -> dict[int, FoundSite]:

@@ -43,6 +43,8 @@ def split_found(model: PreTrainedModel) -> PreTrainedModel | None:
                 linear.bias = nn.Parameter(bias.detach()[rows].clone())
             module.add_module(f"{role}_proj", linear)
         order = torch.cat([site.parts[role].features.flatten() for role in ROLES])
+        if not hasattr(module, "head_dim"):  # whoever keeps queries apart says how large a head is
+            module.head_dim = site.parts["q"].features.shape[1]
         delattr(module, fused)
         module.__class__ = put_together(type(module), fused, order.argsort())
     return twin

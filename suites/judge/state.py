@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["changes", "parameters_state", "training_flags", "visible_state"]
+__all__ = ["changes", "moving", "parameters_state", "training_flags", "visible_state"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -38,6 +38,14 @@ def visible_state(model: PreTrainedModel) -> dict[str, object]:
         found[f"torch.nn.functional.{name}"] = id(getattr(F, name))
     found |= {f"attention function {name}": id(ALL_ATTENTION_FUNCTIONS[name]) for name in ALL_ATTENTION_FUNCTIONS}
     return found
+
+
+def moving(model: PreTrainedModel, run: Callable[[], object]) -> set[str]:
+    """What a pass of the unfrozen model itself moves, by its name in `visible_state`: a recurrent state, say."""
+    before = visible_state(model)
+    run()
+    after = visible_state(model)
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
 def parameters_state(model: nn.Module) -> dict[str, object]:
