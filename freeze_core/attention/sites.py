@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ __all__ = ["AttentionSite", "Sites", "find_sites"]
 CROSS = ("crossattention", "cross_attn", "encoder_attn", "EncDecAttention")
 """What decoder layers call the attention that reads an encoder's states, which is not self-attention."""
 
-SHARED = "is_kv_shared_layer"
-"""What is true of an attention module that reads the keys and values of an earlier layer."""
+SHARED, STORES, KIND = "is_kv_shared_layer", "store_full_length_kv", "layer_type"
+"""What is true of an attention module that reads the keys and values of an earlier layer; what is true of the one that
+stores them; and what tells which stored ones are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +143,20 @@ def _sites(
         except UnsupportedModelError as error:
             by_layer.pop(one.layer, None)
             refused[one.layer] = f"{one.name}: {error}"
-    if any(getattr(one.attention, SHARED, False) for one in found):
-        # The layers that read another's keys and values would read them unshared.
-        by_layer = {
-            layer: replace(site, layout=replace(site.layout, unshared=None)) for layer, site in by_layer.items()
-        }
+    readers = [one.attention for one in found if getattr(one.attention, SHARED, False)]
+    by_layer = {layer: _with_readers(site, readers) for layer, site in by_layer.items()}
     _refuse_shared(by_layer, refused, found)
     return by_layer, refused
+
+
+def _with_readers(site: AttentionSite, readers: Sequence[nn.Module]) -> AttentionSite:
+    """The site, whose keys and values are unshared along with later layers that read them, or not at all."""
+    unshared = site.layout.unshared
+    if unshared is None or not readers or not getattr(site.attention, STORES, True):
+        return site
+    own = tuple(one for one in readers if getattr(one, KIND, None) == getattr(site.attention, KIND, None))
+    known = hasattr(site.attention, STORES) and all(hasattr(one, name) for one in own for name in unshared.attributes)
+    return replace(site, layout=replace(site.layout, unshared=replace(unshared, readers=own) if known else None))
 
 
 def _attention_modules(model: nn.Module) -> Iterator[_Found]:

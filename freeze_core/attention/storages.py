@@ -44,6 +44,7 @@ class Storage:
             than there are query heads is shared by neighbouring ones.
         sources: for each module whose output is widened, the feature `[wide features]` that each one repeats.
         attributes: what the attention module's attributes must be for its own code to read this storage.
+        readers: attention modules of later layers that read the same keys and values, and so have the same attributes.
     """
 
     modules: Mapping[str, nn.Module]
@@ -51,6 +52,7 @@ class Storage:
     features: Mapping[Role, tuple[Part, ...]]
     sources: Mapping[str, Tensor] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    readers: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

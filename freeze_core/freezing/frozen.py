@@ -176,7 +176,7 @@ class FrozenAttention(ReplacedForward):
         self._output: FrozenOutput | None = None
         self._stack = stack
         self._tracker: PassTracker | None = None
-        self._attributes: dict[str, Any] = {}
+        self._attributes: list[tuple[nn.Module, str, Any]] = []
         self._paths: dict[ReplacedForward, str] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,9 +253,10 @@ class FrozenAttention(ReplacedForward):
         self.attach()
         self._tracker = tracker_of(self._stack)
         self._tracker.put(self.path, wiring.in_force)
-        for name, value in wiring.storage.attributes.items():
-            self._attributes[name] = getattr(self.site.layout.core, name)
-            setattr(self.site.layout.core, name, value)
+        for module in (self.site.layout.core, *wiring.storage.readers):
+            for name, value in wiring.storage.attributes.items():
+                self._attributes.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
         for name in wiring.storage.modules:
             if wiring.edits[name] or name in wiring.storage.sources:
                 self.projections.append(FrozenProjection(name, self, self._tracker))
@@ -288,9 +289,8 @@ class FrozenAttention(ReplacedForward):
         for one in self._frozen():
             one.detach()
         self.projections, self._output, self._paths = [], None, {}
-        for name, value in self._attributes.items():
-            setattr(self.site.layout.core, name, value)
-        self._attributes = {}
+        while self._attributes:
+            setattr(*self._attributes.pop())
         if self._tracker:
             self._tracker.put(self.path, None)
             self._tracker = None

@@ -99,7 +99,7 @@ def test_compatibility_tells_why_not():
     assert "no attention layer" in report["reasons"][0]
     report = EXPERIMENTS.check_model_compatibility(tiny_of_type("gemma3n_text", attn="eager"))
     assert not report["compatible"]
-    assert report["self"][0]["kv_scope"] == ("group",)
+    assert report["self"][0]["kv_scope"] == ("group", "head")
     assert "an earlier layer's" in report["self"][3]["refused"]
 
 

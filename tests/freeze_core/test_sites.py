@@ -203,3 +203,38 @@ def test_an_unshared_view_that_the_attention_cannot_take_is_refused_before_anyth
     with pytest.raises(UnsupportedModelError, match="cannot give query heads"):
         FREEZER.freeze_circuits(model, InterventionConfig(head_indices=[0], kv_scope="head"))
     assert "forward" not in vars(model.layers[0]["self_attn"])
+
+
+@pytest.mark.parametrize("role", ["k", "v"])
+def test_later_layers_read_the_unshared_heads_of_the_layer_that_stored_them(role, ids):
+    """Gemma 3n: layer 2 reads the keys and values of layer 0; under `head` each of its heads reads its own copy."""
+    model = tiny_model("gemma3n_text")
+    reader, calls, zs = model.model.layers[2].self_attn, [], []
+
+    def keep(module, args, kwargs):
+        calls.append((args, {**kwargs, "shared_kv_states": dict(kwargs["shared_kv_states"])}))
+
+    def keep_z(module, args):
+        zs.append(args[0].unflatten(-1, (4, 8)))
+
+    hooks = [
+        reader.register_forward_pre_hook(keep, with_kwargs=True),
+        reader.o_proj.register_forward_pre_hook(keep_z),
+    ]
+    config = InterventionConfig([0], [1], role, kv_scope="head")
+    with torch.no_grad(), FREEZER.freeze_circuits(model, config):
+        assert reader.num_key_value_groups == 1
+        model(ids, use_cache=False)
+    assert reader.num_key_value_groups == 2
+    args, kwargs = calls.pop()
+    states = {
+        kind: tuple(one[:, ::2] for one in both)
+        for kind, both in kwargs["shared_kv_states"].items()
+        if both[0].shape[1] == 4
+    }
+    with torch.no_grad():
+        reader(*args, **{**kwargs, "shared_kv_states": kwargs["shared_kv_states"] | states})
+    for hook in hooks:
+        hook.remove()
+    moved = (zs[1] - zs[0]).abs().amax((0, 1, 3)) > 1e-5
+    assert moved.tolist() == [False, True, False, False]
