@@ -244,3 +244,14 @@ def test_a_bad_call_is_refused_and_leaves_the_model_alone(name):
 def test_a_seed_of_any_size_draws(model, ids):
     with FREEZER.freeze_circuits(model, InterventionConfig([0], freeze_type="noise", seed=-(10**5000))):
         assert model(ids).logits.isfinite().all()
+
+
+def test_layers_that_the_model_itself_skips_are_no_misses(ids):
+    """LayerDrop in training: a layer that does not run has nothing to freeze."""
+    model = tiny_model("opt").train()
+    model.model.decoder.layerdrop = 1.0
+    with FREEZER.freeze_circuits(model, InterventionConfig(freeze_type="mean")):
+        skipped = model(ids, use_cache=False).logits
+    assert torch.equal(skipped, model(ids, use_cache=False).logits)
+    model.model.decoder.layerdrop = 0.0
+    assert not torch.equal(skipped, model(ids, use_cache=False).logits)
