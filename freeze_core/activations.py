@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from freeze_core.vocabulary import Role
+
 __all__ = ["LayerActivations", "Recording"]
 
 
@@ -30,11 +32,31 @@ class LayerActivations:
 
 
 class Recording(Mapping[int, LayerActivations]):
-    """A mapping from layer to its activations; `attention_mask` is the padding mask they were recorded under."""
+    """A mapping from layer to its activations.
 
-    def __init__(self, layers: Mapping[int, LayerActivations], attention_mask: Tensor | None) -> None:
+    Args:
+        layers: the activations.
+        attention_mask: the padding mask `[batch, token]` that their stack of layers was given.
+        encoder_attention_mask: that of the encoder's states, which a decoder's cross-attention reads.
+        attention: whose they are: `self`, `cross` or `encoder`.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, LayerActivations],
+        attention_mask: Tensor | None,
+        encoder_attention_mask: Tensor | None = None,
+        attention: str = "self",
+    ) -> None:
         self._layers = dict(layers)
         self.attention_mask = attention_mask
+        self.encoder_attention_mask = encoder_attention_mask
+        self.attention = attention
+
+    def mask_of(self, role: Role) -> Tensor | None:
+        """The padding mask `[batch, token]` of the tokens that the activations of `role` belong to."""
+        of_encoder = self.attention == "cross" and role in ("k", "v")
+        return self.encoder_attention_mask if of_encoder else self.attention_mask
 
     def __getitem__(self, layer: int) -> LayerActivations:
         return self._layers[layer]

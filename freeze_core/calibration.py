@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from freeze_core.activations import Recording
 from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
@@ -16,7 +17,7 @@ from freeze_core.freezing.install import live_freezes
 from freeze_core.freezing.plan import resolve
 from freeze_core.recording import record
 from freeze_core.statistics import ActivationStatistics, LayerStatistics, model_identity
-from freeze_core.vocabulary import ROLES
+from freeze_core.vocabulary import ROLES, Role
 
 __all__ = ["calibrate"]
 
@@ -52,6 +53,7 @@ def calibrate(
     batches: Iterable[Tensor | Mapping[str, Any]],
     layers: Sequence[int] | None = None,
     progress: bool = True,
+    attention: str = "self",
 ) -> ActivationStatistics:
     """Means and population standard deviations of q, k, v and z of each head over `batches`, padding left out.
 
@@ -61,22 +63,24 @@ def calibrate(
             one. A padding mask is taken from a dict's `attention_mask`.
         layers: decoder layers, negative ones count from the end; `None` is all that have attention.
         progress: show a bar on long work.
+        attention: `self`, `cross` or `encoder`.
 
     Raises:
         InterventionError: no batch, a frozen model, a batch without a real token, or activations that are not finite.
     """
-    sites = find_sites(model)
+    config = InterventionConfig(layer_indices=layers, attention=attention)
+    sites = find_sites(model, attention=config.attention)
     if not isinstance(progress, bool):
         raise InterventionError(f"progress={shown(progress)}: must be True or False")
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
         raise InterventionError(f"batches={shown(batches)}: must be an iterable of token ids, or of dicts")
     if live_freezes(sites):
         raise InterventionError("model is frozen: calibrate it unfrozen, so that the statistics are its own")
-    wanted = [freeze.layer for freeze in resolve(InterventionConfig(layer_indices=layers), sites)]
+    wanted = [freeze.layer for freeze in resolve(config, sites)]
     moments = {(layer, role): _Moments() for layer in wanted for role in ROLES}
     tokens = 0
     for number, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
-        recording = record(model, batch, wanted)
+        recording = record(model, batch, wanted, attention=attention)
         tokens += _add(moments, recording, number)
     if not tokens:
         raise InterventionError("batches is empty: give at least one batch of token ids")
@@ -90,15 +94,16 @@ def calibrate(
         },
         tokens,
         model_identity(sites),
+        attention,
     )
 
 
-def _add(moments: Mapping[tuple[int, Any], _Moments], recording: Mapping[int, Any], number: int) -> int:
+def _add(moments: Mapping[tuple[int, Role], _Moments], recording: Recording, number: int) -> int:
     """Adds the real positions of one batch, and says how many they were."""
-    mask = getattr(recording, "attention_mask", None)
     real = 0
     for (layer, role), moment in moments.items():
         activation: Tensor = getattr(recording[layer], role)
+        mask = recording.mask_of(role)
         if mask is not None and mask.shape != activation.shape[:2]:
             raise InterventionError(
                 f"batch {number}: attention_mask is {list(mask.shape)} and the activations are "
@@ -109,5 +114,5 @@ def _add(moments: Mapping[tuple[int, Any], _Moments], recording: Mapping[int, An
             what = "has no real token" if not len(samples) else f"gives {role} of layer {layer} that are not finite"
             raise InterventionError(f"batch {number} {what}: leave it out")
         moment.add(samples)
-        real = len(samples)
+        real = max(real, len(samples))
     return real

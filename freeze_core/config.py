@@ -79,6 +79,10 @@ class InterventionConfig:
             raise _refusal(
                 "reference", self.reference, "what AttentionCircuitFreezer.record returns, for freeze_type 'reference'"
             )
+        if isinstance(self.reference, Recording) and self.reference.attention != self.attention:
+            raise _refusal(
+                "reference", self.reference, f"recorded with attention='{self.attention}', the attention to be frozen"
+            )
         if self.reference is not None and self.freeze_type != FreezeType.REFERENCE:
             raise _refusal(
                 "reference", self.reference, f"None under freeze_type '{self.freeze_type}', which does not use it"

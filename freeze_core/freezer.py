@@ -141,9 +141,10 @@ class AttentionCircuitFreezer:
         layers: Sequence[int] | None = None,
         pattern: bool = False,
         device: torch.device | str | None = None,
+        attention: str = "self",
     ) -> Recording:
         """The activations of a forward pass on `inputs`; see `freeze_core.recording.record`."""
-        return record(model, inputs, layers, pattern, device)
+        return record(model, inputs, layers, pattern, device, attention)
 
     def calibrate(
         self,
@@ -151,9 +152,10 @@ class AttentionCircuitFreezer:
         batches: Iterable[Tensor | Mapping[str, Any]],
         layers: Sequence[int] | None = None,
         progress: bool = True,
+        attention: str = "self",
     ) -> ActivationStatistics:
         """Activation statistics over a data set, for `statistics=`; see `freeze_core.calibration.calibrate`."""
-        return calibrate(model, batches, layers, progress)
+        return calibrate(model, batches, layers, progress, attention)
 
     def recompute_cache(self, model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Any:
         """A key-value cache filled anew, under the freezes that are live now.

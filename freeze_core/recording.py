@@ -27,6 +27,7 @@ def record(
     layers: Sequence[int] | None = None,
     pattern: bool = False,
     device: torch.device | str | None = None,
+    attention: str = "self",
 ) -> Recording:
     """Records q, k, v, z and, if asked, the patterns of one forward pass; under a freeze, the frozen values.
 
@@ -39,19 +40,21 @@ def record(
         layers: decoder layers, negative ones count from the end; `None` is all that have attention.
         pattern: record patterns too.
         device: where each layer's activations are put as they come by, such as `"cpu"`; `None` leaves them in place.
+        attention: `self` and `cross` of the decoder, or of the only stack of layers; `encoder` is the encoder's own.
 
     Raises:
         UnsupportedModelError: the model cannot be served, or forms no patterns.
         InterventionError: a layer that is out of range, inputs or a device that are none, or an activation that did not
             come by.
     """
-    sites = find_sites(model)
-    wanted = [freeze.layer for freeze in resolve(InterventionConfig(layer_indices=layers), sites)]
+    config = InterventionConfig(layer_indices=layers, attention=attention)
+    sites = find_sites(model, attention=config.attention)
+    wanted = [freeze.layer for freeze in resolve(config, sites)]
     if not isinstance(pattern, bool):
         raise InterventionError(f"pattern={shown(pattern)}: must be True or False")
     device = _device(device)
     arguments = model_arguments(model, inputs)
-    masks: list[Tensor | None] = []
+    masks: list[list[Tensor | None]] = []
     seen: dict[tuple[int, str], Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for layer in wanted:
@@ -61,7 +64,8 @@ def record(
     if pattern:
         _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen, device)
     activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
-    return Recording(activations, masks[0])
+    mask, of_encoder = masks[0]
+    return Recording(activations, mask, of_encoder, attention)
 
 
 def _device(device: object) -> torch.device | None:
@@ -73,14 +77,17 @@ def _device(device: object) -> torch.device | None:
         raise InterventionError(f"device={shown(device)}: must be None or a device of this machine: {error}") from error
 
 
-def _mask_keeper(stack: nn.Module, masks: list[Tensor | None]) -> Callable[..., None]:
-    """Keeps the mask that the stack itself is given: an encoder and a decoder pad differently."""
+def _mask_keeper(stack: nn.Module, masks: list[list[Tensor | None]]) -> Callable[..., None]:
+    """Keeps the masks that the stack itself is given: an encoder and a decoder pad differently."""
     names = list(inspect.signature(type(stack).forward).parameters)[1:]
-    place = names.index("attention_mask") if "attention_mask" in names else len(names)
+
+    def given(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        place = names.index(name) if name in names else len(names)
+        mask = args[place] if place < len(args) else kwargs.get(name)
+        return mask.clone() if isinstance(mask, Tensor) else None
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-        masks.append(mask.clone() if isinstance(mask, Tensor) else None)
+        masks.append([given(name, args, kwargs) for name in ("attention_mask", "encoder_attention_mask")])
 
     return keep
 

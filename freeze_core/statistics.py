@@ -56,15 +56,24 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
 
 
 class ActivationStatistics(Mapping[int, LayerStatistics]):
-    """A mapping from layer to its statistics, over `tokens` real tokens of the model called `identity`.
+    """A mapping from layer to its statistics.
 
     Saved and loaded as safetensors, so that no pickle is ever read.
+
+    Args:
+        layers: the statistics.
+        tokens: over how many real tokens.
+        identity: what the model is called, see `model_identity`.
+        attention: whose they are: `self`, `cross` or `encoder`.
     """
 
-    def __init__(self, layers: Mapping[int, LayerStatistics], tokens: int, identity: str) -> None:
+    def __init__(
+        self, layers: Mapping[int, LayerStatistics], tokens: int, identity: str, attention: str = "self"
+    ) -> None:
         self._layers = dict(layers)
         self.tokens = tokens
         self.identity = identity
+        self.attention = attention
 
     def __getitem__(self, layer: int) -> LayerStatistics:
         return self._layers[layer]
@@ -86,7 +95,8 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
             for name, values in (("mean", one.mean), ("std", one.std))
             for role in values
         }
-        save_file(tensors, path, {"format": FORMAT, "tokens": str(self.tokens), "identity": self.identity})
+        facts = {"format": FORMAT, "tokens": str(self.tokens), "identity": self.identity, "attention": self.attention}
+        save_file(tensors, path, facts)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ActivationStatistics:
@@ -110,7 +120,7 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
                 {role: tensors[f"{layer}.{role}.mean"] for role in roles},
                 {role: tensors[f"{layer}.{role}.std"] for role in roles},
             )
-        return cls(layers, int(facts["tokens"]), facts["identity"])
+        return cls(layers, int(facts["tokens"]), facts["identity"], facts["attention"])
 
 
 def model_identity(sites: Sites) -> str:

@@ -96,7 +96,8 @@ class Edit:
                     f"{list(x.shape[:2])} [batch, token] after {running.cached} cached tokens: a reference serves a "
                     "whole pass of its own length, and of its own batch or any if it has one row"
                 )
-        return running.padded_alike(self._laid_out(recorded, x), reference.attention_mask)
+        mask = next(reference.masks[role] for role in roles)  # a module's roles are of the same tokens
+        return running.padded_alike(self._laid_out(recorded, x), mask)
 
     def _laid_out(self, values: Mapping[Role, Tensor], x: Tensor) -> Tensor:
         """Values by role `[..., heads, head_dim]` put where the features of `x` are: `[..., feature]`.

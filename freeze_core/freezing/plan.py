@@ -21,13 +21,13 @@ __all__ = ["Assignment", "LayerFreeze", "Reference", "Treatment", "assign", "res
 
 @dataclass(frozen=True)
 class Reference:
-    """A layer's recorded activations by role and the padding mask `[batch, token]` they were recorded under.
+    """A layer's recorded activations by role and the padding masks `[batch, token]` they were recorded under.
 
     Copies: a live freeze does not change when the recording is written to.
     """
 
     activations: Mapping[Role, Tensor] = field(compare=False)
-    attention_mask: Tensor | None = field(compare=False)
+    masks: Mapping[Role, Tensor | None] = field(compare=False)
     digest: str
 
 
@@ -76,7 +76,7 @@ def resolve(config: InterventionConfig, sites: Sites, roles: tuple[Role, ...] | 
     """
     config = config.checked()
     if config.statistics is not None:
-        _check_statistics(config.statistics, sites)
+        _check_statistics(config.statistics, sites, config.attention)
     freezes = []
     roles = roles or CircuitType(config.circuit).roles
     for layer in _layers(config, sites):
@@ -113,8 +113,8 @@ def _treatment(config: InterventionConfig, site: AttentionSite, roles: tuple[Rol
         recording = cast(Recording, config.reference)
         recorded = _of_layer("reference", recording, layer)
         held = {role: _held(site, role, getattr(recorded, role)) for role in roles}
-        mask = recording.attention_mask
-        reference = Reference(held, None if mask is None else mask.clone(), digest_of(held[role] for role in roles))
+        masks = {role: None if (mask := recording.mask_of(role)) is None else mask.clone() for role in roles}
+        reference = Reference(held, masks, digest_of(held[role] for role in roles))
         return Treatment(freeze_type, mode, strength, reference=reference)
     return Treatment(freeze_type, mode, strength)
 
@@ -145,8 +145,13 @@ def _of_layer(field: str, values: Mapping[int, _T], layer: int) -> _T:
     return values[layer]
 
 
-def _check_statistics(statistics: ActivationStatistics, sites: Sites) -> None:
+def _check_statistics(statistics: ActivationStatistics, sites: Sites, attention: str) -> None:
     identity = model_identity(sites)
+    if statistics.attention != attention:
+        raise InterventionError(
+            f"statistics={shown(statistics)}: of {statistics.attention} attention, and attention={attention!r} is to "
+            f"be frozen: calibrate with attention={attention!r}"
+        )
     if statistics.identity != identity:
         raise InterventionError(
             f"statistics={shown(statistics)}: of another model ({statistics.identity}, not {identity}); "

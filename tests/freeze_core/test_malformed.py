@@ -216,6 +216,11 @@ CALLS: list[tuple[st.SearchStrategy[Any], Call, tuple[str, ...]]] = [
     (no_bool, lambda model, value: FREEZER.calibrate(model, [IDS], progress=value), ("progress",)),
     (no_bool, lambda model, value: FREEZER.record(model, IDS, pattern=value), ("pattern",)),
     (texts.map("no ".__add__), lambda model, value: FREEZER.record(model, IDS, device=value), ("device",)),
+    (
+        words("self", "cross", "encoder"),
+        lambda model, value: FREEZER.record(model, IDS, attention=value),
+        ("attention",),
+    ),
     (things, lambda _, value: FREEZER.remove_hooks([value]), ("handles",)),
     (no_bool, lambda _, value: AttentionCircuitFreezer(value), ("debug_gradients",)),
     (no_stale, lambda _, value: AttentionCircuitFreezer(on_stale_cache=value), ("on_stale_cache",)),

@@ -291,3 +291,67 @@ def test_a_second_thread_is_refused(ids):
         other.join()
         model(ids)
     assert not errors
+
+
+GIVEN_PADDING = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+
+
+def seq2seq(ids, decoder_length=4):
+    return {
+        "input_ids": ids,
+        "decoder_input_ids": ids[:, :decoder_length],
+        "attention_mask": GIVEN_PADDING,
+        "use_cache": False,
+    }
+
+
+@pytest.mark.parametrize("build", [bart, t5])
+@pytest.mark.parametrize("attention", ["self", "cross", "encoder"])
+@pytest.mark.parametrize("circuit", ["qk", "ov"])
+def test_each_attention_is_held_at_its_own_recorded_activations(build, attention, circuit, ids):
+    model = build()
+    source = FREEZER.record(model, seq2seq((ids + 11) % 97), attention=attention)
+    clean = FREEZER.record(model, seq2seq(ids), attention=attention)[1]
+    config = InterventionConfig([1], [2], circuit, "reference", reference=source, attention=attention)
+    with FREEZER.freeze_circuits(model, config):
+        held = FREEZER.record(model, seq2seq(ids), attention=attention)[1]
+    for role in "qkv":
+        from_source = role in {"qk": "qk", "ov": "v"}[circuit]
+        assert torch.equal(getattr(held, role)[:, :, 2], getattr(source[1] if from_source else clean, role)[:, :, 2])
+        assert torch.equal(getattr(held, role)[:, :, 1], getattr(clean, role)[:, :, 1])
+
+
+@pytest.mark.parametrize("attention", ["self", "cross", "encoder"])
+def test_each_attention_is_held_at_its_own_calibrated_means(attention, ids, tmp_path):
+    model = bart()
+    batches = [seq2seq(ids), seq2seq((ids + 3) % 97, 6)]
+    statistics = FREEZER.calibrate(model, batches, progress=False, attention=attention)
+    real = [
+        GIVEN_PADDING.bool() if attention != "self" else torch.ones_like(b["decoder_input_ids"]).bool() for b in batches
+    ]
+    values = [FREEZER.record(model, batch, attention=attention)[0].v for batch in batches]
+    expected = torch.cat([v[at] for v, at in zip(values, real, strict=True)]).double().mean(0)
+    torch.testing.assert_close(statistics[0].mean["v"], expected, rtol=0, atol=1e-12)
+    statistics.save(tmp_path / "statistics")
+    loaded = type(statistics).load(tmp_path / "statistics")
+    config = InterventionConfig([0], [1], "v", "mean", statistics=loaded, attention=attention)
+    with FREEZER.freeze_circuits(model, config):
+        held = FREEZER.record(model, batches[0], attention=attention)[0].v[:, :, 1]
+    assert torch.equal(held, expected[1].float().expand_as(held))
+
+
+def test_activations_of_another_attention_are_refused(ids):
+    model = bart()
+    source = FREEZER.record(model, seq2seq(ids), attention="cross")
+    with pytest.raises(InterventionError, match=r"reference=.*recorded with attention='self'"):
+        InterventionConfig([0], freeze_type="reference", reference=source)
+    statistics = FREEZER.calibrate(model, [seq2seq(ids)], progress=False)
+    config = InterventionConfig([0], freeze_type="mean", statistics=statistics, attention="encoder")
+    with pytest.raises(InterventionError, match="of self attention, and attention='encoder' is to be frozen"):
+        FREEZER.freeze_circuits(model, config)
+    padded = {**seq2seq(ids), "attention_mask": torch.ones_like(ids)}
+    config = InterventionConfig([0], freeze_type="reference", reference=source, attention="cross")
+    with FREEZER.freeze_circuits(model, config), torch.no_grad():
+        model(**seq2seq(ids))
+        with pytest.raises(InterventionError, match="another attention_mask"):
+            model(**padded)
