@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from freeze_core.attention.sites import find_sites
+from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig, check_on_stale_cache
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.install import FrozenCircuits, install
-from freeze_core.freezing.plan import resolve
-from freeze_core.vocabulary import ATTENTION
+from freeze_core.freezing.plan import LayerFreeze, Treatment, assign, resolve, storage_for
+from freeze_core.vocabulary import ATTENTION, BackwardMode, FreezeType, KVScope, Role
 
 __all__ = ["ExperimentalInterventions"]
 
@@ -66,8 +66,8 @@ class ExperimentalInterventions:
         Returns:
             `compatible` (whether every attention layer of the decoder can be served), `reasons` (why not), and for each
             of `self`, `cross` and `encoder` attention that the model has a dict from layer to
-            `{"name", "architecture", "num_heads", "num_kv_heads", "kv_scope"}`, the scopes that it can serve, or to
-            `{"refused": reason}`.
+            `{"name", "architecture", "num_heads", "num_kv_heads", "kv_scope", "limits"}`, the scopes in which its values
+            can be frozen and what of a single head cannot be, with the reason, or to `{"refused": reason}`.
 
         Raises:
             UnsupportedModelError: `model` is no module at all.
@@ -88,7 +88,10 @@ class ExperimentalInterventions:
                     "architecture": site.layout.architecture,
                     "num_heads": site.heads,
                     "num_kv_heads": site.kv_heads,
-                    "kv_scope": ("group", "head") if site.group == 1 or site.layout.unshared else ("group",),
+                    "kv_scope": tuple(str(scope) for scope in KVScope if _limit(site, "v", scope) is None),
+                    "limits": [
+                        limit for role in ("q", "k", "v") for scope in KVScope if (limit := _limit(site, role, scope))
+                    ],
                 }
                 for layer, site in sites.by_layer.items()
             }
@@ -97,3 +100,13 @@ class ExperimentalInterventions:
             report["reasons"] += [f"layer {layer}: {reason}" for layer, reason in sites.refused.items()]
         report["compatible"] = not report["reasons"]
         return report
+
+
+def _limit(site: AttentionSite, role: Role, scope: KVScope) -> str | None:
+    """Why this activation of a single query head cannot be frozen alone, if it cannot."""
+    treatment = Treatment(FreezeType.ZERO, BackwardMode.STOPGRAD, 1.0)
+    try:
+        storage_for(site, assign(site, [LayerFreeze(site.layer, (role,), (0,), scope, treatment)]))
+    except UnsupportedModelError as error:
+        return f"{role} of one head under kv_scope='{scope}': {error}"
+    return None

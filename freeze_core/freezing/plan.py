@@ -184,9 +184,10 @@ def storage_for(site: AttentionSite, assignment: Assignment) -> Storage:
     if not uneven:
         return site.layout.shared
     if site.layout.unshared is None:
+        other = ", or use kv_scope='group'" if site.group > 1 else ""
         raise UnsupportedModelError(
             f"layer {site.layer}: {site.name} ({type(site.attention).__name__}) cannot give query heads that share "
-            f"features of {', '.join(uneven)} their own; freeze all the heads that share them, or use kv_scope='group'"
+            f"features of {', '.join(uneven)} their own; freeze all the heads that share them{other}"
         )
     return site.layout.unshared
 

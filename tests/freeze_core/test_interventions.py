@@ -89,8 +89,18 @@ def test_compatibility_is_told_site_by_site():
         "num_heads": 4,
         "num_kv_heads": 2,
         "kv_scope": ("group", "head"),
+        "limits": [],
     }
     assert "cross" not in report
+
+
+def test_compatibility_tells_what_of_a_single_head_cannot_be_frozen():
+    site = EXPERIMENTS.check_model_compatibility(tiny_model("deepseek_v3"))["self"][0]
+    assert site["kv_scope"] == ("group", "head")
+    assert [limit.partition(":")[0] for limit in site["limits"]] == [
+        f"k of one head under kv_scope='{scope}'" for scope in ("group", "head")
+    ]
+    assert all(limit.endswith("freeze all the heads that share them") for limit in site["limits"])
 
 
 def test_compatibility_tells_why_not():
