@@ -66,8 +66,8 @@ class ExperimentalInterventions:
         Returns:
             `compatible` (whether every attention layer of the decoder can be served), `reasons` (why not), and for each
             of `self`, `cross` and `encoder` attention that the model has a dict from layer to
-            `{"name", "architecture", "num_heads", "num_kv_heads", "kv_scope", "limits"}`, the scopes in which values can
-            be frozen and what of a single head cannot be, with the reason, or to `{"refused": reason}`.
+            `{"name", "architecture", "num_heads", "num_kv_heads", "kv_scope", "limits"}`, or to `{"refused": reason}`.
+            `kv_scope` has the scopes in which values can be frozen, `limits` what of a single head cannot be, and why.
 
         Raises:
             UnsupportedModelError: `model` is no module at all.
