@@ -5,6 +5,7 @@ What matters is `QWenAttention`: one plain linear layer `c_attn` holds all queri
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -156,13 +157,18 @@ class QWenModel(QWenPreTrainedModel):
         if position_ids is None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (embedded.new_ones(1, embedded.shape[1]).cumsum(-1) - 1 + start).long()
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=embedded,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # By the names of the newest transformers and of the oldest.
+        offered: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": embedded,
+            "input_embeds": embedded,
+            "attention_mask": attention_mask,
+            "cache_position": position_ids[0],
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        taken = inspect.signature(create_causal_mask).parameters
+        mask = create_causal_mask(**{name: value for name, value in offered.items() if name in taken})
         rotary = self.rotary_emb(embedded, position_ids=position_ids)
         hidden = embedded
         for block in self.h:
