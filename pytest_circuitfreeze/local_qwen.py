@@ -77,9 +77,8 @@ class QWenAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        name = self.config._attn_implementation
+        attend: Callable[..., Any] = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         mixed, pattern = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5)
         return self.c_proj(mixed.flatten(2).contiguous()), pattern
 
