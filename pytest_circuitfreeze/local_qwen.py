@@ -158,16 +158,16 @@ class QWenModel(QWenPreTrainedModel):
         embedded: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            start = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (embedded.new_ones(1, embedded.shape[1]).cumsum(-1) - 1 + start).long()
+        start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        columns = (embedded.new_ones(1, embedded.shape[1]).cumsum(-1) - 1 + start).long()
+        position_ids = columns if position_ids is None else position_ids
         # By the names of the newest transformers and of the oldest.
         offered: dict[str, Any] = {
             "config": self.config,
             "inputs_embeds": embedded,
             "input_embeds": embedded,
             "attention_mask": attention_mask,
-            "cache_position": position_ids[0],
+            "cache_position": columns[0],
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
