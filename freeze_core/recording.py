@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.frozen import frozen_attention
+from freeze_core.freezing.padding import Arguments, told
 from freeze_core.freezing.plan import resolve
 from freeze_core.inputs import model_arguments, run
 
@@ -47,29 +49,41 @@ def record(
     if not isinstance(pattern, bool):
         raise InterventionError(f"pattern={shown(pattern)}: must be True or False")
     arguments = model_arguments(model, inputs)
-    masks: list[Tensor | None] = []
+    masks: list[Any] = []
     seen: dict[tuple[int, str], Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for layer in wanted:
             stack.enter_context(_listening(sites.by_layer[layer], seen))
-        stack.callback(sites.stack.register_forward_pre_hook(_mask_keeper(sites.stack, masks), with_kwargs=True).remove)
+        for module in (sites.stack, sites.composite):
+            if module is not None:
+                stack.callback(module.register_forward_pre_hook(_mask_keeper(module, masks), with_kwargs=True).remove)
         run(model, arguments)
     if pattern:
         _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen)
     activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
-    return Recording(activations, masks[0])
+    return Recording(activations, _mask(masks))
 
 
-def _mask_keeper(stack: nn.Module, masks: list[Tensor | None]) -> Callable[..., None]:
-    """Keeps the mask that the stack itself is given: an encoder and a decoder pad differently."""
-    names = list(inspect.signature(type(stack).forward).parameters)[1:]
-    place = names.index("attention_mask") if "attention_mask" in names else len(names)
+def _mask_keeper(stack: nn.Module, masks: list[Any]) -> Callable[..., None]:
+    """Keeps the masks that the stack itself is given, and what is around it: an encoder and a decoder pad differently."""
+    arguments = Arguments(partial(type(stack).forward, stack), "attention_mask")
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-        masks.append(mask.clone() if isinstance(mask, Tensor) else None)
+        masks.append(arguments.find("attention_mask", args, kwargs))
 
     return keep
+
+
+def _mask(masks: Sequence[Any]) -> Tensor | None:
+    """A copy of the mask that tells padding, of those that were given from the outside in."""
+    *given, own = masks
+    mask = told(own, given)
+    if mask is not None and not isinstance(mask, Tensor):
+        raise InterventionError(
+            f"attention_mask is {type(mask).__name__}: it does not tell which of the recorded tokens are padding; pass "
+            "a padding mask [batch, token]"
+        )
+    return None if mask is None else mask.clone()
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class Sites:
         layers: number of decoder layers, attention or not; indices count these.
         stack: the module around the decoder layers that sees each pass's tokens, mask and cache.
         stack_name: its path in the model.
+        composite: the module that runs the stack as a part of itself and may make other masks of a padding mask first.
         by_layer: the attention layers that can be served.
         names: the paths of their attention modules in the model.
         refused: why others cannot, by layer. A layer in neither has no attention.
@@ -67,6 +68,7 @@ class Sites:
     layers: int
     stack: nn.Module
     stack_name: str
+    composite: nn.Module | None
     by_layer: Mapping[int, AttentionSite]
     names: Mapping[int, str]
     refused: Mapping[int, str]
@@ -115,17 +117,37 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None, 
     name = _entered(model, stack.rpartition(".")[0])
     layers = len(list(model.get_submodule(stack).children()))
     names = {one.layer: one.name for one in asked}
-    return Sites(layers, model.get_submodule(name), name, by_layer, names, refused)
+    return Sites(layers, model.get_submodule(name), name, _composite(model, name), by_layer, names, refused)
 
 
 def _entered(model: nn.Module, name: str) -> str:
     """The path of the innermost module around `name` that is given tokens: some holders see hidden states only."""
+    return next(_given_tokens(model, name), name)
+
+
+def _given_tokens(model: nn.Module, name: str) -> Iterator[str]:
+    """The paths of the modules around `name` that are given tokens, itself and from the inside out."""
     parts = name.split(".") if name else []
     for depth in range(len(parts), -1, -1):
         outer = ".".join(parts[:depth])
-        if "input_ids" in inspect.signature(type(model.get_submodule(outer)).forward).parameters:
-            return outer
-    return name
+        if "input_ids" in _parameters(model.get_submodule(outer)):
+            yield outer
+
+
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(module).forward).parameters
+
+
+def _composite(model: nn.Module, name: str) -> nn.Module | None:
+    """The next module around the stack `name` that is given its tokens, where the two are of different configs."""
+    stack = model.get_submodule(name)
+    around = (model.get_submodule(outer) for outer in _given_tokens(model, name) if outer != name)
+    outer = next(around, None)
+    if outer is None or getattr(outer, "config", None) is getattr(stack, "config", None):
+        return None
+    parameters = _parameters(outer)
+    # Of an encoder and a decoder the mask is the encoder's.
+    return outer if "attention_mask" in parameters and "decoder_input_ids" not in parameters else None
 
 
 def _sites(

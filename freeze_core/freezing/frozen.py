@@ -171,6 +171,7 @@ class FrozenAttention(ReplacedForward):
         super().__init__(site.attention)
         self.site = site
         self.path = path  # within the stack
+        self.composite: nn.Module | None = None
         self.wiring = wire(site, ())
         self.projections: list[FrozenProjection] = []
         self._output: FrozenOutput | None = None
@@ -251,7 +252,7 @@ class FrozenAttention(ReplacedForward):
 
     def _put_in(self, wiring: Wiring) -> None:
         self.attach()
-        self._tracker = tracker_of(self._stack)
+        self._tracker = tracker_of(self._stack, self.composite)
         self._tracker.put(self.path, wiring.in_force)
         for name, value in wiring.storage.attributes.items():
             self._attributes[name] = getattr(self.site.layout.core, name)
