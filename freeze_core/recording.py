@@ -64,9 +64,9 @@ def record(
     return Recording(activations, _mask(masks))
 
 
-def _mask_keeper(stack: nn.Module, masks: list[Any]) -> Callable[..., None]:
-    """Keeps the masks that the stack itself is given, and what is around it: an encoder and a decoder pad differently."""
-    arguments = Arguments(partial(type(stack).forward, stack), "attention_mask")
+def _mask_keeper(module: nn.Module, masks: list[Any]) -> Callable[..., None]:
+    """Keeps the mask that this very module is given: an encoder and a decoder pad differently."""
+    arguments = Arguments(partial(type(module).forward, module), "attention_mask")
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         masks.append(arguments.find("attention_mask", args, kwargs))

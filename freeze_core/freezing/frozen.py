@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freeze_core.attention.layout import Storage
 from freeze_core.attention.shards import Shard, shard_of
 from freeze_core.attention.sites import AttentionSite
-from freeze_core.attention.storages import Storage
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import straight_through
 from freeze_core.freezing.edits import Edit, edits_of, edits_of_z

@@ -65,7 +65,7 @@ class Composite(ReplacedForward):
 
 
 def told(own: Any, given: Sequence[Any]) -> Any:
-    """The mask that tells padding: a stack's `own`, or where that does not, what the composite around it was `given`."""
+    """The mask that tells padding: a stack's `own`, or where that does not, what the composite around was `given`."""
     return next((mask for mask in (own, *given) if _tells(mask)), own)
 
 
