@@ -42,8 +42,8 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Facts] = WeakKeyDictionary()
 
 def may_attend(module: nn.Module) -> bool:
     """Whether a module of a class that is not known seems to be attention: by its name, and linear layers in it."""
-    name = type(module).__name__.lower()
-    return ("attention" in name or "attn" in name) and sum(map(is_linear, module.modules())) > 1
+    names = [cls.__name__.lower() for cls in type(module).__mro__]
+    return any("attention" in name or "attn" in name for name in names) and sum(map(is_linear, module.modules())) > 1
 
 
 def probed_layouts(model: nn.Module, attentions: Sequence[nn.Module]) -> dict[nn.Module, Layout | str]:
@@ -224,10 +224,13 @@ def _told(heads: int, output: str, found: list[HeadFeatures]) -> _Facts:
         if len({len(one) for one in own}) > 1 or len({one for head in own for one in head}) < sum(map(len, own)):
             raise UnsupportedModelError(f"the features of its {role} are not apart by heads")
         features[role] = torch.tensor(own)
-    _refuse_overlap(projections, features)
     if len(features["q"]) != heads or len(features["k"]) != len(features["v"]):
-        counts = ", ".join(f"{role} {len(index)}" for role, index in features.items())
-        raise UnsupportedModelError(f"it has {heads} heads, but of features of their own: {counts}")
+        counts = ", ".join(f"{len(index)} of {role}" for role, index in features.items())
+        raise UnsupportedModelError(
+            f"of its {heads} heads not each has a query of its own, or keys and values are not shared alike: features "
+            f"are apart by {counts} (a norm over all heads, say, lets each of them depend on all)"
+        )
+    _refuse_overlap(projections, features)
     return _Facts(heads, output, projections, features)
 
 
