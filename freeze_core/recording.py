@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.frozen import frozen_attention
+from freeze_core.freezing.padding import Arguments, told
 from freeze_core.freezing.plan import resolve
 from freeze_core.inputs import model_arguments, run
 
 __all__ = ["record"]
+
+MASKS = ("attention_mask", "encoder_attention_mask")
 
 
 def record(
@@ -54,17 +58,21 @@ def record(
         raise InterventionError(f"pattern={shown(pattern)}: must be True or False")
     device = _device(device)
     arguments = model_arguments(model, inputs)
-    masks: list[list[Tensor | None]] = []
+    masks: list[Mapping[str, Any]] = []
     seen: dict[tuple[int, str], Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for layer in wanted:
             stack.enter_context(_listening(sites.by_layer[layer], seen, device))
-        stack.callback(sites.stack.register_forward_pre_hook(_mask_keeper(sites.stack, masks), with_kwargs=True).remove)
+        for module in (sites.stack, sites.composite):
+            if module is not None:
+                stack.callback(module.register_forward_pre_hook(_mask_keeper(module, masks), with_kwargs=True).remove)
         run(model, arguments)
     if pattern:
         _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen, device)
     activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
-    mask, of_encoder = masks[0]
+    own = masks[-1]
+    mask = _copied("attention_mask", told(own["attention_mask"], [given["attention_mask"] for given in masks[:-1]]))
+    of_encoder = _copied("encoder_attention_mask", own["encoder_attention_mask"])
     return Recording(activations, mask, of_encoder, attention)
 
 
@@ -77,19 +85,23 @@ def _device(device: object) -> torch.device | None:
         raise InterventionError(f"device={shown(device)}: must be None or a device of this machine: {error}") from error
 
 
-def _mask_keeper(stack: nn.Module, masks: list[list[Tensor | None]]) -> Callable[..., None]:
-    """Keeps the masks that the stack itself is given: an encoder and a decoder pad differently."""
-    names = list(inspect.signature(type(stack).forward).parameters)[1:]
-
-    def given(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        place = names.index(name) if name in names else len(names)
-        mask = args[place] if place < len(args) else kwargs.get(name)
-        return mask.clone() if isinstance(mask, Tensor) else None
+def _mask_keeper(module: nn.Module, masks: list[Mapping[str, Any]]) -> Callable[..., None]:
+    """Keeps the masks that this very module is given: an encoder and a decoder pad differently."""
+    arguments = Arguments(partial(type(module).forward, module), *MASKS)
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        masks.append([given(name, args, kwargs) for name in ("attention_mask", "encoder_attention_mask")])
+        masks.append({name: arguments.find(name, args, kwargs) for name in MASKS})
 
     return keep
+
+
+def _copied(name: str, mask: Any) -> Tensor | None:
+    if mask is not None and not isinstance(mask, Tensor):
+        raise InterventionError(
+            f"{name} is {type(mask).__name__}: it does not tell which of the recorded tokens are padding; pass a "
+            "padding mask [batch, token]"
+        )
+    return None if mask is None else mask.clone()
 
 
 @contextmanager

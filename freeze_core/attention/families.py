@@ -204,8 +204,13 @@ NOT_SOFTMAX = (
     "KimiLinearDeltaAttention",
     "MiniMaxLightningAttention",
     "OlmoHybridGatedDeltaNet",
+    "FalconMambaMixer",
+    "Mamba2Mixer",
+    "MambaMixer",
+    "RwkvSelfAttention",
+    "xLSTMLayer",
 )
-"""Classes that have q, k and v projections, but mix by a recurrence, without a pattern."""
+"""Classes that mix tokens by a recurrence, without a pattern, whatever their projections are called."""
 
 UNSEPARABLE = {
     "CpmAntAttention": "its layers are never told which tokens are padding",
@@ -213,9 +218,15 @@ UNSEPARABLE = {
     "DiffLlamaAttention": "its values are halves of two heads and its pattern is a difference of two",
     "DeepseekV4Attention": "its keys and its values are the same features",
     "ProphetNetNgramSelfAttention": "its predicting streams share one pass of the projections with the main stream",
+    "HrmTextAttention": "its layers, in two stacks, run several times in each pass, so that an activation is not one",
     "InklingAttention": "a convolution over tokens lies between its projections and the attention",
-    "Inkling2Attention": "a convolution over tokens lies between its projections and the attention",
+    "Inkling2FullAttention": "a convolution over tokens lies between its projections and the attention",
+    "Inkling2SlidingAttention": "a convolution over tokens lies between its projections and the attention",
     "ZayaAttention": "a convolution over tokens lies between its projections and the attention",
     "JetMoeAttention": "its queries are routed to experts, so that heads are not the same from token to token",
+    "LSHSelfAttention": "its queries and its keys are the same features",
+    "modeling_reformer.LocalSelfAttention": "its layers are reversible: they are run again in each backward pass, "
+    "outside of the pass that they came from",
+    "XLNetRelativeAttention": "its projections are parameters, not modules, so that no output of theirs can be held",
 }
-"""Classes whose q, k and v cannot be held apart, or not as promised, and why."""
+"""Classes whose q, k and v cannot be held apart, or not as promised, and why; named as in `FUSED`."""

@@ -7,13 +7,72 @@ output, of feature `d` of head `h`. With it separate and fused storage, MHA, GQA
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from freeze_core.vocabulary import Role
+from freeze_core.vocabulary import ModelArchitecture, Role
 
-__all__ = ["fused_layout", "plain_layout", "widened"]
+__all__ = ["Layout", "Part", "Storage", "fused_layout", "plain_layout", "widened"]
+
+
+class Part(NamedTuple):
+    """Some features of each head: an index `[heads, features]` into the output of the module called `module`."""
+
+    module: str
+    features: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """One way in which an attention layer can hold its q, k and v.
+
+    Args:
+        modules: the modules whose outputs hold q, k and v, by name.
+        widths: the number of features of each of those outputs.
+        features: for each role the parts that a head's features are made of, in their order. A part with fewer heads
+            than there are query heads is shared by neighbouring ones.
+        sources: for each module whose output is widened, the feature `[wide features]` that each one repeats.
+        attributes: what the attention module's attributes must be for its own code to read this storage.
+        readers: attention modules of later layers that read the same keys and values, and so have the same attributes.
+    """
+
+    modules: Mapping[str, nn.Module]
+    widths: Mapping[str, int]
+    features: Mapping[Role, tuple[Part, ...]]
+    sources: Mapping[str, Tensor] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    readers: tuple[nn.Module, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Head counts and storages of one attention module.
+
+    `shared` is the storage that the model came with. `unshared` has one KV head for each query head; it is `None` where
+    nothing is shared, or where the module's code has no such path. z is the input of `output`. `core` is the module
+    whose attributes the code reads: the attention module, or the part of it that holds the projections.
+    """
+
+    architecture: ModelArchitecture
+    heads: int
+    kv_heads: int
+    head_dim: int
+    output: nn.Module
+    core: nn.Module
+    shared: Storage
+    unshared: Storage | None = None
+
+    @property
+    def z(self) -> Tensor:
+        """Feature index `[heads, value_dim]` into the input of the output projection."""
+        return plain_layout(self.heads, self.features("v"))
+
+    def features(self, role: Role) -> int:
+        """Features of a head of this role."""
+        return sum(part.features.shape[1] for part in self.shared.features["v" if role == "z" else role])
 
 
 def plain_layout(heads: int, head_dim: int) -> Tensor:

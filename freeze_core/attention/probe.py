@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.vocabulary import Role
 
-__all__ = ["HeadFeatures", "probe"]
+__all__ = ["HeadFeatures", "is_linear", "probe"]
 
 Features = Mapping[str, frozenset[int]]
 """Some features of the outputs of modules, by the module's name."""
@@ -51,7 +51,7 @@ def probe(
     Raises:
         UnsupportedModelError: some head has no query, key or value of its own.
     """
-    places = {module: name for name, module in attention.named_modules() if _is_linear(module) or module in norms}
+    places = {module: name for name, module in attention.named_modules() if is_linear(module) or module in norms}
     for apart in (output, *gates):
         places.pop(apart, None)
     still = _dependence(model, places, output, heads, differ=False)
@@ -70,7 +70,8 @@ def probe(
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module's weight is a matrix."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -19,73 +18,29 @@ from freeze_core.attention.families import (
     FusedStorage,
     SeparateStorage,
 )
-from freeze_core.attention.layout import fused_layout, plain_layout, widened
+from freeze_core.attention.layout import Layout, Part, Storage, fused_layout, plain_layout, widened
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.vocabulary import ModelArchitecture, Role
 
-__all__ = ["Layout", "Part", "Storage", "layout_of", "stores_projections"]
-
-
-class Part(NamedTuple):
-    """Some features of each head: an index `[heads, features]` into the output of the module called `module`."""
-
-    module: str
-    features: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Storage:
-    """One way in which an attention layer can hold its q, k and v.
-
-    Args:
-        modules: the modules whose outputs hold q, k and v, by name.
-        widths: the number of features of each of those outputs.
-        features: for each role the parts that a head's features are made of, in their order. A part with fewer heads
-            than there are query heads is shared by neighbouring ones.
-        sources: for each module whose output is widened, the feature `[wide features]` that each one repeats.
-        attributes: what the attention module's attributes must be for its own code to read this storage.
-        readers: attention modules of later layers that read the same keys and values, and so have the same attributes.
-    """
-
-    modules: Mapping[str, nn.Module]
-    widths: Mapping[str, int]
-    features: Mapping[Role, tuple[Part, ...]]
-    sources: Mapping[str, Tensor] = field(default_factory=dict)
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    readers: tuple[nn.Module, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Head counts and storages of one attention module.
-
-    `shared` is the storage that the model came with. `unshared` has one KV head for each query head; it is `None` where
-    nothing is shared, or where the module's code has no such path. z is the input of `output`. `core` is the module
-    whose attributes the code reads: the attention module, or the part of it that holds the projections.
-    """
-
-    architecture: ModelArchitecture
-    heads: int
-    kv_heads: int
-    head_dim: int
-    output: nn.Module
-    core: nn.Module
-    shared: Storage
-    unshared: Storage | None = None
-
-    @property
-    def z(self) -> Tensor:
-        """Feature index `[heads, value_dim]` into the input of the output projection."""
-        return plain_layout(self.heads, self.features("v"))
-
-    def features(self, role: Role) -> int:
-        """Features of a head of this role."""
-        return sum(part.features.shape[1] for part in self.shared.features["v" if role == "z" else role])
+__all__ = [
+    "layout_of",
+    "refusal",
+    "stores_projections",
+    "unshared_projections",
+    "width_in",
+    "width_of",
+]
 
 
 def stores_projections(attention: nn.Module) -> bool:
     """Whether a module looks like attention with projections that can be frozen."""
     return bool(_fused(attention) or _separate(attention) or _is_latent(attention))
+
+
+def refusal(attention: nn.Module) -> str | None:
+    """Why attention of this class cannot be served, if it cannot."""
+    known = (cls for cls in _names(attention) if cls in UNSEPARABLE)
+    return next((f"{type(attention).__name__} cannot be served: {UNSEPARABLE[name]}" for name in known), None)
 
 
 def layout_of(attention: nn.Module, architecture: ModelArchitecture | None) -> Layout:
@@ -94,9 +49,9 @@ def layout_of(attention: nn.Module, architecture: ModelArchitecture | None) -> L
     Raises:
         UnsupportedModelError: with the reason.
     """
-    for cls in type(attention).__mro__:
-        if cls.__name__ in UNSEPARABLE:
-            raise UnsupportedModelError(f"{cls.__name__} cannot be served: {UNSEPARABLE[cls.__name__]}")
+    reason = refusal(attention)
+    if reason:
+        raise UnsupportedModelError(reason)
     fused, separate = _fused(attention), _separate(attention)
     stored = ModelArchitecture.FUSED_QKV if fused else ModelArchitecture.SEPARATE_QKV
     if architecture not in (None, stored):
@@ -117,11 +72,15 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _fused(attention: nn.Module) -> FusedStorage | None:
+    entries = (FUSED[name] for name in _names(attention) if name in FUSED)
+    return next((entry for entry in entries if entry.projection in _children(attention)), None)
+
+
+def _names(attention: nn.Module) -> Iterator[str]:
+    """What the tables may call an attention module: its classes, by their name alone and with their module's."""
     for cls in type(attention).__mro__:
-        entry = FUSED.get(cls.__name__) or FUSED.get(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}")
-        if entry is not None and entry.projection in _children(attention):
-            return entry
-    return None
+        yield cls.__name__
+        yield f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
 def _separate(attention: nn.Module) -> SeparateStorage | None:
@@ -149,8 +108,8 @@ def _is_latent(attention: nn.Module) -> bool:
 def _fused_layout(attention: nn.Module, entry: FusedStorage) -> Layout:
     name, module, output = entry.projection, _children(attention)[entry.projection], _children(attention)[entry.output]
     heads, kv_heads = entry.heads(attention), entry.kv_heads(attention)
-    head_dim = _width_in(output) // heads
-    width, expected = _width(module), (heads + 2 * kv_heads) * head_dim
+    head_dim = width_in(output) // heads
+    width, expected = width_of(module), (heads + 2 * kv_heads) * head_dim
     if width != expected:
         raise UnsupportedModelError(
             f"{name} gives {width} features, but {heads} query and {kv_heads} KV heads of {head_dim} features make "
@@ -179,7 +138,7 @@ def _separate_layout(attention: nn.Module, names: SeparateStorage) -> Layout:
     if output is None:
         raise UnsupportedModelError(f"no output projection: it has none of {', '.join(names.outputs)}")
     gated = any(cls.__name__ in GATED_QUERY for cls in type(attention).__mro__)
-    widths = {name: _width(module) for name, module in projections.items()}
+    widths = {name: width_of(module) for name, module in projections.items()}
     head_dim = _head_dim(core)
     heads, kv_heads = widths[names.q] // head_dim // (2 if gated else 1), widths[names.k] // head_dim
     value_dim = widths[names.v] // max(kv_heads, 1)
@@ -188,10 +147,10 @@ def _separate_layout(attention: nn.Module, names: SeparateStorage) -> Layout:
         raise UnsupportedModelError(
             f"projections of {widths} features in heads of {head_dim}: neither multi-head nor grouped-query attention"
         )
-    if _width_in(output) != heads * value_dim:
+    if width_in(output) != heads * value_dim:
         raise UnsupportedModelError(
             f"{names.q} holds {heads} heads, whose values make {heads * value_dim} features, but the output projection "
-            f"takes {_width_in(output)}: {names.q} holds more than queries (an output gate, say)"
+            f"takes {width_in(output)}: {names.q} holds more than queries (an output gate, say)"
         )
     modules = {
         name: _behind_norms(core, role, module, widths[name], head_dim)
@@ -199,23 +158,34 @@ def _separate_layout(attention: nn.Module, names: SeparateStorage) -> Layout:
     }
     q_index = plain_layout(heads, (2 if gated else 1) * head_dim)[:, :head_dim]
     k_index, v_index = plain_layout(kv_heads, head_dim), plain_layout(kv_heads, value_dim)
-    q = (Part(names.q, q_index),)
-    shared = Storage(modules, widths, {"q": q, "k": (Part(names.k, k_index),), "v": (Part(names.v, v_index),)})
-    unshared = None
-    # The module's own code repeats each KV head this many times: repeat them before it does.
-    if kv_heads < heads and getattr(core, "num_key_value_groups", None) == heads // kv_heads:
-        wide_k, wide_v = plain_layout(heads, head_dim), plain_layout(heads, value_dim)
-        attributes = {"num_key_value_groups": 1}
-        if hasattr(core, "num_key_value_heads"):
-            attributes["num_key_value_heads"] = heads
-        unshared = Storage(
-            modules,
-            {**widths, names.k: wide_k.numel(), names.v: wide_v.numel()},
-            {"q": q, "k": (Part(names.k, wide_k),), "v": (Part(names.v, wide_v),)},
-            {names.k: widened({"k": k_index}, {"k": wide_k}), names.v: widened({"v": v_index}, {"v": wide_v})},
-            attributes,
-        )
+    q, k, v = Part(names.q, q_index), Part(names.k, k_index), Part(names.v, v_index)
+    shared = Storage(modules, widths, {"q": (q,), "k": (k,), "v": (v,)})
+    unshared = unshared_projections(core, shared, heads)
     return Layout(ModelArchitecture.SEPARATE_QKV, heads, kv_heads, head_dim, output, core, shared, unshared)
+
+
+def unshared_projections(core: nn.Module, shared: Storage, heads: int) -> Storage | None:
+    """`shared` projections, each of one role, with one KV head for each query head, where the module can read them."""
+    k, v = shared.features["k"][0], shared.features["v"][0]
+    kv_heads = len(k.features)
+    # The module's own code repeats each KV head this many times: repeat them before it does.
+    if kv_heads == heads or getattr(core, "num_key_value_groups", None) != heads // kv_heads:
+        return None
+    wide = {part.module: plain_layout(heads, part.features.shape[1]) for part in (k, v)}
+    attributes = {"num_key_value_groups": 1}
+    if hasattr(core, "num_key_value_heads"):
+        attributes["num_key_value_heads"] = heads
+    return Storage(
+        shared.modules,
+        {**shared.widths, **{name: index.numel() for name, index in wide.items()}},
+        {
+            "q": shared.features["q"],
+            "k": (Part(k.module, wide[k.module]),),
+            "v": (Part(v.module, wide[v.module]),),
+        },
+        {part.module: widened({"k": part.features}, {"k": wide[part.module]}) for part in (k, v)},
+        attributes,
+    )
 
 
 def _latent_layout(attention: nn.Module) -> Layout:
@@ -229,7 +199,7 @@ def _latent_layout(attention: nn.Module) -> Layout:
         facts.v_head_dim,
     )
     names = (query, LATENT.unpacked, LATENT.compressed)
-    widths = {name: _width(children[name]) for name in names}
+    widths = {name: width_of(children[name]) for name in names}
     per_query = widths[query] // heads
     q_index = plain_layout(heads, per_query)[:, : plain + rotary]
     unpacked = plain_layout(heads, plain + value)
@@ -281,22 +251,22 @@ def _head_dim(attention: nn.Module) -> int:
     )
 
 
-def _width(projection: nn.Module) -> int:
+def width_of(projection: nn.Module) -> int:
     """Features that a linear layer gives: `out_features`, `nf` of transformers' Conv1D, or those of what it wraps."""
     for name in ("out_features", "nf"):
         if hasattr(projection, name):
             return cast(int, getattr(projection, name))
     inner = getattr(projection, "linear", None)
-    return _width(inner) if isinstance(inner, nn.Module) else 0
+    return width_of(inner) if isinstance(inner, nn.Module) else 0
 
 
-def _width_in(module: nn.Module) -> int:
+def width_in(module: nn.Module) -> int:
     """Features that a linear layer, or a norm, takes."""
     for name in ("in_features", "nx"):
         if hasattr(module, name):
             return cast(int, getattr(module, name))
     inner = getattr(module, "linear", None)
     if isinstance(inner, nn.Module):
-        return _width_in(inner)
+        return width_in(inner)
     weight = getattr(module, "weight", None)
     return weight.numel() if isinstance(weight, Tensor) else 0

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from freeze_core.attention.layout import Storage
 from freeze_core.attention.sites import AttentionSite
-from freeze_core.attention.storages import Storage
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.backward import blend
 from freeze_core.freezing.plan import Assignment, Reference, Treatment

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freeze_core.attention.layout import Storage
 from freeze_core.attention.shards import Shard, shard_of
 from freeze_core.attention.sites import AttentionSite
-from freeze_core.attention.storages import Storage
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import straight_through
 from freeze_core.freezing.edits import Edit, edits_of, edits_of_z
@@ -171,6 +171,7 @@ class FrozenAttention(ReplacedForward):
         super().__init__(site.attention)
         self.site = site
         self.path = path  # within the stack
+        self.composite: nn.Module | None = None
         self.wiring = wire(site, ())
         self.projections: list[FrozenProjection] = []
         self._output: FrozenOutput | None = None
@@ -251,7 +252,7 @@ class FrozenAttention(ReplacedForward):
 
     def _put_in(self, wiring: Wiring) -> None:
         self.attach()
-        self._tracker = tracker_of(self._stack)
+        self._tracker = tracker_of(self._stack, self.composite)
         self._tracker.put(self.path, wiring.in_force)
         for module in (self.site.layout.core, *wiring.storage.readers):
             for name, value in wiring.storage.attributes.items():

@@ -73,6 +73,7 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
             frozen = frozen_attention(site.attention) or fresh.get(id(site.attention))
             if frozen is None:
                 frozen = fresh[id(site.attention)] = FrozenAttention(site, sites.stack, sites.path(site))
+            frozen.composite = frozen.composite or sites.composite
             asked.setdefault(frozen, []).append((handle, freeze))
     prepared = [(frozen, wire(frozen.site, [*frozen.wiring.freezes, *added])) for frozen, added in asked.items()]
     for frozen, _ in prepared:

@@ -9,8 +9,8 @@ from typing import TypeVar, cast
 from torch import Tensor
 
 from freeze_core.activations import Recording
+from freeze_core.attention.layout import Part, Storage
 from freeze_core.attention.sites import AttentionSite, Sites
-from freeze_core.attention.storages import Part, Storage
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.statistics import ActivationStatistics, LayerStatistics, digest_of, model_identity

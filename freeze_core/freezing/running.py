@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.caches import check_cache, filled, mark_cache, refuse_reordering
+from freeze_core.freezing.padding import Arguments, Composite, told
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.traced import demand
 
@@ -143,9 +143,9 @@ class PassTracker(ReplacedForward):
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__(stack)
-        names = list(inspect.signature(self.original).parameters)
-        self._places: dict[str, int] = {name: names.index(name) for name in ARGUMENTS if name in names}
+        self._arguments = Arguments(self.original, *ARGUMENTS)
         self.current: Pass | None = None
+        self.composite: Composite | None = None
         self._in_force: dict[str, InForce] = {}
         self._mark = ""
         self._unshared = self._needs_rows = False
@@ -170,6 +170,28 @@ class PassTracker(ReplacedForward):
         elif not notes and self.slot():
             self.detach()
 
+    def attach(self) -> None:
+        super().attach()
+        if self.composite:
+            self.composite.attach()
+
+    def detach(self) -> None:
+        super().detach()
+        if self.composite:
+            self.composite.detach()
+
+    def refuse_if_covered(self) -> None:
+        super().refuse_if_covered()
+        if self.composite:
+            self.composite.refuse_if_covered()
+
+    def told_by(self, module: nn.Module) -> None:
+        """Asks `module`, around the stack, which tokens are padding where the stack is not told."""
+        if self.composite is None:
+            self.composite = Composite(module)
+            if self.slot():
+                self.composite.attach()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._run(args, kwargs)
@@ -184,7 +206,7 @@ class PassTracker(ReplacedForward):
             self._busy.release()
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache = self._argument("past_key_values", args, kwargs)
+        cache = self._arguments.find("past_key_values", args, kwargs)
         running = self._pass(cache, args, kwargs)
         self._refuse_replaced()
         before = running.cached + running.cross_cached
@@ -211,23 +233,21 @@ class PassTracker(ReplacedForward):
                 )
 
     def _pass(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
-        given = self._argument("input_ids", args, kwargs)
+        given = self._arguments.find("input_ids", args, kwargs)
         if given is None:
-            given = self._argument("inputs_embeds", args, kwargs)
+            given = self._arguments.find("inputs_embeds", args, kwargs)
             tokens = 0 if given is None else given.shape[-2]  # an encoder of sounds counts its own columns from 0
         else:
             tokens = given.shape[-1]
-        states = self._argument("encoder_hidden_states", args, kwargs)
+        states = self._arguments.find("encoder_hidden_states", args, kwargs)
         encoder = None
         if states is not None:
-            encoder = Pass(self._argument("encoder_attention_mask", args, kwargs), 0, states.shape[1])
+            encoder = Pass(self._arguments.find("encoder_attention_mask", args, kwargs), 0, states.shape[1])
         cross_cached = any(getattr(cache, "is_updated", {}).values())
-        mask = self._argument("attention_mask", args, kwargs)
+        mask = self._arguments.find("attention_mask", args, kwargs)
+        if self.composite:
+            mask = told(mask, self.composite.given)
         return Pass(mask, filled(cache), tokens, encoder, cross_cached)
-
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        place = self._places.get(name, len(args))
-        return args[place] if place < len(args) else kwargs.get(name)
 
     @contextmanager
     def _running(self, running: Pass) -> Iterator[None]:
@@ -282,7 +302,10 @@ def _cache_of(output: Any) -> Any:
     return cache
 
 
-def tracker_of(stack: nn.Module) -> PassTracker:
-    """What tracks the passes of `stack` now, or something that can."""
-    tracker = standing_in(stack)
-    return tracker if isinstance(tracker, PassTracker) else PassTracker(stack)
+def tracker_of(stack: nn.Module, composite: nn.Module | None) -> PassTracker:
+    """What tracks the passes of `stack`, inside `composite` if that is one, now, or something that can."""
+    standing = standing_in(stack)
+    tracker = standing if isinstance(standing, PassTracker) else PassTracker(stack)
+    if composite is not None:
+        tracker.told_by(composite)
+    return tracker

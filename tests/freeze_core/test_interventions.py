@@ -106,7 +106,7 @@ def test_compatibility_tells_what_of_a_single_head_cannot_be_frozen():
 def test_compatibility_tells_why_not():
     report = EXPERIMENTS.check_model_compatibility(tiny_of_type("mamba", attn="eager"))
     assert not report["compatible"]
-    assert "no attention layer" in report["reasons"][0]
+    assert "mix tokens by a recurrence (MambaMixer)" in report["reasons"][0]
     report = EXPERIMENTS.check_model_compatibility(tiny_of_type("gemma3n_text", attn="eager"))
     assert not report["compatible"]
     assert report["self"][0]["kv_scope"] == ("group", "head")

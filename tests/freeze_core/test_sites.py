@@ -15,6 +15,7 @@ from freeze_core import (
     UnsupportedModelError,
 )
 from pytest_circuitfreeze.models import tiny_model
+from pytest_circuitfreeze.shrinking import tiny_of_type
 
 FREEZER = AttentionCircuitFreezer()
 
@@ -238,3 +239,39 @@ def test_later_layers_read_the_unshared_heads_of_the_layer_that_stored_them(role
         hook.remove()
     moved = (zs[1] - zs[0]).abs().amax((0, 1, 3)) > 1e-5
     assert moved.tolist() == [False, True, False, False]
+
+
+HYBRIDS = ("qwen3_next", "jamba", "minimax", "olmo_hybrid", "kimi_linear", "recurrent_gemma", "nemotron_h", "lfm2")
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_an_index_to_a_layer_without_attention_says_so(model_type):
+    model = tiny_of_type(model_type, attn=None)
+    found = FREEZER.get_model_config(model)
+    without = next(layer for layer in range(found["num_layers"]) if layer not in found["layers"])
+    with pytest.raises(InterventionError, match=rf"layer {without} has no self attention; those that have: \["):
+        FREEZER.freeze_circuits(model, InterventionConfig([without]))
+    FREEZER.freeze_circuits(model, InterventionConfig()).remove()
+
+
+REASONS = {
+    "deepseek_v4": "its keys and its values are the same features",
+    "hrm_text": "run several times in each pass",
+    "inkling2_text": "a convolution over tokens",
+    "jetmoe": "its queries are routed to experts",
+    "longcat_flash": "the layer has another attention",
+    "mamba2": r"mix tokens by a recurrence \(Mamba2Mixer\)",
+    "prophetnet": "its predicting streams share one pass",
+    "reformer": "its layers are reversible",
+    "xlnet": "its projections are parameters",
+    "xlstm": r"mix tokens by a recurrence \(xLSTMLayer\)",
+    "zaya": "a convolution over tokens",
+}
+
+
+@pytest.mark.parametrize("model_type", REASONS)
+def test_what_cannot_be_served_is_refused_for_its_own_reason(model_type):
+    model = tiny_of_type(model_type, attn=None)
+    with pytest.raises(UnsupportedModelError, match=REASONS[model_type]):
+        FREEZER.freeze_circuits(model, InterventionConfig())
+    assert not any("forward" in vars(module) for module in model.modules())

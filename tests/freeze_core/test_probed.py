@@ -1,0 +1,290 @@
+"""Attention that neither tables nor names know: what probing finds is frozen as by hand, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, UnsupportedModelError
+
+FREEZER = AttentionCircuitFreezer()
+WIDTH, HEADS, DIM = 16, 4, 4
+
+
+class Attention(nn.Module):
+    """Causal attention; who derives says where q, k and v come from. `held` are edits by hand, `[batch, head, ...]`."""
+
+    kv_heads = HEADS
+
+    def __init__(self):
+        super().__init__()
+        self.n_heads = HEADS
+        self.mix = nn.Linear(HEADS * DIM, WIDTH)
+        self.held = {}
+        self.build()
+
+    def build(self):
+        self.to_qkv = nn.Linear(WIDTH, (HEADS + 2 * self.kv_heads) * DIM)
+
+    def split(self, x):
+        raise NotImplementedError
+
+    def finish(self, z, x):
+        return self.mix(z)
+
+    def forward(self, x):
+        by_role = dict(zip("qkv", self.split(x), strict=True))  # each [batch, token, head, feature]
+        for role, heads in self.held.items():
+            by_role[role] = by_role[role].index_fill(2, torch.tensor(heads), 0)
+        q, k, v = (by_role[role].transpose(1, 2) for role in "qkv")
+        k, v = (one.repeat_interleave(HEADS // one.shape[1], dim=1) for one in (k, v))
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.finish(z.transpose(1, 2).flatten(2), x)
+
+
+class OddOrder(Attention):
+    """All values, then all queries, then all keys."""
+
+    def split(self, x):
+        v, q, k = self.to_qkv(x).unflatten(-1, (3, HEADS, DIM)).unbind(2)
+        return q, k, v
+
+
+class Interleaved(Attention):
+    """Per head its key, its value, its query; features of a head apart by the number of heads."""
+
+    def split(self, x):
+        k, v, q = self.to_qkv(x).unflatten(-1, (DIM, 3, HEADS)).permute(3, 0, 1, 4, 2)
+        return q, k, v
+
+
+class Grouped(Attention):
+    """Separate projections under odd names, two KV heads."""
+
+    kv_heads = 2
+
+    def build(self):
+        self.asks = nn.Linear(WIDTH, HEADS * DIM)
+        self.offers, self.gives = (nn.Linear(WIDTH, self.kv_heads * DIM) for _ in range(2))
+
+    def split(self, x):
+        return [one(x).unflatten(-1, (-1, DIM)) for one in (self.asks, self.offers, self.gives)]
+
+
+class GroupedByAttribute(Grouped):
+    """The same, and the number of query heads that share is an attribute that its code reads."""
+
+    num_key_value_groups = HEADS // 2
+
+    def split(self, x):
+        q, k, v = super().split(x)
+        return q, *(one.repeat_interleave(self.num_key_value_groups, dim=2) for one in (k, v))
+
+
+class GatesHeads(OddOrder):
+    """Heads are gated by the hidden states before they are mixed."""
+
+    def build(self):
+        super().build()
+        self.gate = nn.Linear(WIDTH, HEADS * DIM)
+
+    def finish(self, z, x):
+        return self.mix(z * self.gate(x).sigmoid())
+
+
+class GatesAnswer(GatesHeads):
+    """What the attention answers is gated, after its output projection: a linear layer that runs last."""
+
+    def finish(self, z, x):
+        return self.mix(z) * self.gate(x).sigmoid()
+
+
+class Overlapping(Attention):
+    """Queries and keys share half of their features."""
+
+    def build(self):
+        self.to_qkv = nn.Linear(WIDTH, 3 * HEADS * DIM)
+
+    def split(self, x):
+        one = self.to_qkv(x).unflatten(-1, (HEADS, 3 * DIM))
+        return one[..., :DIM], one[..., 2 : DIM + 2], one[..., 2 * DIM :]
+
+
+class OneForBoth(Attention):
+    """Keys are values."""
+
+    def split(self, x):
+        q, k, _ = self.to_qkv(x).unflatten(-1, (3, HEADS, DIM)).unbind(2)
+        return q, k, k
+
+
+class AcrossHeads(OddOrder):
+    """A norm over all heads lies between the projection and the heads."""
+
+    def split(self, x):
+        q, k, v = super().split(x)
+        return F.rms_norm(q.flatten(2), (HEADS * DIM,)).view_as(q), k, v
+
+
+class Convolved(OddOrder):
+    """A convolution over tokens lies before the values."""
+
+    def build(self):
+        super().build()
+        self.conv = nn.Conv1d(HEADS * DIM, HEADS * DIM, 1)
+
+    def split(self, x):
+        q, k, v = super().split(x)
+        return q, k, self.conv(v.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(v)
+
+
+class Headless(OddOrder):
+    """Does not say how many heads it has."""
+
+    def __init__(self):
+        super().__init__()
+        del self.n_heads
+
+
+class Layer(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention()
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return x + self.drop(self.attention(x))
+
+
+class Model(nn.Module):
+    def __init__(self, attention, dtype=torch.float32):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(30, WIDTH)
+            self.layers = nn.ModuleList(Layer(attention) for _ in range(2))
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.5)
+        self.to(dtype).eval()
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture
+def ids():
+    return torch.arange(14).view(2, 7) * 5 % 29
+
+
+SERVED = [OddOrder, Interleaved, Grouped, GroupedByAttribute, GatesHeads, GatesAnswer]
+CIRCUITS = {"qk": "qk", "ov": "v", "q": "q", "k": "k", "both": "qkv"}
+
+
+@pytest.mark.parametrize("attention", SERVED)
+@pytest.mark.parametrize("circuit", CIRCUITS)
+@pytest.mark.parametrize("head", range(HEADS))
+def test_a_freeze_is_the_edit_by_hand(attention, circuit, head, ids):
+    model = Model(attention)
+    by_hand = copy.deepcopy(model)
+    held = by_hand.layers[1].attention
+    own = head // (HEADS // attention.kv_heads) if attention is Grouped else head
+    held.held = {role: [head if role == "q" else own] for role in CIRCUITS[circuit]}
+    if attention is GroupedByAttribute:  # after it has repeated them: all heads of the group
+        group = [head // 2 * 2, head // 2 * 2 + 1]
+        held.held = {role: [head] if role == "q" else group for role in CIRCUITS[circuit]}
+    with FREEZER.freeze_circuits(model, InterventionConfig([1], [head], circuit)), torch.no_grad():
+        assert torch.equal(model(ids), by_hand(ids))
+
+
+@pytest.mark.parametrize("head", range(HEADS))
+def test_heads_of_a_group_get_their_own_where_an_attribute_lets_them(head, ids):
+    model = Model(GroupedByAttribute)
+    by_hand = copy.deepcopy(model)
+    by_hand.layers[1].attention.held = {"v": [head]}
+    with FREEZER.freeze_circuits(model, InterventionConfig([1], [head], "ov", kv_scope="head")), torch.no_grad():
+        assert torch.equal(model(ids), by_hand(ids))
+    with pytest.raises(UnsupportedModelError, match="cannot give query heads that share"):
+        FREEZER.freeze_circuits(Model(Grouped), InterventionConfig([1], [head], "ov", kv_scope="head"))
+
+
+@pytest.mark.parametrize("attention", SERVED)
+def test_what_is_found_is_told(attention):
+    found = FREEZER.get_model_config(Model(attention))
+    assert (found["num_heads"], found["num_kv_heads"], found["head_dim"]) == (HEADS, attention.kv_heads, DIM)
+    assert found["architecture"] == ("separate_qkv" if issubclass(attention, Grouped) else "fused_qkv")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_rounding_does_not_hide_a_layout(dtype, ids):
+    model = Model(Interleaved, dtype)
+    by_hand = copy.deepcopy(model)
+    by_hand.layers[1].attention.held = {"v": [2]}
+    with FREEZER.freeze_circuits(model, InterventionConfig([1], [2], "ov")), torch.no_grad():
+        assert torch.equal(model(ids), by_hand(ids))
+
+
+REFUSED = {
+    Overlapping: "its roles overlap",
+    OneForBoth: "depends on no projection as its k",
+    AcrossHeads: "not each has a query of its own.*apart by 1 of q",
+    Convolved: "conv is a Conv1d, which may mix tokens",
+    Headless: "does not say how many heads",
+}
+
+
+@pytest.mark.parametrize("attention", REFUSED)
+def test_what_probing_does_not_tell_is_refused_by_name(attention):
+    model = Model(attention)
+    with pytest.raises(UnsupportedModelError, match=REFUSED[attention]) as error:
+        FREEZER.freeze_circuits(model, InterventionConfig())
+    assert f"layers.0.attention (and 1 more like it): neither names nor tables tell where {attention.__name__}" in str(
+        error.value
+    )
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_that_does_not_run_on_tokens_is_refused_by_name():
+    layers = Model(OddOrder).layers
+    with pytest.raises(UnsupportedModelError, match="does not run on two tokens alone"):
+        FREEZER.freeze_circuits(nn.Sequential(layers), InterventionConfig())
+
+
+def test_probing_leaves_the_model_and_the_generators_alone(ids):
+    model = Model(OddOrder).train()
+    model.layers[0].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    FREEZER.get_model_config(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert flags == [module.training for module in model.modules()]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_is_probed_once(monkeypatch, ids):
+    model = Model(OddOrder)
+    FREEZER.get_model_config(model)
+
+    def refuse(self, input_ids):
+        raise AssertionError("probed again")
+
+    monkeypatch.setattr(Model, "forward", refuse)
+    with FREEZER.freeze_circuits(model, InterventionConfig([0])):
+        FREEZER.freeze_circuits(model, InterventionConfig([1])).remove()
+
+
+def test_a_stated_storage_that_probing_contradicts_is_refused():
+    with pytest.raises(UnsupportedModelError, match="which is fused_qkv"):
+        FREEZER.freeze_circuits(Model(OddOrder), InterventionConfig(), architecture="separate_qkv")
+    FREEZER.freeze_circuits(Model(OddOrder), InterventionConfig(), architecture="fused_qkv").remove()
