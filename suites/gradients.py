@@ -1,5 +1,7 @@
 """Gradient modes, by their identities: `dx = (1 - a) dx'` for stopgrad, `dx = dx'` for straight-through.
 
+`circuit_ste` goes further back: what arrives at z is carried through the attention as it is without the freeze.
+
 Both are seen from outside, without knowing where an engine cut the graph. What arrives at q, k and v as attention
 used them is `dx'`; what leaves is the gradient of the projections' weights and of the layer's input, which is `dx`
 times the input and `dx` times the weights. The oracle carries the one to the other by the estimator's definition, in
@@ -8,7 +10,7 @@ float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,11 +21,11 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
 from pytest_circuitfreeze.suites.judge.anatomy import Site
-from pytest_circuitfreeze.suites.judge.noise import noise_of
+from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import Gradients, judged_layers, pulled_back
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, observe
 from pytest_circuitfreeze.suites.judge.replay import Replay
-from pytest_circuitfreeze.suites.judge.sites import FoundSite, implementations, sites
+from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, as_found, implementations, sites
 from pytest_circuitfreeze.suites.replays import compare_gradients_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge
 
@@ -45,8 +47,10 @@ def check_gradients_are_the_estimators(
         ClaimBroken: they are not.
     """
     claim = Claim("gradients are the estimators'", model=model, engine=engine, configs=configs, batch=batch)
-    known = sites(model)
-    noise = noise_of(engine, model, configs, batch.input_ids.shape[1])
+    known: Mapping[int, AnySite] = sites(model)
+    if any(str(config.backward_mode) == "circuit_ste" for config in configs):
+        known = as_found(model)  # attention may run twice: what it was given and what came of it counts
+    material = material_of(engine, model, configs, batch)
     with without_gradients(model), attention_implementation(model, implementations(model)[0]):
         with engine.freeze(model, configs) as frozen, torch.enable_grad():
             found = observe(frozen, model, batch, known, gradients=True)
@@ -61,11 +65,11 @@ def check_gradients_are_the_estimators(
         for layer in judged:
             site, seen = known[layer], found.layers[layer]
             if isinstance(site, FoundSite):
-                replay = Replay(model, site, seen, real, configs, noise)
+                replay = Replay(model, site, seen, real, configs, material)
                 compare_gradients_with_replay(claim, replay, _gradient(seen.hidden))
                 continue
-            exact = pulled_back(site, seen, real, configs, noise)
-            moved = pulled_back(site, seen, real, configs, noise, Nudge(seen.hidden.dtype))
+            exact = pulled_back(site, seen, real, configs, material)
+            moved = pulled_back(site, seen, real, configs, material, Nudge(seen.hidden.dtype))
             _compare(claim, site, _gradient(seen.hidden), exact, moved)
     return claim.margin
 

@@ -17,6 +17,6 @@ def test_gradients_are_the_estimators(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """Gradients through a freeze are (1 - strength) times, or straight through, as its mode says."""
-    several = data.draw(st.lists(configs(circuit_model), min_size=1, max_size=2), label="configs")
     batch = data.draw(batches(circuit_model), label="batch")
+    several = data.draw(st.lists(configs(circuit_model, batch=batch), min_size=1, max_size=2), label="configs")
     circuit_record.observe(check_gradients_are_the_estimators(circuit_engine, circuit_model, several, batch))

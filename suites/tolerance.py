@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["Nudge", "gamma", "nudged", "original"]
+__all__ = ["Exact", "Nudge", "gamma", "nudged", "original"]
 
 CONFIDENCE = 6.0
 """Standard deviations that a sum of rounding errors is allowed."""
@@ -48,6 +48,13 @@ class Nudge:
         """`exact` as a computation of `terms` terms in `dtype` might have seen it; same shape and dtype."""
         signs = torch.randint(0, 2, exact.shape, generator=self.generator, dtype=torch.int8).to(exact)
         return exact * (1 + gamma(terms, dtype or self.dtype) * (2 * signs - 1))
+
+
+class Exact:
+    """No rounding, where a `Nudge` may stand."""
+
+    def __call__(self, exact: Tensor, terms: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+        return exact
 
 
 _COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDictionary()

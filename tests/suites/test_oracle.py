@@ -16,7 +16,7 @@ from pytest_circuitfreeze.engines import FreezeCore
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, sites
-from pytest_circuitfreeze.suites.judge.noise import noise_of
+from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import due
 from pytest_circuitfreeze.suites.judge.passes import Pass, look
 
@@ -43,11 +43,13 @@ def model(name: str) -> PreTrainedModel:
     return tiny_model(name, dtype=torch.float64)
 
 
-def relative_error(found: Pass, name: str, batch: Batch, configs: list[InterventionConfig], noise: Any = None) -> float:
+def relative_error(
+    found: Pass, name: str, batch: Batch, configs: list[InterventionConfig], material: Any = None
+) -> float:
     """The largest error of any z of a real token, in units of the largest z of its layer."""
     worst = 0.0
     for layer, site in sites(model(name)).items():
-        want = due(site, found.layers[layer], batch.real, configs, noise).z[batch.real]
+        want = due(site, found.layers[layer], batch.real, configs, material).z[batch.real]
         error = (found.layers[layer].mixed()[batch.real] - want).abs().max()
         worst = max(worst, float(error / want.abs().max()))
     return worst
@@ -62,9 +64,9 @@ def test_frozen_model_agrees_to_1e_9(name: str, circuit: str, scope: str) -> Non
         config = InterventionConfig(
             layer_indices=[0, 2], head_indices=[0, 3], circuit=circuit, kv_scope=scope, **fields
         )
-        noise = noise_of(engine, model(name), [config], IDS.shape[1])
+        material = material_of(engine, model(name), [config], PADDED)
         found = look(engine, model(name), config, PADDED)
-        assert relative_error(found, name, PADDED, [config], noise) < 1e-9
+        assert relative_error(found, name, PADDED, [config], material) < 1e-9
 
 
 @pytest.mark.parametrize("name", BY_HEART)
