@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +24,9 @@ from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
 from pytest_circuitfreeze.suites.judge.anatomy import Site
 from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import Gradients, judged_layers, pulled_back
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, observe
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, observe
 from pytest_circuitfreeze.suites.judge.replay import Replay
+from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, as_found, implementations, sites
 from pytest_circuitfreeze.suites.replays import compare_gradients_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge
@@ -33,7 +35,12 @@ if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["check_gradients_are_the_estimators", "weighted_sum", "without_gradients"]
+__all__ = [
+    "check_backward_modes_share_the_forward",
+    "check_gradients_are_the_estimators",
+    "weighted_sum",
+    "without_gradients",
+]
 
 
 def check_gradients_are_the_estimators(
@@ -71,6 +78,29 @@ def check_gradients_are_the_estimators(
             exact = pulled_back(site, seen, real, configs, material)
             moved = pulled_back(site, seen, real, configs, material, Nudge(seen.hidden.dtype))
             _compare(claim, site, _gradient(seen.hidden), exact, moved)
+    return claim.margin
+
+
+def check_backward_modes_share_the_forward(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """While gradients are kept, the logits are the same in every backward mode: bit for bit at strength 1.
+
+    At other strengths within rounding, since `x + strength * (r - x)` may be worked out in another order.
+
+    Raises:
+        ClaimBroken: they are not.
+    """
+    claim = Claim("backward modes share the forward", model=model, engine=engine, config=config, batch=batch)
+    logits = {}
+    for mode in ("stopgrad", "ste", "circuit_ste"):
+        with torch.enable_grad(), engine.freeze(model, replace(config, backward_mode=mode)) as frozen:
+            logits[mode] = logits_of(frozen, model, batch)[batch.real]
+    want, bound = logits.pop("stopgrad"), 0.0
+    if config.strength < 1:
+        bound = largest_change(want, nudged_look(engine, model, config, batch).logits[batch.real])
+    for mode, got in logits.items():
+        claim.within(f"logits under {mode}", got, want, bound, "real word")
     return claim.margin
 
 
