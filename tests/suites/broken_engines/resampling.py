@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from honest_engine import HookEngine
-from torch import Tensor
+from torch import Tensor, nn
 
 from freeze_core import InterventionConfig
 
@@ -44,9 +46,12 @@ class ShufflesAnew(HookEngine):
 
     passes = 0
 
+    def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        super().remember_pass(model, args, kwargs)
+        self.passes += 1
+
     def rows(self, seed: int, count: int) -> Tensor:
-        ShufflesAnew.passes += 1
-        return super().rows(seed + ShufflesAnew.passes // 50, count)
+        return super().rows(seed + self.passes, count)
 
 
 class RowsOfTheTokens(HookEngine):
