@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from hooked_layers import Layer, layers
 from torch import Tensor, nn
 
 from freeze_core import InterventionConfig, InterventionError
@@ -20,22 +20,7 @@ from freeze_core.statistics import model_identity
 from pytest_circuitfreeze.recordings import Calibrated, Recorded, calibrated, recorded
 from pytest_circuitfreeze.strategies import Batch
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 CIRCUITS = {"qk": "qk", "ov": "v", "both": "qkv", "q": "q", "k": "k", "v": "v"}
-
-
-@dataclass(eq=False)
-class Layer:
-    """An attention layer: for each role, a module's name and the features `[head, feature]` of its output.
-
-    What takes z is the child of one of the names in `OUTPUTS`.
-    """
-
-    number: int
-    module: nn.Module
-    places: dict[str, tuple[str, Tensor]]
-    heads: int
-    kv_heads: int
 
 
 class Blend(torch.autograd.Function):
@@ -101,11 +86,11 @@ class HookEngine:
             hook = self.hook(layer, role, features, own, wide and role != "q")
             self.undo.append(getattr(layer.module, name).register_forward_hook(hook).remove)
         if any(config.backward_mode == "circuit_ste" for config in own):
-            self.run_twice(layer.module)
+            self.run_twice(layer)
 
-    def run_twice(self, module: nn.Module) -> None:
+    def run_twice(self, layer: Layer) -> None:
         """Runs the attention as it is without its `circuit_ste` freezes first, and lets the gradient of z go there."""
-        forward = module.forward
+        module, forward = layer.module, layer.module.forward
 
         def twice(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
@@ -123,8 +108,7 @@ class HookEngine:
             spared, self.spared = self.spared, None
             return None if spared is None else (Blend.apply(spared, args[0], 1.0), *args[1:])
 
-        output = next(child for name, child in module.named_children() if name in OUTPUTS)
-        self.undo.append(output.register_forward_pre_hook(splice).remove)
+        self.undo.append(layer.output.register_forward_pre_hook(splice).remove)
         module.forward = twice
         self.undo.append(lambda: delattr(module, "forward"))
 
@@ -266,73 +250,3 @@ class HookEngine:
 
     def gradient_factor(self, config: InterventionConfig) -> float:
         return 1.0 if config.backward_mode == "ste" else 1.0 - config.strength
-
-
-def layers(model: nn.Module) -> list[Layer]:
-    """The attention layers of GPT-2, OPT, LLaMA-like models, Phi-3, Falcon and a few others, or of split ones."""
-    config: Any = model.config
-    heads = config.num_attention_heads
-    features = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", heads)
-    fused, blocks = FUSED.get(config.model_type, ""), torch.empty(0)
-    if config.model_type == "falcon":
-        kv_heads = config.num_kv_heads
-        if not config.new_decoder_architecture and config.multi_query:
-            kv_heads = 1
-    elif config.model_type == "gpt_bigcode" and config.multi_query:
-        kv_heads = 1
-    found: list[Layer] = []
-    for path, module in model.named_modules():
-        names = {name for name, _ in module.named_children()}
-        if "kv_b_proj" in names:
-            places, kv_heads = latent_places(config), heads
-        elif "q_proj" in names:
-            each = {"q": heads, "k": kv_heads, "v": kv_heads}
-            places = {r: (f"{r}_proj", torch.arange(n * features).view(n, features)) for r, n in each.items()}
-            if config.model_type == "qwen3_next":  # a gate behind each query
-                places["q"] = ("q_proj", torch.arange(2 * heads * features).view(heads, -1)[:, :features])
-        elif fused in names:
-            blocks = torch.arange((heads + 2 * kv_heads) * features).view(-1, features)
-            places = {r: (fused, blocks[order]) for r, order in fused_order(config, heads, kv_heads).items()}
-        else:
-            continue
-        number = next(int(part) for part in path.split(".") if part.isdecimal())
-        found.append(Layer(number, module, places, heads, kv_heads))
-    return found
-
-
-FUSED = {
-    "gpt2": "c_attn",
-    "phi3": "qkv_proj",
-    "falcon": "query_key_value",
-    "bloom": "query_key_value",
-    "gpt_bigcode": "c_attn",
-}
-
-
-def latent_places(config: Any) -> dict[str, tuple[str, Tensor]]:
-    """Multi-head latent attention, but for its keys: part of them is all heads' own."""
-    heads, plain, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    unpacked = torch.arange(heads * (plain + value)).view(heads, -1)
-    queries = torch.arange(heads * (plain + config.qk_rope_head_dim)).view(heads, -1)
-    return {
-        "q": ("q_b_proj", queries),
-        "k": ("kv_b_proj", unpacked[:, :plain]),
-        "v": ("kv_b_proj", unpacked[:, plain:]),
-    }
-
-
-def fused_order(config: Any, heads: int, kv_heads: int) -> dict[str, list[int]]:
-    """Which block of head features of a fused projection is whose."""
-    total = heads + 2 * kv_heads
-    if config.model_type == "falcon" and config.new_decoder_architecture:
-        per = heads // kv_heads + 2
-        at = {"k": [g * per + per - 2 for g in range(kv_heads)], "v": [g * per + per - 1 for g in range(kv_heads)]}
-        return {"q": [b for b in range(total) if b not in at["k"] + at["v"]], **at}
-    if config.model_type == "bloom" or (config.model_type in ("falcon", "gpt_bigcode") and not config.multi_query):
-        return {"q": list(range(0, total, 3)), "k": list(range(1, total, 3)), "v": list(range(2, total, 3))}
-    return {
-        "q": list(range(heads)),
-        "k": list(range(heads, heads + kv_heads)),
-        "v": list(range(heads + kv_heads, total)),
-    }

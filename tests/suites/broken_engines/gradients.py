@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from honest_engine import HookEngine, Layer
-from torch import Tensor, nn
+from torch import Tensor
 
 from freeze_core import InterventionConfig
 
@@ -61,7 +61,7 @@ class LosesParameters(HookEngine):
 class CircuitIsStraightThrough(HookEngine):
     """Takes the gradient of the circuit left untouched for that of a frozen one, straight through."""
 
-    def run_twice(self, module: nn.Module) -> None:
+    def run_twice(self, layer: Layer) -> None:
         pass
 
     def gradient_factor(self, config: Config) -> float:
@@ -71,7 +71,7 @@ class CircuitIsStraightThrough(HookEngine):
 class CircuitStops(HookEngine):
     """Stops the gradient where that of the circuit left untouched should flow."""
 
-    def run_twice(self, module: nn.Module) -> None:
+    def run_twice(self, layer: Layer) -> None:
         pass
 
 
@@ -92,8 +92,8 @@ class SparesEverything(HookEngine):
 class NotFrozenWhileTraining(HookEngine):
     """Runs the circuit left untouched forwards, too, while gradients are kept."""
 
-    def run_twice(self, module: nn.Module) -> None:
-        forward = module.forward
+    def run_twice(self, layer: Layer) -> None:
+        module, forward = layer.module, layer.module.forward
 
         def untouched(*args: Any, **kwargs: Any) -> Any:
             self.sparing = torch.is_grad_enabled()
