@@ -12,10 +12,12 @@ towards what it shrinks. Use them in tests of your own:
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.recordings import Calibrated, Recorded
 
 __all__ = [
     "Batch",
+    "backward_modes",
     "batches",
+    "calibrations",
     "circuits",
     "configs",
     "configs_without_statistics",
@@ -35,6 +40,7 @@ __all__ = [
     "heads_by_layer",
     "layer_indices",
     "noise_stds",
+    "references",
     "scopes",
     "seeds",
     "strengths",
@@ -97,9 +103,19 @@ def circuits() -> st.SearchStrategy[str]:
     return st.sampled_from(["ov", "qk", "both", "v", "q", "k"])
 
 
-def freeze_types() -> st.SearchStrategy[str]:
-    """A replacement. Shrinks to `zero`."""
-    return st.sampled_from(["zero", "mean", "noise"])
+def freeze_types(batch: Batch | None = None) -> st.SearchStrategy[str]:
+    """A replacement, of those that `batch` can be run with, if it is given. Shrinks to `zero`."""
+    kinds = ["zero", "mean", "noise"]
+    if batch is not None:
+        kinds.append("reference")
+        if len(batch.input_ids) > 1 and batch.real.all():
+            kinds.append("resample")
+    return st.sampled_from(kinds)
+
+
+def backward_modes() -> st.SearchStrategy[str]:
+    """A backward mode. Shrinks to `stopgrad`."""
+    return st.sampled_from(["stopgrad", "ste", "circuit_ste"])
 
 
 def scopes() -> st.SearchStrategy[str]:
@@ -113,7 +129,7 @@ def strengths(*, least: float = 0.0) -> st.SearchStrategy[float]:
 
 
 def seeds() -> st.SearchStrategy[int]:
-    """Any int that may seed noise, negative and large ones included. Shrinks to 0."""
+    """Any int that may seed noise or resampling, negative and large ones included. Shrinks to 0."""
     return st.integers(-(2**40), 2**40)
 
 
@@ -131,11 +147,51 @@ def vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
+def _tokens(model: PreTrainedModel, rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary(model), (rows, columns), generator=generator)
+
+
 def heads_by_layer(model: PreTrainedModel) -> dict[int, int]:
     """The number of query heads of each decoder layer of `model` that has attention."""
     from pytest_circuitfreeze.suites.judge.sites import sites
 
     return {layer: site.heads for layer, site in sites(model).items()}
+
+
+@st.composite
+def references(draw: st.DrawFn, model: PreTrainedModel, batch: Batch, layers: Sequence[int] | None = None) -> Recorded:
+    """What `layers` of `model` do on other tokens in the shape of `batch`, or in one row that is to serve all of them.
+
+    Shrinks to one row. What `freeze_core` cannot record is not drawn.
+    """
+    from freeze_core import UnsupportedModelError
+    from pytest_circuitfreeze.recordings import recorded
+
+    alike = bool((batch.real == batch.real[:1]).all())
+    rows = draw(st.sampled_from([1, len(batch.input_ids)])) if alike else len(batch.input_ids)
+    ids = _tokens(model, rows, batch.input_ids.shape[1], draw(st.integers(0, 2**16)))
+    mask = None if batch.attention_mask is None else batch.attention_mask[:rows]
+    try:
+        return recorded(model, Batch(ids, mask), layers)
+    except UnsupportedModelError:
+        reject()
+
+
+@st.composite
+def calibrations(draw: st.DrawFn, model: PreTrainedModel, layers: Sequence[int] | None = None) -> Calibrated:
+    """Statistics of `layers` of `model` over one or two drawn batches. Shrinks to those of one token.
+
+    What `freeze_core` cannot record is not drawn.
+    """
+    from freeze_core import UnsupportedModelError
+    from pytest_circuitfreeze.recordings import calibrated
+
+    sources = draw(st.lists(batches(model), min_size=1, max_size=2))
+    try:
+        return calibrated(model, sources, layers)
+    except UnsupportedModelError:
+        reject()
 
 
 @st.composite
@@ -150,6 +206,7 @@ def configs(
     strength: st.SearchStrategy[float] | None = None,
     noise_std: st.SearchStrategy[float | None] | None = None,
     most_layers: int = 2,
+    batch: Batch | None = None,
 ) -> InterventionConfig:
     """An `InterventionConfig` for `model`. Shrinks to head 0 of layer 0, V to zero, at full strength.
 
@@ -157,24 +214,30 @@ def configs(
         model: says how many layers and query heads there are.
         circuit, freeze_type, backward_mode, kv_scope, strength, noise_std: narrower strategies for these fields.
         most_layers: how many layers are frozen at most.
+        batch: what the freeze is for; with it, replacements from elsewhere are drawn, too: recorded on other inputs,
+            taken from other rows, calibrated over other batches.
     """
     from freeze_core import InterventionConfig
 
-    kind = draw(_or(freeze_type, freeze_types()))
+    kind = draw(_or(freeze_type, freeze_types(batch)))
     noisy = kind == "noise"
     by_layer = heads_by_layer(model)
     attending = sorted(by_layer)
     layers = [attending[at] for at in draw(layer_indices(len(attending), most=most_layers))]
+    std = draw(_or(noise_std, noise_stds())) if noisy else None
+    of_the_pass = kind == "mean" or (noisy and std is None)
     return InterventionConfig(
         layer_indices=layers,
         head_indices=draw(head_indices(min(by_layer[layer] for layer in layers))),
         circuit=draw(_or(circuit, circuits())),
         freeze_type=kind,
-        backward_mode=draw(_or(backward_mode, st.sampled_from(["stopgrad", "ste"]))),
+        backward_mode=draw(_or(backward_mode, backward_modes())),
         kv_scope=draw(_or(kv_scope, scopes())),
         strength=draw(_or(strength, strengths(least=0.01))),
-        seed=draw(seeds()) if noisy else 0,
-        noise_std=draw(_or(noise_std, noise_stds())) if noisy else None,
+        seed=draw(seeds()) if noisy or kind == "resample" else 0,
+        noise_std=std,
+        statistics=draw(st.none() | calibrations(model, layers)) if of_the_pass and batch is not None else None,
+        reference=draw(references(model, batch, layers)) if kind == "reference" and batch is not None else None,
     )
 
 
@@ -206,8 +269,7 @@ def batches(
     """
     batch = draw(_or(rows, st.integers(1, 3)))
     length = draw(_or(tokens, st.integers(1, LONGEST)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    input_ids = torch.randint(0, vocabulary(model), (batch, length), generator=generator)
+    input_ids = _tokens(model, batch, length, draw(st.integers(0, 2**16)))
     side = draw(st.sampled_from(["none", "ones", "left", "right"] if padding else ["none", "ones"]))
     if side == "none":
         return Batch(input_ids)

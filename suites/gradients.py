@@ -1,5 +1,7 @@
 """Gradient modes, by their identities: `dx = (1 - a) dx'` for stopgrad, `dx = dx'` for straight-through.
 
+`circuit_ste` goes further back: what arrives at z is carried through the attention as it is without the freeze.
+
 Both are seen from outside, without knowing where an engine cut the graph. What arrives at q, k and v as attention
 used them is `dx'`; what leaves is the gradient of the projections' weights and of the layer's input, which is `dx`
 times the input and `dx` times the weights. The oracle carries the one to the other by the estimator's definition, in
@@ -8,8 +10,9 @@ float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +22,12 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
 from pytest_circuitfreeze.suites.judge.anatomy import Site
-from pytest_circuitfreeze.suites.judge.noise import noise_of
+from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import Gradients, judged_layers, pulled_back
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, observe
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, observe
 from pytest_circuitfreeze.suites.judge.replay import Replay
-from pytest_circuitfreeze.suites.judge.sites import FoundSite, implementations, sites
+from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
+from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, as_found, implementations, sites
 from pytest_circuitfreeze.suites.replays import compare_gradients_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge
 
@@ -31,7 +35,12 @@ if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["check_gradients_are_the_estimators", "weighted_sum", "without_gradients"]
+__all__ = [
+    "check_backward_modes_share_the_forward",
+    "check_gradients_are_the_estimators",
+    "weighted_sum",
+    "without_gradients",
+]
 
 
 def check_gradients_are_the_estimators(
@@ -45,8 +54,10 @@ def check_gradients_are_the_estimators(
         ClaimBroken: they are not.
     """
     claim = Claim("gradients are the estimators'", model=model, engine=engine, configs=configs, batch=batch)
-    known = sites(model)
-    noise = noise_of(engine, model, configs, batch.input_ids.shape[1])
+    known: Mapping[int, AnySite] = sites(model)
+    if any(str(config.backward_mode) == "circuit_ste" for config in configs):
+        known = as_found(model)  # attention may run twice: what it was given and what came of it counts
+    material = material_of(engine, model, configs, batch)
     with without_gradients(model), attention_implementation(model, implementations(model)[0]):
         with engine.freeze(model, configs) as frozen, torch.enable_grad():
             found = observe(frozen, model, batch, known, gradients=True)
@@ -61,12 +72,35 @@ def check_gradients_are_the_estimators(
         for layer in judged:
             site, seen = known[layer], found.layers[layer]
             if isinstance(site, FoundSite):
-                replay = Replay(model, site, seen, real, configs, noise)
+                replay = Replay(model, site, seen, real, configs, material)
                 compare_gradients_with_replay(claim, replay, _gradient(seen.hidden))
                 continue
-            exact = pulled_back(site, seen, real, configs, noise)
-            moved = pulled_back(site, seen, real, configs, noise, Nudge(seen.hidden.dtype))
+            exact = pulled_back(site, seen, real, configs, material)
+            moved = pulled_back(site, seen, real, configs, material, Nudge(seen.hidden.dtype))
             _compare(claim, site, _gradient(seen.hidden), exact, moved)
+    return claim.margin
+
+
+def check_backward_modes_share_the_forward(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """While gradients are kept, the logits are the same in every backward mode: bit for bit at strength 1.
+
+    At other strengths within rounding, since `x + strength * (r - x)` may be worked out in another order.
+
+    Raises:
+        ClaimBroken: they are not.
+    """
+    claim = Claim("backward modes share the forward", model=model, engine=engine, config=config, batch=batch)
+    logits = {}
+    for mode in ("stopgrad", "ste", "circuit_ste"):
+        with torch.enable_grad(), engine.freeze(model, replace(config, backward_mode=mode)) as frozen:
+            logits[mode] = logits_of(frozen, model, batch)[batch.real]
+    want, bound = logits.pop("stopgrad"), 0.0
+    if config.strength < 1:
+        bound = largest_change(want, nudged_look(engine, model, config, batch).logits[batch.real])
+    for mode, got in logits.items():
+        claim.within(f"logits under {mode}", got, want, bound, "real word")
     return claim.margin
 
 

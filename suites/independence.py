@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, Site
-from pytest_circuitfreeze.suites.judge.noise import noise_of
+from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
 from pytest_circuitfreeze.suites.judge.passes import Pass, attention_implementation, look
 from pytest_circuitfreeze.suites.judge.replay import Replay
@@ -81,10 +81,10 @@ def _compare(
         claim.within(f"pattern of head {head} in layer {site.layer}", got, want, bound, "batch query key")
     if isinstance(site, FoundSite) and unshares(site, config):
         # Where the un-shared heads lie is the engine's own choice: what they are shows in z.
-        noise = noise_of(engine, model, [config], batch.input_ids.shape[1])
+        material = material_of(engine, model, [config], batch)
         seen, real = frozen.layers[site.layer], batch.real.to(model.device)
         with attention_implementation(model, "eager"):
-            compare_with_replay(claim, Replay(model, site, seen, real, [config], noise))
+            compare_with_replay(claim, Replay(model, site, seen, real, [config], material))
 
 
 def _views(

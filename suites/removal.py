@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
 from pytest_circuitfreeze.suites.independence import first_frozen
-from pytest_circuitfreeze.suites.judge.passes import look, observe
-from pytest_circuitfreeze.suites.judge.sites import sites
+from pytest_circuitfreeze.suites.judge.passes import logits_of, look
 from pytest_circuitfreeze.suites.judge.state import changes, moving, visible_state
 
 if TYPE_CHECKING:
@@ -84,7 +83,6 @@ def check_error_in_forward_leaves_no_trace(
     )
     clean, before = _unfrozen(engine, model, batch)
     want = look(engine, model, config, batch).logits
-    known = sites(model)
     interrupted = first_frozen(model, config).output
     with engine.freeze(model, config) as frozen:
         handle = interrupted.register_forward_pre_hook(_interrupt)
@@ -96,7 +94,7 @@ def check_error_in_forward_leaves_no_trace(
             claim.broken("the error was swallowed")
         finally:
             handle.remove()
-        got = observe(frozen, model, batch, known).logits.detach()
+        got = logits_of(frozen, model, batch)
     claim.same("logits of the next frozen pass", got, want, "batch token word")
     _demand_no_trace(claim, model, before)
     claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "batch token word")
@@ -117,10 +115,9 @@ def check_freezes_can_be_repeated(
     """
     claim = Claim("a freeze can be repeated", model=model, engine=engine, config=config, batch=batch, other=other)
     want = look(engine, model, config, batch).logits
-    known = sites(model)
     with engine.freeze(model, config) as frozen:
-        observe(frozen, model, other, known)
-        again = observe(frozen, model, batch, known).logits.detach()
+        logits_of(frozen, model, other)
+        again = logits_of(frozen, model, batch)
     claim.same("logits after another batch", again, want, "batch token word")
     claim.same("logits when installed anew", look(engine, model, config, batch).logits, want, "batch token word")
     return claim.margin
@@ -139,14 +136,13 @@ def check_nesting_is_a_list(
     claim = Claim("nested freezes are one list in order", model=model, engine=engine, configs=configs, batch=batch)
     clean, before = _unfrozen(engine, model, batch)
     want = [look(engine, model, configs[start:], batch).logits for start in range(len(configs))]
-    known = sites(model)
     entered: list[AbstractContextManager[Any]] = []
     try:
         for config in configs:
             entered.append(engine.freeze(model, config))
             frozen = entered[-1].__enter__()
         for start in range(len(configs)):
-            got = observe(frozen, model, batch, known).logits.detach()
+            got = logits_of(frozen, model, batch)
             claim.same(f"logits under freezes {start} to {len(configs) - 1}", got, want[start], "batch token word")
             entered.pop(0).__exit__(None, None, None)
     finally:

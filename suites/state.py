@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
-from pytest_circuitfreeze.suites.judge.passes import observe
+from pytest_circuitfreeze.suites.judge.passes import logits_of
 from pytest_circuitfreeze.suites.judge.recorder import hidden_of
 from pytest_circuitfreeze.suites.judge.sites import sites
 from pytest_circuitfreeze.suites.judge.state import changes, parameters_state, training_flags
@@ -35,14 +35,13 @@ def check_parameters_are_untouched(
     """
     claim = Claim("a freeze touches no parameter and no flag", model=model, engine=engine, config=config, batch=batch)
     was = [(module, module.training) for module in model.modules()]
-    known = sites(model)
     try:
         model.train(training)
         before = {**parameters_state(model), **training_flags(model)}
         with engine.freeze(model, config) as frozen:
             _demand_unchanged(claim, before, model, "when installed")
             with torch.random.fork_rng(devices=[]):  # dropout draws when training
-                observe(frozen, model, batch, known)
+                logits_of(frozen, model, batch)
             _demand_unchanged(claim, before, model, "after a pass")
         _demand_unchanged(claim, before, model, "when removed")
     finally:
@@ -65,7 +64,6 @@ def check_generators_are_untouched(
         ClaimBroken: it moved, or they do.
     """
     claim = Claim("torch's generators are untouched", model=model, engine=engine, config=config, batch=batch)
-    known = sites(model)
     logits = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for seed in (0, 1):
@@ -73,7 +71,7 @@ def check_generators_are_untouched(
             before = torch.get_rng_state()
             with engine.freeze(model, config) as frozen:
                 claim.demand(torch.equal(torch.get_rng_state(), before), "the CPU's generator moved when installed")
-                logits.append(observe(frozen, model, batch, known).logits)
+                logits.append(logits_of(frozen, model, batch))
             claim.demand(torch.equal(torch.get_rng_state(), before), "the CPU's generator moved in the pass")
     claim.same("logits after another manual_seed", logits[1], logits[0], "batch token word")
     return claim.margin

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pytest_circuitfreeze.recordings import moved_to
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
 from pytest_circuitfreeze.suites.gradients import weighted_sum, without_gradients
@@ -37,9 +38,10 @@ def check_storage_does_not_matter(
     """
     claim = Claim("storage does not matter", model=model, twin=twin.name, engine=engine, config=config, batch=batch)
     got = _results(engine, model, config, batch)
-    want = _results(engine, twin.model, config, batch)
+    want = _results(engine, twin.model, moved_to(config, twin.model), batch)
     with NudgedAttention():
-        moved = _results(engine, nudged(twin.model), config, batch)
+        near = nudged(twin.model)
+        moved = _results(engine, near, moved_to(config, near), batch)
     claim.demand(set(got) == set(want), f"the one has gradients of {sorted(got)}, the other of {sorted(want)}")
     for what, value in got.items():
         claim.within(what, value, want[what], largest_change(want[what], moved[what]))

@@ -22,8 +22,8 @@ def test_qk_leaves_ov(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """Freezing QK leaves values, and the patterns of heads that read nothing of it."""
-    config = data.draw(configs(circuit_model, circuit=st.sampled_from(["qk", "q", "k"])), label="config")
     batch = data.draw(batches(circuit_model, padding=pads_under_eager(circuit_model)), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch, circuit=st.sampled_from(["qk", "q", "k"])), label="config")
     circuit_record.observe(check_qk_leaves_ov(circuit_engine, circuit_model, config, batch))
 
 
@@ -32,8 +32,8 @@ def test_ov_leaves_qk(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """Freezing OV leaves queries, keys and every pattern."""
-    config = data.draw(configs(circuit_model, circuit=st.sampled_from(["ov", "v"])), label="config")
     batch = data.draw(batches(circuit_model, padding=pads_under_eager(circuit_model)), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch, circuit=st.sampled_from(["ov", "v"])), label="config")
     circuit_record.observe(check_ov_leaves_qk(circuit_engine, circuit_model, config, batch))
 
 
@@ -42,6 +42,6 @@ def test_order_does_not_matter(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """Freezing QK, then OV is freezing OV, then QK, and is freezing both."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_order_does_not_matter(circuit_engine, circuit_model, config, batch))

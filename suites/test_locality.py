@@ -22,8 +22,8 @@ def test_other_heads_are_untouched(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """Heads that read nothing frozen give what they gave."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_other_heads_are_untouched(circuit_engine, circuit_model, config, batch))
 
 
@@ -32,8 +32,8 @@ def test_earlier_layers_are_untouched(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """Layers before the first frozen one are untouched, bit for bit."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_earlier_layers_are_untouched(circuit_engine, circuit_model, config, batch))
 
 

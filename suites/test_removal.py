@@ -23,8 +23,8 @@ def test_removal_leaves_no_trace(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """After a freeze the model is what it was, bit for bit and attribute by attribute."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_removal_leaves_no_trace(circuit_engine, circuit_model, config, batch))
 
 
@@ -33,8 +33,8 @@ def test_error_in_body_leaves_no_trace(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """After an error under a freeze the model is what it was."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_error_in_body_leaves_no_trace(circuit_engine, circuit_model, config, batch))
 
 
@@ -43,8 +43,8 @@ def test_error_in_forward_leaves_no_trace(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """After an error inside a frozen layer the next pass is right, and so is the model afterwards."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_error_in_forward_leaves_no_trace(circuit_engine, circuit_model, config, batch))
 
 
@@ -64,6 +64,6 @@ def test_nesting_is_a_list(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """Nested freezes equal one list in order, and may leave in any order."""
-    several = data.draw(st.lists(configs(circuit_model), min_size=2, max_size=3), label="configs")
     batch = data.draw(batches(circuit_model), label="batch")
+    several = data.draw(st.lists(configs(circuit_model, batch=batch), min_size=2, max_size=3), label="configs")
     circuit_record.observe(check_nesting_is_a_list(circuit_engine, circuit_model, several, batch))

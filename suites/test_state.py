@@ -21,8 +21,8 @@ def test_parameters_are_untouched(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """While a freeze is on, parameters and training flags are the unfrozen model's."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     training = data.draw(st.booleans(), label="training")
     circuit_record.observe(check_parameters_are_untouched(circuit_engine, circuit_model, config, batch, training))
 
@@ -32,8 +32,8 @@ def test_generators_are_untouched(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A freeze neither moves torch's generators nor depends on them."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_generators_are_untouched(circuit_engine, circuit_model, config, batch))
 
 
@@ -42,6 +42,6 @@ def test_inputs_are_not_written_to(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A frozen pass writes to no tensor that others hold."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_inputs_are_not_written_to(circuit_engine, circuit_model, config, batch))

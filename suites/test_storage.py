@@ -20,6 +20,6 @@ def test_storage_does_not_matter(
     """Fused or separate, the same weights give the same outputs and gradients under the same freeze."""
     twin = data.draw(st.sampled_from(twins(circuit_model)), label="twin")
     scopes = ["group", "head"] if twin.unshares else ["group"]
-    config = data.draw(configs(circuit_model, kv_scope=st.sampled_from(scopes)), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch, kv_scope=st.sampled_from(scopes)), label="config")
     circuit_record.observe(check_storage_does_not_matter(circuit_engine, circuit_model, twin, config, batch))

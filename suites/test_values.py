@@ -24,10 +24,10 @@ def test_values_are_the_oracles(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """What attention consumes under a freeze is what a float64 oracle computes."""
-    config = data.draw(configs(circuit_model), label="config")
     attn = data.draw(st.sampled_from(implementations(circuit_model)), label="attn")
     padding = attn == "sdpa" or pads_under_eager(circuit_model)
     batch = data.draw(batches(circuit_model, padding=padding), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, [config], batch, attn))
 
 
@@ -36,8 +36,10 @@ def test_several_freezes_win_in_order(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """Of several freezes the later one wins where they meet, each on the unfrozen activation."""
-    several = data.draw(st.lists(configs(circuit_model, most_layers=1), min_size=2, max_size=3), label="configs")
     batch = data.draw(batches(circuit_model), label="batch")
+    several = data.draw(
+        st.lists(configs(circuit_model, batch=batch, most_layers=1), min_size=2, max_size=3), label="configs"
+    )
     circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, several, batch))
 
 
@@ -46,8 +48,8 @@ def test_zero_strength_is_unfrozen(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A freeze of strength 0 is the unfrozen model, bit for bit."""
-    config = data.draw(configs(circuit_model, strength=st.just(0.0)), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch, strength=st.just(0.0)), label="config")
     circuit_record.observe(check_zero_strength_is_unfrozen(circuit_engine, circuit_model, config, batch))
 
 
@@ -67,6 +69,6 @@ def test_implementations_agree(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A freeze gives the same outputs under eager and sdpa attention."""
-    config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model, padding=pads_under_eager(circuit_model)), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
     circuit_record.observe(check_implementations_agree(circuit_engine, circuit_model, config, batch))

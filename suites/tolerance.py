@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["Nudge", "gamma", "nudged", "original"]
+__all__ = ["Exact", "Nudge", "gamma", "nudged", "original"]
 
 CONFIDENCE = 6.0
 """Standard deviations that a sum of rounding errors is allowed."""
@@ -36,6 +36,8 @@ def gamma(terms: int, dtype: torch.dtype) -> float:
 class Nudge:
     """Multiplies tensors by `1 + gamma` or `1 - gamma`, at random; the same signs for the same seed.
 
+    What is not 0 moves by the smallest normal number besides, below which a result may be lost altogether.
+
     Args:
         dtype: whose rounding is imitated; the tensors themselves may be of a wider one.
     """
@@ -46,8 +48,16 @@ class Nudge:
 
     def __call__(self, exact: Tensor, terms: int = 1, dtype: torch.dtype | None = None) -> Tensor:
         """`exact` as a computation of `terms` terms in `dtype` might have seen it; same shape and dtype."""
-        signs = torch.randint(0, 2, exact.shape, generator=self.generator, dtype=torch.int8).to(exact)
-        return exact * (1 + gamma(terms, dtype or self.dtype) * (2 * signs - 1))
+        signs = 2 * torch.randint(0, 2, exact.shape, generator=self.generator, dtype=torch.int8).to(exact) - 1
+        underflow = (exact != 0) * torch.finfo(dtype or self.dtype).tiny
+        return exact * (1 + gamma(terms, dtype or self.dtype) * signs) + underflow * signs
+
+
+class Exact:
+    """No rounding, where a `Nudge` may stand."""
+
+    def __call__(self, exact: Tensor, terms: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+        return exact
 
 
 _COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDictionary()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role
-from pytest_circuitfreeze.suites.judge.noise import noise_of
+from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due, judged_layers
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look
 from pytest_circuitfreeze.suites.judge.replay import Replay
@@ -56,19 +56,19 @@ def check_values_are_the_oracles(
     attn = attn or implementations(model)[0]
     claim = Claim("frozen values are the oracle's", model=model, engine=engine, configs=configs, batch=batch, attn=attn)
     known = sites(model)
-    noise = noise_of(engine, model, configs, batch.input_ids.shape[1])
+    material = material_of(engine, model, configs, batch)
     found = look(engine, model, configs, batch, attn=attn, patterns=attn == "eager")
     real = batch.real.to(model.device)
     for layer in judged_layers(known, configs):
         site, seen = known[layer], found.layers[layer]
         if isinstance(site, FoundSite):
             with attention_implementation(model, attn):
-                compare_with_replay(claim, Replay(model, site, seen, real, configs, noise))
+                compare_with_replay(claim, Replay(model, site, seen, real, configs, material))
             continue
         dtype = seen.mixed().dtype
         softmax = torch.float32 if attn == "eager" and site.family.float32_softmax and dtype == torch.float64 else dtype
-        exact = due(site, seen, real, configs, noise)
-        moved = due(site, seen, real, configs, noise, Nudge(dtype), softmax)
+        exact = due(site, seen, real, configs, material)
+        moved = due(site, seen, real, configs, material, Nudge(dtype), softmax)
         for role in ROLES if attn == "sdpa" else ():
             used = seen.qkv[role].repeat_interleave(site.heads // seen.qkv[role].shape[1], dim=1)
             bound = (exact.used[role] - moved.used[role]).abs().amax((0, 2, 3), keepdim=True)

@@ -109,6 +109,14 @@ class Site:
         """Each role's bias `[head, feature]`, a view of `read(parameter)`; empty where there is none."""
         return self._by_role("bias", read)
 
+    def places(self) -> dict[Role, tuple[str, Tensor]]:
+        """For each role the child whose output holds it, and which of its features are whose `[head, feature]`."""
+        if hasattr(self.module, "q_proj"):
+            apart = {role: torch.arange(self.count(role) * self.head_dim) for role in ROLES}
+            return {role: (f"{role}_proj", own.view(-1, self.head_dim)) for role, own in apart.items()}
+        whole = self._cut(torch.arange((self.heads + 2 * self.kv_heads) * self.head_dim))
+        return {role: (str(self.family.fused), features) for role, features in whole.items()}
+
     def _by_role(self, name: str, read: Callable[[Tensor], Tensor | None]) -> dict[Role, Tensor]:
         if hasattr(self.module, "q_proj"):
             apart = {role: getattr(getattr(self.module, f"{role}_proj"), name) for role in ROLES}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["engine_noise", "noise_of", "read_noise"]
+__all__ = ["Draws", "engine_noise", "noise_of", "read_noise"]
+
+Draws = Mapping[tuple[int, int, str], Tensor]
+"""Draws by seed, layer and role (or part of it), `[token, head, head_dim]` with the role's own number of heads."""
 
 
 def engine_noise(engine: Engine, model: PreTrainedModel, seed: int, columns: int) -> dict[tuple[int, int, str], Tensor]:

@@ -8,35 +8,32 @@ arithmetic here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role, Site
+from pytest_circuitfreeze.suites.judge.material import Material
 from pytest_circuitfreeze.suites.judge.recorder import Seen
 from pytest_circuitfreeze.suites.judge.sites import AnySite
-from pytest_circuitfreeze.suites.tolerance import Nudge
+from pytest_circuitfreeze.suites.tolerance import Exact, Nudge
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
 
 __all__ = [
     "Answer",
-    "Exact",
     "Gradients",
-    "Noise",
     "blend",
     "chosen_heads",
     "due",
     "frozen_roles",
     "judged_layers",
     "pulled_back",
+    "untouched",
 ]
-
-Noise = Mapping[tuple[int, int, str], Tensor]
-"""Draws by seed, layer and role (or part of it), `[token, head, head_dim]` with the role's own number of heads."""
 
 
 @dataclass
@@ -74,7 +71,7 @@ def due(
     seen: Seen,
     real: Tensor,
     configs: Sequence[InterventionConfig],
-    noise: Noise | None = None,
+    material: Material | None = None,
     nudge: Nudge | None = None,
     softmax: torch.dtype = torch.float64,
 ) -> Answer:
@@ -83,12 +80,12 @@ def due(
     Args:
         real: `[batch, token]` bool, true where a token is not padding.
         configs: in install order, the later one winning where they meet.
-        noise: the engine's draws, where a config freezes to noise.
+        material: what replacements are made of, where they are more than zero or statistics of the pass.
         nudge: imitates rounding, for a bound; `None` is exact.
         softmax: dtype in which the model takes the softmax, when that is narrower than its own.
     """
     touch = nudge or _exact
-    used = frozen_used(site, seen, real, configs, noise, touch)
+    used = frozen_used(site, seen, real, configs, material, touch)
     q, k, v = (touch(used[role], 4) for role in ROLES)
     scores = touch(site.score(touch(q, site.head_dim), k), 4, softmax)
     visible = _visible(site, real)
@@ -103,7 +100,7 @@ def frozen_used(
     seen: Seen,
     real: Tensor,
     configs: Sequence[InterventionConfig],
-    noise: Noise | None,
+    material: Material | None,
     touch: Nudge | Exact,
     weights: Mapping[Role, Tensor] | None = None,
     biases: Mapping[Role, Tensor] | None = None,
@@ -124,7 +121,7 @@ def frozen_used(
         x = torch.einsum("btm,hdm->bthd", hidden.double(), weight)
         if role in biases:
             x = x + touch(biases[role].double())
-        x = _frozen(site, role, x, real, configs, noise, touch)
+        x = _frozen(site, role, x, real, configs, material, touch)
         used[role] = site.used(role, x, rotary)
     return used
 
@@ -134,7 +131,7 @@ def pulled_back(
     seen: Seen,
     real: Tensor,
     configs: Sequence[InterventionConfig],
-    noise: Noise | None = None,
+    material: Material | None = None,
     nudge: Nudge | None = None,
 ) -> Gradients:
     """Gradients that are due, given those that reached q, k and v as used (`seen.probes`)."""
@@ -143,7 +140,7 @@ def pulled_back(
     biases = {role: bias.double().requires_grad_() for role, bias in site.biases().items()}
     touch = nudge or _exact
     with torch.enable_grad():
-        used = frozen_used(site, seen, real, configs, noise, touch, weights, biases, hidden)
+        used = frozen_used(site, seen, real, configs, material, touch, weights, biases, hidden)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for role in ROLES:
             arrived = seen.probes[role].grad
@@ -192,13 +189,6 @@ def _names(indices: Sequence[int] | None, index: int, count: int) -> bool:
     return indices is None or index in indices or index - count in indices
 
 
-class Exact:
-    """No rounding."""
-
-    def __call__(self, exact: Tensor, terms: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-        return exact
-
-
 _exact = Exact()
 
 
@@ -208,7 +198,7 @@ def _frozen(
     x: Tensor,
     real: Tensor,
     configs: Sequence[InterventionConfig],
-    noise: Noise | None,
+    material: Material | None,
     touch: Nudge | Exact,
 ) -> Tensor:
     """The activation after all freezes, `[batch, token, query head, head_dim]`."""
@@ -216,9 +206,9 @@ def _frozen(
     result = x[:, :, own]
     for config in configs:
         heads = chosen_heads(site, config, role)
-        if not heads or config.strength == 0:
+        if not heads:
             continue
-        r = touch(_replacement(site, role, x.detach(), real, config, noise, touch), 8)
+        r = (material or Material()).replacement(site.layer, role, range(x.shape[2]), x, real, config, touch)
         r = r.expand(x.shape)[:, :, own[heads]]
         result = result.index_copy(
             2, torch.tensor(heads, device=x.device), blend(x[:, :, own[heads]], r, config, touch)
@@ -233,29 +223,14 @@ def blend(x: Tensor, r: Tensor, config: InterventionConfig, touch: Nudge | Exact
     return value.detach() + (x - x.detach()) if str(config.backward_mode) == "ste" else value
 
 
-def _replacement(
-    site: Site,
-    role: Role,
-    x: Tensor,
-    real: Tensor,
-    config: InterventionConfig,
-    noise: Noise | None,
-    touch: Nudge | Exact,
-) -> Tensor:
-    """`r`, broadcastable to `x [batch, token, head, head_dim]`, without gradient."""
-    kind = str(config.freeze_type)
-    if kind == "zero":
-        return torch.zeros_like(x)
-    samples = touch(x, int(real.sum()))[real]
-    mean = samples.mean(0)
-    if kind == "mean":
-        return mean
-    if noise is None:
-        raise ValueError("the oracle needs the engine's noise: read it with engine_noise")
-    e = noise[config.seed, site.layer, role][: x.shape[1]].double()
-    if config.noise_std is not None:
-        return config.noise_std * e
-    return mean + samples.var(0, correction=0).sqrt() * e
+def untouched(configs: Sequence[InterventionConfig]) -> list[InterventionConfig]:
+    """`configs` for the attention whose gradient is due: what `circuit_ste` freezes is there as if it had not been."""
+    return [
+        replace(config, freeze_type="zero", reference=None, strength=0.0)
+        if str(config.backward_mode) == "circuit_ste"
+        else config
+        for config in configs
+    ]
 
 
 def _visible(site: Site, real: Tensor) -> Tensor:

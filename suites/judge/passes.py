@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["Pass", "Seen", "attention_implementation", "look", "observe", "pads_under_eager"]
+__all__ = ["Pass", "Seen", "attention_implementation", "logits_of", "look", "observe", "pads_under_eager"]
 
 
 @dataclass
@@ -85,6 +85,17 @@ def observe(
     if tapped:
         _demand_all_tapped(known, recorder.layers)
     return Pass(output.logits, recorder.layers)
+
+
+def logits_of(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The logits `[batch, token, vocabulary]` of one pass that nobody looks into, gradients kept if they are on.
+
+    Args:
+        call: the model or what an engine yields for it.
+    """
+    with attention_implementation(model, implementations(model)[0]):
+        logits: Tensor = call(**batch.arguments(model)).logits
+    return logits.detach()
 
 
 def pads_under_eager(model: PreTrainedModel) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge
-from pytest_circuitfreeze.suites.judge.oracle import Exact, Noise, blend, chosen_heads
+from pytest_circuitfreeze.suites.judge.material import Material
+from pytest_circuitfreeze.suites.judge.oracle import blend, chosen_heads, untouched
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation
 from pytest_circuitfreeze.suites.judge.recorder import Call, PatternTap, Seen
 from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention
 from pytest_circuitfreeze.suites.judge.sites import FoundSite, tied
-from pytest_circuitfreeze.suites.tolerance import Nudge, nudged
+from pytest_circuitfreeze.suites.tolerance import Exact, Nudge, nudged
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -48,7 +49,7 @@ class Replay:
         seen: what it was called with in the frozen pass.
         real: `[batch, token]` bool, true where a token is not padding.
         configs: in install order, the later one winning where they meet.
-        noise: the engine's draws, where a config freezes to noise.
+        material: what replacements are made of.
         rounding: run the model off by rounding, for a bound.
     """
 
@@ -57,7 +58,7 @@ class Replay:
     seen: Seen
     real: Tensor
     configs: Sequence[InterventionConfig]
-    noise: Noise
+    material: Material
     rounding: bool = False
 
     def values(self) -> tuple[Tensor, Tensor | None]:
@@ -71,6 +72,10 @@ class Replay:
             hidden = self.seen.hidden.detach().clone().requires_grad_()
             call = self._call().given(hidden)
             z, _ = self._heads(module, call)
+            if any(str(config.backward_mode) == "circuit_ste" for config in self.configs):
+                # Frozen for what reads z, untouched for what made it.
+                spared, _ = replace(self, configs=untouched(self.configs))._heads(module, call)
+                z = z.detach() + (spared - spared.detach())
             answer = self._answer(module, call, z)
             arrived = self.seen.answer.grad if self.seen.answer is not None else None
             if arrived is None:
@@ -196,24 +201,15 @@ class Replay:
             features = part.features[rows].flatten().to(x.device)
             own = touch(x[..., features], 4)
             if config is not None:
-                r = self._replacement(name, rows, own.detach(), config, touch)
+                r = self._replacement(name, rows, own.detach(), config)
                 # In float64: near strength 1 hardly a digit of the difference would be left.
                 own = touch(blend(own.double(), r.expand(own.shape), config, touch).to(x.dtype), 4)
             return x.index_copy(-1, features, own)
 
         return edit
 
-    def _replacement(
-        self, name: str, rows: list[int], x: Tensor, config: InterventionConfig, touch: Nudge | Exact
-    ) -> Tensor:
+    def _replacement(self, name: str, rows: list[int], x: Tensor, config: InterventionConfig) -> Tensor:
         """`r`, broadcastable to `x [batch, token, feature]`, in float64."""
-        kind = str(config.freeze_type)
-        if kind == "zero":
-            return torch.zeros_like(x, dtype=torch.float64)
-        samples = touch(x.double()[self.real], int(self.real.sum()), x.dtype)
-        if kind == "mean":
-            return touch(samples.mean(0), 8, x.dtype)
-        e = self.noise[config.seed, self.site.layer, name][: x.shape[1], rows].flatten(1).to(x.device)
-        if config.noise_std is not None:
-            return touch(config.noise_std * e, 8, x.dtype)
-        return touch(samples.mean(0) + samples.var(0, correction=0).sqrt() * e, 8, x.dtype)
+        by_head, touch = x.unflatten(-1, (len(rows), -1)), Nudge(x.dtype) if self.rounding else Exact()
+        r = self.material.replacement(self.site.layer, name, rows, by_head, self.real, config, touch)
+        return r.flatten(-2)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from pytest_circuitfreeze.recordings import moved_to
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
 from pytest_circuitfreeze.suites.judge.passes import Pass, look
@@ -35,7 +36,10 @@ def nudged_look(
     rounding: torch.dtype | None = None,
 ) -> Pass:
     """The pass that `look` would see if every weight were off by rounding (`tolerance.nudged`), in `rounding`."""
-    return look(engine, nudged(model, rounding), config, batch, attn=attn, patterns=patterns)
+    twin = nudged(model, rounding)
+    if config is not None:
+        config = [moved_to(one, twin) for one in (config if isinstance(config, Sequence) else [config])]
+    return look(engine, twin, config, batch, attn=attn, patterns=patterns)
 
 
 def largest_change(exact: Tensor, moved: Tensor) -> float:

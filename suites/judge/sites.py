@@ -18,7 +18,7 @@ from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, 
 from pytest_circuitfreeze.suites.judge.discovery import Attention, attention_of, features_of
 from pytest_circuitfreeze.suites.tolerance import original
 
-__all__ = ["AnySite", "FoundSite", "Part", "implementations", "made_by", "sites", "tied"]
+__all__ = ["AnySite", "FoundSite", "Part", "as_found", "implementations", "made_by", "sites", "tied"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +97,37 @@ def sites(model: PreTrainedModel) -> dict[int, AnySite]:
         source = original(model)
         _FOUND[model] = _find(model) if source is None else _moved(sites(source), model)
     return dict(_FOUND[model])
+
+
+def as_found(model: PreTrainedModel) -> dict[int, FoundSite]:
+    """The same layers, those that are known by heart described as the others are: seen at the ends of the attention.
+
+    That is enough to record, and to run the attention again, however often it ran.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        layer: site if isinstance(site, FoundSite) else _by_place(site, names[site.module])
+        for layer, site in sites(model).items()
+    }
+
+
+def _by_place(site: Site, name: str) -> FoundSite:
+    parts = {}
+    for role, (place, features) in site.places().items():
+        each = site.heads // len(features)
+        readers = tuple(tuple(range(head * each, (head + 1) * each)) for head in range(len(features)))
+        parts[str(role)] = Part(role, place, features, readers)
+    return FoundSite(
+        layer=site.layer,
+        layers=site.layers,
+        name=name,
+        module=site.module,
+        output_name=site.family.output,
+        output=site.output,
+        heads=site.heads,
+        group=site.group,
+        parts=parts,
+    )
 
 
 def implementations(model: PreTrainedModel) -> tuple[str, ...]:

@@ -7,27 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from hooked_layers import Layer, layers
 from torch import Tensor, nn
 
-from freeze_core import InterventionConfig
+from freeze_core import InterventionConfig, InterventionError
+from freeze_core.attention.sites import find_sites
+from freeze_core.statistics import model_identity
+from pytest_circuitfreeze.recordings import Calibrated, Recorded, calibrated, recorded
+from pytest_circuitfreeze.strategies import Batch
 
 CIRCUITS = {"qk": "qk", "ov": "v", "both": "qkv", "q": "q", "k": "k", "v": "v"}
-
-
-@dataclass(eq=False)
-class Layer:
-    """An attention layer: for each role, a module's name and the features `[head, feature]` of its output."""
-
-    number: int
-    module: nn.Module
-    places: dict[str, tuple[str, Tensor]]
-    heads: int
-    kv_heads: int
 
 
 class Blend(torch.autograd.Function):
@@ -51,6 +44,9 @@ class HookEngine:
     def __init__(self) -> None:
         self.on: list[tuple[object, list[InterventionConfig]]] = []
         self.mask: Tensor | None = None
+        self.cached = 0
+        self.sparing = False
+        self.spared: Tensor | None = None
         self.undo: list[Callable[[], object]] = []
 
     @contextmanager
@@ -58,7 +54,9 @@ class HookEngine:
         self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]
     ) -> Iterator[Callable[..., Any]]:
         token = object()
-        self.on.append((token, [config] if isinstance(config, InterventionConfig) else list(config)))
+        configs = [config] if isinstance(config, InterventionConfig) else list(config)
+        self.refuse_foreign_statistics(model, configs)
+        self.on.append((token, configs))
         self.install(model)
         try:
             yield model
@@ -72,7 +70,7 @@ class HookEngine:
         configs = [config for _, several in self.on for config in several if config.strength > 0]
         if not configs:
             return
-        self.undo.append(model.register_forward_pre_hook(self.remember_mask, with_kwargs=True).remove)
+        self.undo.append(model.register_forward_pre_hook(self.remember_pass, with_kwargs=True).remove)
         for layer in layers(model):
             self.install_layer(layer, configs)
 
@@ -87,14 +85,52 @@ class HookEngine:
             name, features = layer.places[role]
             hook = self.hook(layer, role, features, own, wide and role != "q")
             self.undo.append(getattr(layer.module, name).register_forward_hook(hook).remove)
+        if any(config.backward_mode == "circuit_ste" for config in own):
+            self.run_twice(layer)
+
+    def run_twice(self, layer: Layer) -> None:
+        """Runs the attention as it is without its `circuit_ste` freezes first, and lets the gradient of z go there."""
+        module, forward = layer.module, layer.module.forward
+
+        def twice(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                self.sparing = True
+                try:
+                    forward(*args, **kwargs)
+                finally:
+                    self.sparing = False
+            return forward(*args, **kwargs)
+
+        def splice(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if self.sparing:
+                self.spared = args[0]
+                return None
+            spared, self.spared = self.spared, None
+            return None if spared is None else (Blend.apply(spared, args[0], 1.0), *args[1:])
+
+        self.undo.append(layer.output.register_forward_pre_hook(splice).remove)
+        module.forward = twice
+        self.undo.append(lambda: delattr(module, "forward"))
 
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
         old = getattr(module, name)
         setattr(module, name, value)
         self.undo.append(lambda: setattr(module, name, old))
 
-    def remember_mask(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        self.mask = kwargs.get("attention_mask")
+    def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        self.mask, self.cached = kwargs.get("attention_mask"), 0 if cache is None else cache.get_seq_length()
+
+    def refuse_foreign_statistics(self, model: nn.Module, configs: list[InterventionConfig]) -> None:
+        for statistics in (config.statistics for config in configs):
+            if statistics is not None and statistics.identity != model_identity(find_sites(model)):
+                raise InterventionError("statistics are of another model: calibrate this one")
+
+    def recorded(self, model: Any, source: Batch) -> Recorded:
+        return recorded(model, source)
+
+    def calibrated(self, model: Any, sources: list[Batch]) -> Calibrated:
+        return calibrated(model, sources)
 
     def in_layer(self, config: InterventionConfig, layer: Layer) -> bool:
         return config.layer_indices is None or layer.number in config.layer_indices
@@ -121,10 +157,17 @@ class HookEngine:
             if role not in self.roles(config):
                 continue
             heads = self.heads(layer, role, config, readers)
+            if self.sparing and self.is_spared(role, config):
+                result = result.index_copy(2, torch.tensor(heads), x[:, :, heads])
+                continue
             value = self.replacement(layer, role, x, config).expand_as(x)[:, :, heads]
             result = result.clone()
             result[:, :, heads] = self.blend(x[:, :, heads], value, config)
         return result
+
+    def is_spared(self, role: str, config: InterventionConfig) -> bool:
+        """Whether the gradient is to flow as if this freeze had not been made."""
+        return config.backward_mode == "circuit_ste"
 
     def roles(self, config: InterventionConfig) -> str:
         return CIRCUITS[config.circuit]
@@ -140,13 +183,53 @@ class HookEngine:
         x = x.detach()
         if config.freeze_type == "zero":
             return torch.zeros_like(x)
-        samples = self.samples(x)
-        if config.freeze_type == "mean":
-            return samples.mean(0)
-        e = self.noise(layer, role, x, config)
+        if config.freeze_type == "reference":
+            return self.reference(layer, role, x, config)
+        if config.freeze_type == "resample":
+            return self.resample(x, config)
+        e = self.noise(layer, role, x, config) if config.freeze_type == "noise" else torch.zeros(())
         if config.noise_std is not None:
             return config.noise_std * e
-        return samples.mean(0) + samples.std(0, correction=0) * e
+        mean, deviation = self.statistics(layer, role, x, config)
+        return mean + deviation * e
+
+    def reference(self, layer: Layer, role: str, x: Tensor, config: InterventionConfig) -> Tensor:
+        assert config.reference is not None
+        value = self.for_heads(getattr(config.reference[layer.number], role), x)
+        if self.cached or value.shape[1] != x.shape[1] or len(value) not in (1, len(x)):
+            raise InterventionError(f"the reference is of shape {list(value.shape)}, this pass of {list(x.shape)}")
+        if not self.padded_alike(x, config.reference.attention_mask):
+            raise InterventionError("the reference was recorded under another attention_mask: record it under this one")
+        return value
+
+    def padded_alike(self, x: Tensor, mask: Tensor | None) -> bool:
+        ones = torch.ones(x.shape[:2], dtype=torch.long)
+        return bool(((ones if mask is None else mask) == (ones if self.mask is None else self.mask)).all())
+
+    def for_heads(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values `[..., head, feature]` for as many heads as `x` has; neighbours share those of a KV head."""
+        return values[..., : x.shape[-1]].to(x).repeat_interleave(x.shape[2] // values.shape[-2], dim=-2)
+
+    def resample(self, x: Tensor, config: InterventionConfig) -> Tensor:
+        if len(x) < 2 or (self.mask is not None and not self.mask.all()):
+            raise InterventionError("resample needs two rows at least, and none with padding")
+        return x[self.rows(config.seed, len(x))]
+
+    def rows(self, seed: int, count: int) -> Tensor:
+        """Which row takes the place of each."""
+        return torch.arange(count).roll(1 + seed % (count - 1))
+
+    def statistics(
+        self, layer: Layer, role: str, x: Tensor, config: InterventionConfig
+    ) -> tuple[Tensor, Tensor | float]:
+        """Mean and deviation `[head, feature]`."""
+        if config.statistics is not None:
+            own = config.statistics[layer.number]
+            return self.for_heads(own.mean[role], x), self.for_heads(own.std[role], x)  # type: ignore[index]
+        if self.cached:
+            raise InterventionError("a step that goes on from a cache has no statistics of its own: calibrate some")
+        samples = self.samples(x)
+        return samples.mean(0), samples.std(0, correction=0)
 
     def samples(self, x: Tensor) -> Tensor:
         """What statistics are taken of, `[sample, head, feature]`."""
@@ -167,73 +250,3 @@ class HookEngine:
 
     def gradient_factor(self, config: InterventionConfig) -> float:
         return 1.0 if config.backward_mode == "ste" else 1.0 - config.strength
-
-
-def layers(model: nn.Module) -> list[Layer]:
-    """The attention layers of GPT-2, OPT, LLaMA-like models, Phi-3, Falcon and a few others, or of split ones."""
-    config: Any = model.config
-    heads = config.num_attention_heads
-    features = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", heads)
-    fused, blocks = FUSED.get(config.model_type, ""), torch.empty(0)
-    if config.model_type == "falcon":
-        kv_heads = config.num_kv_heads
-        if not config.new_decoder_architecture and config.multi_query:
-            kv_heads = 1
-    elif config.model_type == "gpt_bigcode" and config.multi_query:
-        kv_heads = 1
-    found: list[Layer] = []
-    for path, module in model.named_modules():
-        names = {name for name, _ in module.named_children()}
-        if "kv_b_proj" in names:
-            places, kv_heads = latent_places(config), heads
-        elif "q_proj" in names:
-            each = {"q": heads, "k": kv_heads, "v": kv_heads}
-            places = {r: (f"{r}_proj", torch.arange(n * features).view(n, features)) for r, n in each.items()}
-            if config.model_type == "qwen3_next":  # a gate behind each query
-                places["q"] = ("q_proj", torch.arange(2 * heads * features).view(heads, -1)[:, :features])
-        elif fused in names:
-            blocks = torch.arange((heads + 2 * kv_heads) * features).view(-1, features)
-            places = {r: (fused, blocks[order]) for r, order in fused_order(config, heads, kv_heads).items()}
-        else:
-            continue
-        number = next(int(part) for part in path.split(".") if part.isdecimal())
-        found.append(Layer(number, module, places, heads, kv_heads))
-    return found
-
-
-FUSED = {
-    "gpt2": "c_attn",
-    "phi3": "qkv_proj",
-    "falcon": "query_key_value",
-    "bloom": "query_key_value",
-    "gpt_bigcode": "c_attn",
-}
-
-
-def latent_places(config: Any) -> dict[str, tuple[str, Tensor]]:
-    """Multi-head latent attention, but for its keys: part of them is all heads' own."""
-    heads, plain, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    unpacked = torch.arange(heads * (plain + value)).view(heads, -1)
-    queries = torch.arange(heads * (plain + config.qk_rope_head_dim)).view(heads, -1)
-    return {
-        "q": ("q_b_proj", queries),
-        "k": ("kv_b_proj", unpacked[:, :plain]),
-        "v": ("kv_b_proj", unpacked[:, plain:]),
-    }
-
-
-def fused_order(config: Any, heads: int, kv_heads: int) -> dict[str, list[int]]:
-    """Which block of head features of a fused projection is whose."""
-    total = heads + 2 * kv_heads
-    if config.model_type == "falcon" and config.new_decoder_architecture:
-        per = heads // kv_heads + 2
-        at = {"k": [g * per + per - 2 for g in range(kv_heads)], "v": [g * per + per - 1 for g in range(kv_heads)]}
-        return {"q": [b for b in range(total) if b not in at["k"] + at["v"]], **at}
-    if config.model_type == "bloom" or (config.model_type in ("falcon", "gpt_bigcode") and not config.multi_query):
-        return {"q": list(range(0, total, 3)), "k": list(range(1, total, 3)), "v": list(range(2, total, 3))}
-    return {
-        "q": list(range(heads)),
-        "k": list(range(heads, heads + kv_heads)),
-        "v": list(range(heads + kv_heads, total)),
-    }

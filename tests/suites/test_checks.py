@@ -19,11 +19,16 @@ import pytest_circuitfreeze.suites
 from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine, FreezeCore
 from pytest_circuitfreeze.models import tiny_model
+from pytest_circuitfreeze.recordings import calibrated, recorded
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import ClaimBroken, Margin
 from pytest_circuitfreeze.suites.judge.twins import twins
+from pytest_circuitfreeze.suites.tolerance import nudged
 
-SUBJECTS = ["gradients", "grouping", "independence", "locality", "noise", "removal", "state", "storage", "values"]
+SUBJECTS = [
+    *("calibration", "gradients", "grouping", "independence", "locality", "noise", "references", "removal"),
+    *("resampling", "state", "storage", "unservable", "values"),
+]
 CHECKS: dict[str, Callable[..., Margin]] = {
     name: check
     for subject in SUBJECTS
@@ -55,6 +60,26 @@ def each(
     return [one(check, name, config, batch, **more) for config in configs]
 
 
+OTHER = Batch((IDS + 11) % 31, PADDED.attention_mask)
+
+
+def held(name: str, source: Batch = OTHER, **fields: Any) -> InterventionConfig:
+    """A freeze to what was recorded on `source`."""
+    return freeze(freeze_type="reference", reference=recorded(model(name), source), **fields)
+
+
+def measured(name: str, freeze_type: str = "mean", foreign: bool = False, **fields: Any) -> InterventionConfig:
+    """A freeze to statistics that were calibrated on another batch, of the model itself or of a copy a little off."""
+    source = nudged(model(name)) if foreign else model(name)
+    statistics = calibrated(source, [OTHER, Batch(IDS[:, :3])])
+    return freeze(freeze_type=freeze_type, statistics=statistics, **fields)
+
+
+def unservable(name: str, config: Callable[[], InterventionConfig], batch: Batch, cached: int = 0) -> Any:
+    check = CHECKS["check_what_cannot_be_served_is_an_error"]
+    return lambda engine: check(engine, model(name), config(), batch, cached)
+
+
 BOTH_SCOPES = [{"kv_scope": "group"}, {"kv_scope": "head"}]
 
 CASES: Mapping[str, Sequence[Callable[[Engine], Margin]]] = {
@@ -70,6 +95,19 @@ CASES: Mapping[str, Sequence[Callable[[Engine], Margin]]] = {
                 [freeze(strength=0.5), freeze(circuit="qk", freeze_type="mean", strength=0.5)],
                 [freeze(strength=0.99999)],
             ],
+        ),
+        *(
+            lambda engine, make=make, batch=batch: CHECKS["check_values_are_the_oracles"](
+                engine, model("llama_gqa"), [make()], batch
+            )
+            for make, batch in (
+                (lambda: held("llama_gqa"), PADDED),
+                (lambda: held("llama_gqa", strength=0.5, kv_scope="head"), PADDED),
+                (lambda: held("llama_gqa", Batch(IDS[1:] + 1), circuit="qk"), WHOLE),
+                (lambda: freeze(freeze_type="resample", seed=3), WHOLE),
+                (lambda: measured("llama_gqa", kv_scope="head"), PADDED),
+                (lambda: measured("llama_gqa", "noise", seed=5, strength=0.5), PADDED),
+            )
         ),
         one("check_values_are_the_oracles", "falcon_mha", [freeze(circuit="ov", freeze_type="mean")], attn="eager"),
     ],
@@ -133,8 +171,53 @@ CASES: Mapping[str, Sequence[Callable[[Engine], Margin]]] = {
                     freeze(strength=0.25, backward_mode="ste"),
                     freeze(head_indices=None, circuit="q", freeze_type="noise"),
                 ],
+                [freeze(backward_mode="circuit_ste", circuit="qk", head_indices=None)],
+                [freeze(backward_mode="circuit_ste", strength=0.25, freeze_type="mean", kv_scope="head")],
+                [freeze(strength=0.5), freeze(backward_mode="circuit_ste", circuit="v", head_indices=None)],
+                [freeze(backward_mode="circuit_ste", circuit="q"), freeze(freeze_type="mean", circuit="ov")],
             ],
         )
+    ],
+    "check_backward_modes_share_the_forward": each(
+        "check_backward_modes_share_the_forward", "llama_gqa", [freeze(), freeze(strength=0.5, circuit="qk")]
+    ),
+    "check_recordings_are_what_attention_saw": [
+        lambda engine, name=name, source=source: CHECKS["check_recordings_are_what_attention_saw"](
+            model(name), getattr(engine, "recorded", recorded)(model(name), source)
+        )
+        for name in ("llama_gqa", "falcon_mqa")
+        for source in (PADDED, WHOLE)
+    ],
+    "check_patterns_are_the_recorded": [
+        lambda engine, make=make, batch=batch: CHECKS["check_patterns_are_the_recorded"](
+            engine, model("llama_gqa"), make(), batch
+        )
+        for make, batch in (
+            (lambda: held("llama_gqa", circuit="qk"), PADDED),
+            (lambda: held("llama_gqa", Batch(IDS[1:] + 1), circuit="both", kv_scope="head"), WHOLE),
+        )
+    ],
+    "check_resampling_takes_other_rows": [
+        lambda engine, name=name, rows=rows: CHECKS["check_resampling_takes_other_rows"](engine, model(name), -7, rows)
+        for name in ("llama_gqa", "gpt2")
+        for rows in (2, 4)
+    ],
+    "check_statistics_are_of_the_real_tokens": [
+        lambda engine: CHECKS["check_statistics_are_of_the_real_tokens"](
+            model("gpt2"), getattr(engine, "calibrated", calibrated)(model("gpt2"), [PADDED, Batch(IDS[:1, :3])])
+        )
+    ],
+    "check_what_cannot_be_served_is_an_error": [
+        unservable("llama_gqa", lambda: held("llama_gqa", Batch(IDS[:, :7])), WHOLE),
+        unservable("llama_gqa", lambda: held("llama_gqa", WHOLE), Batch(IDS[:, :7])),
+        unservable("llama_gqa", lambda: held("llama_gqa", WHOLE), Batch(IDS.repeat(2, 1))),
+        unservable("llama_gqa", lambda: held("llama_gqa"), WHOLE),
+        unservable("llama_gqa", lambda: held("llama_gqa", WHOLE), PADDED),
+        unservable("llama_gqa", lambda: freeze(freeze_type="resample"), PADDED),
+        unservable("llama_gqa", lambda: freeze(freeze_type="resample"), Batch(IDS[:1])),
+        unservable("llama_gqa", lambda: freeze(freeze_type="mean"), WHOLE, 7),
+        unservable("llama_gqa", lambda: freeze(freeze_type="noise"), PADDED, 5),
+        unservable("llama_gqa", lambda: measured("llama_gqa", foreign=True), PADDED),
     ],
     "check_removal_leaves_no_trace": each(
         "check_removal_leaves_no_trace", "llama_gqa", [freeze(**s) for s in BOTH_SCOPES]

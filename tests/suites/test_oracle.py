@@ -14,15 +14,17 @@ from transformers import PreTrainedModel
 from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import FreezeCore
 from pytest_circuitfreeze.models import tiny_model
+from pytest_circuitfreeze.recordings import calibrated, recorded
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, sites
-from pytest_circuitfreeze.suites.judge.noise import noise_of
+from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import due
 from pytest_circuitfreeze.suites.judge.passes import Pass, look
 
 IDS = torch.tensor([[7, 3, 11, 5, 2, 13, 17, 1], [4, 19, 6, 23, 8, 29, 10, 31]])
 PADDED = Batch(IDS, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]))
 WHOLE = Batch(IDS)
+OTHER = Batch((IDS + 11) % 31, PADDED.attention_mask)
 CIRCUITS = ["qk", "ov", "both", "q", "k", "v"]
 FREEZES: list[dict[str, Any]] = [
     {"freeze_type": "zero"},
@@ -43,11 +45,13 @@ def model(name: str) -> PreTrainedModel:
     return tiny_model(name, dtype=torch.float64)
 
 
-def relative_error(found: Pass, name: str, batch: Batch, configs: list[InterventionConfig], noise: Any = None) -> float:
+def relative_error(
+    found: Pass, name: str, batch: Batch, configs: list[InterventionConfig], material: Any = None
+) -> float:
     """The largest error of any z of a real token, in units of the largest z of its layer."""
     worst = 0.0
     for layer, site in sites(model(name)).items():
-        want = due(site, found.layers[layer], batch.real, configs, noise).z[batch.real]
+        want = due(site, found.layers[layer], batch.real, configs, material).z[batch.real]
         error = (found.layers[layer].mixed()[batch.real] - want).abs().max()
         worst = max(worst, float(error / want.abs().max()))
     return worst
@@ -62,9 +66,28 @@ def test_frozen_model_agrees_to_1e_9(name: str, circuit: str, scope: str) -> Non
         config = InterventionConfig(
             layer_indices=[0, 2], head_indices=[0, 3], circuit=circuit, kv_scope=scope, **fields
         )
-        noise = noise_of(engine, model(name), [config], IDS.shape[1])
+        material = material_of(engine, model(name), [config], PADDED)
         found = look(engine, model(name), config, PADDED)
-        assert relative_error(found, name, PADDED, [config], noise) < 1e-9
+        assert relative_error(found, name, PADDED, [config], material) < 1e-9
+
+
+@pytest.mark.parametrize("scope", ["group", "head"])
+@pytest.mark.parametrize("name", BY_HEART)
+def test_model_frozen_to_what_lies_elsewhere_agrees_to_1e_9(name: str, scope: str) -> None:
+    engine, small = FreezeCore(), model(name)
+    held, one = recorded(small, OTHER), recorded(small, Batch(OTHER.input_ids[:1]))
+    statistics = calibrated(small, [OTHER, Batch(IDS[:, :3])])
+    freezes: list[tuple[Batch, dict[str, Any]]] = [
+        (PADDED, {"freeze_type": "reference", "reference": held, "strength": 0.3}),
+        (WHOLE, {"freeze_type": "reference", "reference": one}),
+        (WHOLE, {"freeze_type": "resample", "seed": 2}),
+        (PADDED, {"freeze_type": "mean", "statistics": statistics}),
+        (PADDED, {"freeze_type": "noise", "statistics": statistics, "seed": 7}),
+    ]
+    for batch, fields in freezes:
+        config = InterventionConfig(layer_indices=[0, 2], head_indices=[0, 3], kv_scope=scope, **fields)
+        material = material_of(engine, small, [config], batch)
+        assert relative_error(look(engine, small, config, batch), name, batch, [config], material) < 1e-9
 
 
 @pytest.mark.parametrize("name", BY_HEART)

@@ -9,11 +9,15 @@ import pytest
 import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import NoSuchExample
 from transformers import PreTrainedModel
 
+from freeze_core import AttentionCircuitFreezer, InterventionConfig
 from pytest_circuitfreeze.models import tiny_model
+from pytest_circuitfreeze.recordings import Recorded, calibrated, moved_to, recorded
 from pytest_circuitfreeze.strategies import (
     Batch,
+    backward_modes,
     batches,
     circuits,
     configs,
@@ -26,6 +30,7 @@ from pytest_circuitfreeze.strategies import (
     seeds,
     strengths,
 )
+from pytest_circuitfreeze.suites.tolerance import nudged
 
 quickly = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 
@@ -46,6 +51,7 @@ def smallest(strategy: st.SearchStrategy[Any], wanted: Any = lambda _: True) -> 
         (head_indices(5), [0]),
         (circuits(), "ov"),
         (freeze_types(), "zero"),
+        (backward_modes(), "stopgrad"),
         (scopes(), "group"),
         (strengths(), 1.0),
         (seeds(), 0),
@@ -103,6 +109,51 @@ def test_configs_are_of_the_model(data: st.DataObject) -> None:
 def test_configs_without_statistics_have_none(data: st.DataObject) -> None:
     config = data.draw(configs_without_statistics(model()))
     assert config.freeze_type == "zero" or config.noise_std is not None
+
+
+@quickly
+@given(data=st.data())
+def test_configs_for_a_batch_can_be_run_with_it(data: st.DataObject) -> None:
+    batch = data.draw(batches(model()))
+    config = data.draw(configs(model(), batch=batch))
+    if config.freeze_type == "resample":
+        assert len(batch.input_ids) > 1
+        assert batch.real.all()
+    if config.freeze_type == "reference":
+        assert isinstance(config.reference, Recorded)
+        source = config.reference.source
+        assert source.input_ids.shape[1] == batch.input_ids.shape[1]
+        assert len(source.input_ids) in (1, len(batch.input_ids))
+        assert bool((source.real == batch.real).all())
+    with AttentionCircuitFreezer().freeze_circuits(model(), config):
+        model()(**batch.arguments(model()))
+
+
+@pytest.mark.parametrize("kind", ["reference", "resample", "mean", "noise"])
+def test_replacements_from_elsewhere_are_drawn_for_a_batch_alone(kind: str) -> None:
+    def elsewhere(config: Any) -> bool:
+        return config.freeze_type == kind and (kind in ("reference", "resample") or config.statistics is not None)
+
+    batch = Batch(torch.tensor([[1, 2], [3, 4]]))
+    assert elsewhere(smallest(configs(model(), batch=batch), elsewhere))
+    with pytest.raises(NoSuchExample):
+        smallest(configs(model()), elsewhere)
+
+
+def test_freezes_are_moved_to_a_copy_with_what_they_hold() -> None:
+    batch = Batch(torch.tensor([[1, 2], [3, 4]]))
+    other = nudged(model())
+    held = InterventionConfig(freeze_type="reference", reference=recorded(model(), batch))
+    moved = moved_to(held, other).reference
+    assert isinstance(moved, Recorded)
+    assert held.reference is not None
+    assert moved.source is batch
+    assert not torch.equal(moved[1].q, held.reference[1].q)
+    known = InterventionConfig(freeze_type="mean", statistics=calibrated(model(), [batch]))
+    assert known.statistics is not None
+    assert moved_to(known, other).statistics.identity != known.statistics.identity  # type: ignore[union-attr]
+    plain = InterventionConfig()
+    assert moved_to(plain, other) is plain
 
 
 def test_batch_without_mask_hands_over_none() -> None:

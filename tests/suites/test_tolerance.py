@@ -70,3 +70,10 @@ def test_nudged_attention_computes_the_same_and_moves_gradients_that_cancel(name
     (plain, grads), (apart, moved) = results
     assert (plain - apart).abs().max() < 1e-6  # norms are taken in float32 in some families
     assert not all(torch.equal(one, other) for one, other in zip(grads, moved, strict=True))
+
+
+def test_nudge_covers_what_is_lost_below_the_smallest_number_and_leaves_zero_alone() -> None:
+    tiny = torch.tensor([1e-60, 0.0], dtype=torch.float64)
+    moved = Nudge(torch.float32)(tiny)
+    assert float((moved - tiny)[0].abs()) >= float((tiny.float() - tiny)[0].abs()) > 0
+    assert moved[1] == 0

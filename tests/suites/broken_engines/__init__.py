@@ -9,11 +9,24 @@ from collections.abc import Mapping, Sequence
 
 from honest_engine import HookEngine
 
+from broken_engines.calibration import (
+    CalibratesOverPadding,
+    IgnoresStatistics,
+    IgnoresTheDeviation,
+    MeanOfMeans,
+    SampleDeviationOfAll,
+    StatisticsOfTheLayerBefore,
+)
 from broken_engines.gradients import (
     AlwaysStops,
+    CircuitIsStraightThrough,
+    CircuitStops,
+    LeaksThePattern,
     LosesParameters,
     MeanCarriesGradient,
     NeverStops,
+    NotFrozenWhileTraining,
+    SparesEverything,
     StopsAlmost,
     StopsAtAnyStrength,
 )
@@ -38,6 +51,19 @@ from broken_engines.reach import (
     OVFollowsQK,
     TouchesEverything,
 )
+from broken_engines.references import (
+    ColumnBefore,
+    FirstRowForAll,
+    HoldsQueriesAlone,
+    LayerBeforeRecorded,
+    LosesTheStrength,
+    RecordedHeadsInTurn,
+    RecordsHeadsBackwards,
+    RecordsNoMask,
+    RecordsRoundedValues,
+    RecordsTheColumnBefore,
+    RecordsTheOutput,
+)
 from broken_engines.removal import (
     EndsTheInnermost,
     ForgetsOnError,
@@ -49,6 +75,14 @@ from broken_engines.removal import (
     RemembersTheFirstBatch,
     SwallowsErrors,
 )
+from broken_engines.resampling import (
+    AveragesTheOthers,
+    KeepsItsOwnRow,
+    RowsOfTheTokens,
+    ShufflesAnew,
+    TakesOneRowTwice,
+    TakesTheColumnBefore,
+)
 from broken_engines.state import (
     DrawsFromTorch,
     SeedsTorch,
@@ -58,6 +92,17 @@ from broken_engines.state import (
     ZeroesWeights,
 )
 from broken_engines.storage import CutsInThree, CutsTheFusedGraph
+from broken_engines.unservable import (
+    CutsTheReference,
+    FailsAnyhow,
+    GivesNoReason,
+    IgnoresTheMask,
+    LeavesWhatItRefused,
+    MeanOfAStep,
+    RefusesAllCalibrated,
+    ResamplesPadding,
+    TakesAnyStatistics,
+)
 from broken_engines.values import (
     BlindUnderEager,
     FirstOneWins,
@@ -87,6 +132,15 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         GroupForHead,
         CutsInThree,
         NoiseOfTheRow,
+        ColumnBefore,
+        LayerBeforeRecorded,
+        RecordedHeadsInTurn,
+        FirstRowForAll,
+        LosesTheStrength,
+        TakesTheColumnBefore,
+        IgnoresStatistics,
+        IgnoresTheDeviation,
+        StatisticsOfTheLayerBefore,
     ],
     "check_zero_strength_is_unfrozen": [NoStrengthIsLittle],
     "check_full_strength_replaces_anything": [Multiplies],
@@ -118,6 +172,39 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         StopsAlmost,
         MeanCarriesGradient,
         LosesParameters,
+        CircuitIsStraightThrough,
+        CircuitStops,
+        LeaksThePattern,
+        SparesEverything,
+    ],
+    "check_backward_modes_share_the_forward": [NotFrozenWhileTraining],
+    "check_recordings_are_what_attention_saw": [
+        RecordsTheColumnBefore,
+        RecordsHeadsBackwards,
+        RecordsRoundedValues,
+        RecordsTheOutput,
+        RecordsNoMask,
+    ],
+    "check_patterns_are_the_recorded": [ColumnBefore, LayerBeforeRecorded, FirstRowForAll, HoldsQueriesAlone, NextHead],
+    "check_resampling_takes_other_rows": [
+        KeepsItsOwnRow,
+        TakesOneRowTwice,
+        TakesTheColumnBefore,
+        AveragesTheOthers,
+        ShufflesAnew,
+        RowsOfTheTokens,
+    ],
+    "check_statistics_are_of_the_real_tokens": [CalibratesOverPadding, MeanOfMeans, SampleDeviationOfAll],
+    "check_what_cannot_be_served_is_an_error": [
+        CutsTheReference,
+        IgnoresTheMask,
+        ResamplesPadding,
+        MeanOfAStep,
+        TakesAnyStatistics,
+        FailsAnyhow,
+        GivesNoReason,
+        LeavesWhatItRefused,
+        RefusesAllCalibrated,
     ],
     "check_removal_leaves_no_trace": [LeavesAHook, LeavesAnAttribute, LeavesAParameterMoved],
     "check_error_in_body_leaves_no_trace": [ForgetsOnError, SwallowsErrors],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from honest_engine import HookEngine, Layer
 from torch import Tensor
 
@@ -53,3 +56,51 @@ class LosesParameters(HookEngine):
 
     def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
         return super().frozen(layer, role, x, configs, readers).detach()
+
+
+class CircuitIsStraightThrough(HookEngine):
+    """Takes the gradient of the circuit left untouched for that of a frozen one, straight through."""
+
+    def run_twice(self, layer: Layer) -> None:
+        pass
+
+    def gradient_factor(self, config: Config) -> float:
+        return 1.0 if config.backward_mode == "circuit_ste" else super().gradient_factor(config)
+
+
+class CircuitStops(HookEngine):
+    """Stops the gradient where that of the circuit left untouched should flow."""
+
+    def run_twice(self, layer: Layer) -> None:
+        pass
+
+
+class LeaksThePattern(HookEngine):
+    """Leaves values untouched for the gradient, but queries and keys frozen."""
+
+    def is_spared(self, role: str, config: Config) -> bool:
+        return super().is_spared(role, config) and role == "v"
+
+
+class SparesEverything(HookEngine):
+    """Leaves all freezes out for the gradient, where one asks for it."""
+
+    def is_spared(self, role: str, config: Config) -> bool:
+        return True
+
+
+class NotFrozenWhileTraining(HookEngine):
+    """Runs the circuit left untouched forwards, too, while gradients are kept."""
+
+    def run_twice(self, layer: Layer) -> None:
+        module, forward = layer.module, layer.module.forward
+
+        def untouched(*args: Any, **kwargs: Any) -> Any:
+            self.sparing = torch.is_grad_enabled()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.sparing = False
+
+        module.forward = untouched
+        self.undo.append(lambda: delattr(module, "forward"))

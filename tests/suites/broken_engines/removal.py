@@ -72,8 +72,8 @@ class OffAfterAnError(HookEngine):
         self.running = False
         self.off = False
 
-    def remember_mask(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        super().remember_mask(model, args, kwargs)
+    def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        super().remember_pass(model, args, kwargs)
         self.off, self.running = self.running, True
 
     def install(self, model: nn.Module) -> None:

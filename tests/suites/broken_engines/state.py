@@ -64,7 +64,7 @@ class WritesToItsInput(HookEngine):
 class WritesToTheMask(HookEngine):
     """Fills the caller's mask with ones."""
 
-    def remember_mask(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        super().remember_mask(model, args, kwargs)
+    def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        super().remember_pass(model, args, kwargs)
         if self.mask is not None:
             self.mask.fill_(1)

@@ -1,0 +1,78 @@
+"""Reads which rows an engine takes for which, its own choice, by letting it resample everything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch, vocabulary
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role
+from pytest_circuitfreeze.suites.judge.passes import look
+from pytest_circuitfreeze.suites.judge.recorder import Seen
+from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, sites
+from pytest_circuitfreeze.suites.refusals import Refused
+
+if TYPE_CHECKING:
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["Order", "distinct_rows", "read_orders"]
+
+
+class Order(NamedTuple):
+    """Which row takes the place of each, in one part of one layer.
+
+    Args:
+        rows: `[head, row]`, the row whose activation is nearest to what was found.
+        error: `[head, row]`, how far the two are apart.
+        size: the largest absolute value of these activations.
+    """
+
+    rows: Tensor
+    error: Tensor
+    size: float
+
+
+def distinct_rows(model: PreTrainedModel, rows: int, columns: int, start: int = 0) -> Batch:
+    """A batch without padding that has no token twice in one column, as far as the vocabulary goes."""
+    ids = torch.arange(start, start + rows * columns).reshape(rows, columns)
+    return Batch(ids % vocabulary(model))
+
+
+def read_orders(
+    engine: Engine, model: PreTrainedModel, seed: int, batch: Batch, layers: list[int] | None = None
+) -> dict[tuple[int, str], Order]:
+    """By layer and role (or part of one), which rows `engine` takes for which under `seed`.
+
+    Layers are frozen one at a time: up to its own activations each is the unfrozen one. One that the engine refuses
+    to freeze is left out.
+    """
+    from freeze_core import InterventionConfig
+
+    known = sites(model)
+    clean = look(engine, model, None, batch).layers
+    orders = {}
+    for layer in known if layers is None else layers:
+        config = InterventionConfig(layer_indices=[layer], freeze_type="resample", seed=seed)
+        try:
+            frozen = look(engine, model, config, batch).layers[layer]
+        except Refused:
+            continue
+        for role in ROLES:
+            for name in known[layer].parts_of(role):
+                got, own = (_by_head(known[layer], role, name, seen) for seen in (frozen, clean[layer]))
+                apart = (got[:, :, None] - own[:, None, :]).abs().flatten(3).amax(-1)  # [head, row, other row]
+                error, rows = apart.min(-1)
+                orders[layer, name] = Order(rows, error, float(own.abs().max()))
+    return orders
+
+
+def _by_head(site: AnySite, role: Role, name: str, seen: Seen) -> Tensor:
+    """`[head, row, token, feature]` in float64, one for each head that a part has."""
+    if isinstance(site, FoundSite):
+        features = site.parts[name].features.to(seen.hidden.device)
+        return seen.parts[name].double()[..., features].permute(2, 0, 1, 3)
+    used = seen.qkv[role].double().transpose(0, 1)
+    return used[:: used.shape[0] // site.count(role)]

@@ -1,0 +1,96 @@
+"""Recorded activations: a recording is what attention saw, and held in place it makes the recorded patterns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.recordings import Recorded
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.independence import patterns
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES
+from pytest_circuitfreeze.suites.judge.material import Clean, clean_pass
+from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
+from pytest_circuitfreeze.suites.judge.passes import look
+from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
+from pytest_circuitfreeze.suites.judge.sites import as_found, sites
+from pytest_circuitfreeze.suites.tolerance import Nudge
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["check_patterns_are_the_recorded", "check_recordings_are_what_attention_saw"]
+
+
+def check_recordings_are_what_attention_saw(model: PreTrainedModel, recording: Recorded) -> Margin:
+    """Recorded q, k, v and z, and the mask, are what the judge's own recorder sees on the same input, bit for bit.
+
+    A part of the trust in every other claim about references: it asks nothing of an engine.
+
+    Raises:
+        ClaimBroken: they are not.
+    """
+    claim = Claim("a recording is what attention saw", model=model, recording=recording)
+    mask, given = recording.attention_mask, recording.source.attention_mask
+    alike = mask is given is None or (mask is not None and given is not None and torch.equal(mask.cpu(), given))
+    claim.demand(alike, f"the mask kept is {mask}, the one given was {given}")
+    clean = clean_pass(model, recording.source)
+    known = as_found(model)
+    for layer, held in recording.items():
+        for role in ROLES:
+            names = known[layer].parts_of(role)
+            got: Tensor = getattr(held, role)
+            want = _whole(clean, layer, names, got.shape[2])
+            if len(names) > 1:  # in which order parts are joined is no one's concern
+                got, want = got.sort(-1).values, want.sort(-1).values
+            claim.same(f"{role} of layer {layer}", got, want, "batch token head feature")
+        claim.same(f"z of layer {layer}", held.z, clean.layers[layer].mixed(), "batch token head feature")
+    return claim.margin
+
+
+def _whole(clean: Clean, layer: int, names: list[str], heads: int) -> Tensor:
+    """What the judge saw of one role, `[batch, token, head, feature]`; what heads share is given to each."""
+    parts = [clean.heads(layer, name) for name in names]
+    return torch.cat([part.repeat_interleave(max(1, heads // part.shape[2]), dim=2) for part in parts], dim=-1)
+
+
+def check_patterns_are_the_recorded(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """With queries and keys held at a recording, a head's pattern is the one that it had there, within rounding.
+
+    Args:
+        config: `qk` or `both`, to `reference`, at strength 1.
+
+    Raises:
+        ClaimBroken: it is another.
+    """
+    claim = Claim("held patterns are the recorded ones", model=model, engine=engine, config=config, batch=batch)
+    held = config.reference
+    claim.demand(
+        isinstance(held, Recorded) and config.strength == 1 and str(config.circuit) in ("qk", "both"),
+        "asked about a freeze that does not hold patterns",
+    )
+    assert isinstance(held, Recorded)
+    want = look(engine, model, None, held.source, attn="eager", patterns=True)
+    # Several families take the eager softmax in float32 whatever the model's dtype.
+    rounding = torch.float32 if model.dtype == torch.float64 else model.dtype
+    near = nudged_look(engine, model, None, held.source, attn="eager", patterns=True, rounding=rounding)
+    got = look(engine, model, config, batch, attn="eager", patterns=True)
+    where = batch.real.to(model.device)[:, None, :, None]  # a padded query attends to nothing
+    for layer, site in sites(model).items():
+        queries, keys = (chosen_heads(site, config, role) for role in ("q", "k"))
+        recorded, moved, seen = (
+            patterns(found, site).expand(len(where), -1, -1, -1).where(where, 0.0) for found in (want, near, got)
+        )
+        # Of all heads together: one pattern of two tokens is a single number, which a nudge may miss by chance.
+        bound = largest_change(recorded, Nudge(rounding)(moved.double(), moved.shape[-1]))
+        for head in sorted(set(queries) & set(keys)):
+            what = f"pattern of head {head} in layer {layer}"
+            claim.within(what, seen[:, head], recorded[:, head], bound, "batch query key")
+    return claim.margin

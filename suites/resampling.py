@@ -1,0 +1,49 @@
+"""Resampling: the same column of another row, by a derangement that the seed alone decides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.judge.passes import logits_of
+from pytest_circuitfreeze.suites.judge.resampling import distinct_rows, read_orders
+from pytest_circuitfreeze.suites.tolerance import gamma
+
+if TYPE_CHECKING:
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["check_resampling_takes_other_rows"]
+
+
+def check_resampling_takes_other_rows(engine: Engine, model: PreTrainedModel, seed: int, rows: int) -> Margin:
+    """Each row has the same columns of one other row, no row is taken twice, and which is which stays.
+
+    Whether layers, activations and heads take the same row is left to the engine; it must be the same on every pass,
+    whatever the tokens are and however many.
+
+    Raises:
+        ClaimBroken: it is none of them, a row is its own or is taken twice, or another pass takes other rows.
+    """
+    from freeze_core import InterventionConfig
+
+    claim = Claim("resampling takes other rows", model=model, engine=engine, seed=seed, rows=rows)
+    batch = distinct_rows(model, rows, 4)
+    first = read_orders(engine, model, seed, batch)
+    again = read_orders(engine, model, seed, distinct_rows(model, rows, 6, start=40))
+    for (layer, name), order in first.items():
+        where = f"{name} of layer {layer}"
+        bound = gamma(8, model.dtype) * order.size
+        claim.within(f"{where}, as far as it is another row's,", order.error, torch.zeros_like(order.error), bound)
+        for head, taken in enumerate(order.rows.tolist()):
+            claim.demand(sorted(taken) == list(range(rows)), f"{where}, head {head}, takes rows {taken}")
+            claim.demand(all(own != at for at, own in enumerate(taken)), f"{where}, head {head}, keeps one of {taken}")
+        other = again[layer, name].rows
+        claim.demand(torch.equal(order.rows, other), f"{where} takes rows {order.rows.tolist()}, then {other.tolist()}")
+    config = InterventionConfig(layer_indices=sorted({layer for layer, _ in first}), freeze_type="resample", seed=seed)
+    with torch.no_grad(), engine.freeze(model, config) as frozen:
+        one, two = (logits_of(frozen, model, batch) for _ in range(2))
+    claim.same("logits of a repeated pass", two, one, "batch token word")
+    return claim.margin

@@ -1,0 +1,92 @@
+"""What a freeze cannot serve is an error that says so: never a quiet wrong, never a stray one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation
+from pytest_circuitfreeze.suites.judge.sites import implementations
+from pytest_circuitfreeze.suites.judge.state import changes, visible_state
+from pytest_circuitfreeze.suites.refusals import Refused
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = ["check_what_cannot_be_served_is_an_error"]
+
+
+def check_what_cannot_be_served_is_an_error(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, cached: int = 0
+) -> Margin:
+    """A freeze that cannot serve a pass says so, by an `InterventionError` and without a trace.
+
+    Args:
+        config: one that cannot serve `batch`.
+        cached: so many columns are served, into a cache; the pass that cannot be served goes on from there.
+
+    Raises:
+        ClaimBroken: it was served, another error was raised, or something of the freeze is left.
+        NotApplicable: the unfrozen model cannot make such a pass.
+    """
+    from freeze_core import InterventionError
+
+    claim = Claim(
+        "what cannot be served is an error", model=model, engine=engine, config=config, batch=batch, cached=cached
+    )
+    with attention_implementation(model, implementations(model)[0]), torch.no_grad():
+        try:
+            model(**_after(model, model, batch, cached))
+        except NotApplicable:
+            raise
+        except Exception as error:  # whatever a model does
+            raise NotApplicable(f"the unfrozen model cannot go on from a cache: {error}") from error
+        before = visible_state(model)
+        try:
+            with engine.freeze(model, config) as frozen:
+                _demand_error(claim, frozen, _after(frozen, model, batch, cached))
+        except InterventionError as error:  # already when installed
+            claim.demand(cached == 0, f"what can be served was refused, too: {error}")
+            _demand_reason(claim, error)
+        found = changes(before, visible_state(model))
+    claim.demand(not found, f"{len(found)} traces, such as: {'; '.join(found[:3])}")
+    return claim.margin
+
+
+def _demand_error(claim: Claim, frozen: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    from freeze_core import InterventionError
+
+    try:
+        frozen(**arguments)
+    except Refused:
+        raise
+    except InterventionError as error:
+        _demand_reason(claim, error)
+        return
+    except Exception as error:  # whatever an engine fails with
+        claim.broken(f"it failed with {type(error).__name__}: {error}")
+    claim.broken("it was served")
+
+
+def _demand_reason(claim: Claim, error: Exception) -> None:
+    claim.demand(len(str(error).split()) > 2, f"the reason given is {str(error)!r}")
+
+
+def _after(call: Callable[..., Any], model: PreTrainedModel, batch: Batch, cached: int) -> dict[str, Any]:
+    """Arguments for the columns after the first `cached` ones, which `call` is run on."""
+    whole = batch.arguments(model)
+    if cached == 0:
+        return whole
+    first = {name: value[:, :cached] if isinstance(value, torch.Tensor) else value for name, value in whole.items()}
+    cache = getattr(call(**{**first, "use_cache": True}), "past_key_values", None)
+    if cache is None:
+        raise NotApplicable(f"{type(model).__name__} keeps no cache")
+    rest = {name: value[:, cached:] if isinstance(value, torch.Tensor) else value for name, value in whole.items()}
+    mask = {name: value for name, value in whole.items() if name == "attention_mask"}
+    return {**rest, **mask, "past_key_values": cache, "use_cache": True}
