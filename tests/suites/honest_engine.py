@@ -5,6 +5,7 @@ Small methods, so that a broken engine (`broken_engines.py`) is an honest one wi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from freeze_core import InterventionConfig
+from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
 
 CIRCUITS = {"qk": "qk", "ov": "v", "both": "qkv", "q": "q", "k": "k", "v": "v"}
 
@@ -51,6 +52,8 @@ class HookEngine:
     def __init__(self) -> None:
         self.on: list[tuple[object, list[InterventionConfig]]] = []
         self.mask: Tensor | None = None
+        self.cached = 0
+        self.mark: tuple[list[int], str] = ([], "")
         self.undo: list[Callable[[], object]] = []
 
     @contextmanager
@@ -72,7 +75,9 @@ class HookEngine:
         configs = [config for _, several in self.on for config in several if config.strength > 0]
         if not configs:
             return
+        self.mark = ([], repr(configs))
         self.undo.append(model.register_forward_pre_hook(self.remember_mask, with_kwargs=True).remove)
+        self.undo.append(model.register_forward_hook(self.mark_cache).remove)
         for layer in layers(model):
             self.install_layer(layer, configs)
 
@@ -83,6 +88,7 @@ class HookEngine:
         if wide:
             assert layer.module.num_key_value_groups > 1, "hooks can un-share separate projections alone"
             self.set_attribute(layer.module, "num_key_value_groups", 1)
+            self.mark[0].append(layer.number)
         for role in "qkv" if own else "":
             name, features = layer.places[role]
             hook = self.hook(layer, role, features, own, wide and role != "q")
@@ -95,6 +101,21 @@ class HookEngine:
 
     def remember_mask(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
         self.mask = kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
+        self.cached = 0 if cache is None else cache.get_seq_length()
+        if self.cached:
+            self.check_cache(cache)
+
+    def check_cache(self, cache: Any) -> None:
+        wide, frozen = getattr(cache, "filled_under", ([], ""))
+        if wide != self.mark[0]:
+            raise InterventionError(f"the heads of layers {wide} have keys of their own in this cache")
+        if frozen != self.mark[1]:
+            warnings.warn("this cache was filled under another freeze", StaleCacheWarning, stacklevel=2)
+
+    def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
+        if getattr(output, "past_key_values", None) is not None and not self.cached:
+            output.past_key_values.filled_under = self.mark
 
     def in_layer(self, config: InterventionConfig, layer: Layer) -> bool:
         return config.layer_indices is None or layer.number in config.layer_indices
@@ -140,13 +161,20 @@ class HookEngine:
         x = x.detach()
         if config.freeze_type == "zero":
             return torch.zeros_like(x)
-        samples = self.samples(x)
-        if config.freeze_type == "mean":
-            return samples.mean(0)
-        e = self.noise(layer, role, x, config)
         if config.noise_std is not None:
-            return config.noise_std * e
-        return samples.mean(0) + samples.std(0, correction=0) * e
+            return config.noise_std * self.noise(layer, role, x, config)
+        mean, deviation = self.moments(layer, role, x, config)
+        return mean if config.freeze_type == "mean" else mean + deviation * self.noise(layer, role, x, config)
+
+    def moments(self, layer: Layer, role: str, x: Tensor, config: InterventionConfig) -> tuple[Tensor, Tensor]:
+        """Mean and deviation `[head, feature]`, of the pass or calibrated."""
+        if config.statistics is None:
+            samples = self.samples(x)
+            return samples.mean(0), samples.std(0, correction=0)
+        own = config.statistics[layer.number]
+        mean, deviation = own.mean[role].to(x), own.std[role].to(x)
+        shared = x.shape[2] // len(mean)
+        return mean.repeat_interleave(shared, 0), deviation.repeat_interleave(shared, 0)
 
     def samples(self, x: Tensor) -> Tensor:
         """What statistics are taken of, `[sample, head, feature]`."""
@@ -155,7 +183,7 @@ class HookEngine:
     def noise(self, layer: Layer, role: str, x: Tensor, config: InterventionConfig) -> Tensor:
         count = layer.heads if role == "q" else layer.kv_heads
         key = (abs(config.seed), int(config.seed < 0), layer.number, "qkv".index(role))
-        e = self.draw(np.random.default_rng(key), (x.shape[1], count, x.shape[-1]))
+        e = self.draw(np.random.default_rng(key), (self.cached + x.shape[1], count, x.shape[-1]))[self.cached :]
         return torch.from_numpy(e).to(x).repeat_interleave(x.shape[2] // count, dim=1)
 
     def draw(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
