@@ -166,7 +166,6 @@ class PassTracker(ReplacedForward):
         unshared = [name for name in sorted(self._in_force) if self._in_force[name].unshared]
         self._mark = f"{' '.join(unshared)}|{digest}"
         self._needs_rows = any(note.needs_rows for note in notes)
-        self._row_order = RowOrder()
         self._on_stale = max((note.on_stale for note in notes), key=("ignore", "warn", "error").index, default="ignore")
         if notes and not self.slot():
             self.attach()

@@ -239,6 +239,20 @@ def test_a_cache_that_was_emptied_and_filled_unfrozen_is_recognised(model, cache
         decode(model, IDS, LEFT, filled, ((6, 7),))
 
 
+def test_what_is_left_of_an_unfrozen_growth_after_a_crop_is_recognised(model):
+    config = InterventionConfig([0], [1], "ov")
+    cache = DynamicCache()
+    with FREEZER.freeze_circuits(model, config):
+        decode(model, IDS, None, cache, ((0, 5),))
+    decode(model, IDS, None, cache, ((5, 9),))
+    cache.crop(-2)
+    with FREEZER.freeze_circuits(model, config), pytest.warns(StaleCacheWarning):
+        decode(model, IDS, None, copy.deepcopy(cache), ((7, 8),))
+    cache.crop(-2)
+    with FREEZER.freeze_circuits(model, config):
+        decode(model, IDS, None, cache, ((5, 6),))
+
+
 def test_a_mark_keeps_no_cache_alive(model):
     with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "ov")):
         cache = DynamicCache()

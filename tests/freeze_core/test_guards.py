@@ -204,12 +204,14 @@ def test_a_removal_that_is_refused_leaves_every_layer_frozen(ids):
     model = tiny_model("llama")
     frozen = FREEZER.freeze_circuits(model, [InterventionConfig([0, 2]), InterventionConfig([1])])
     expected = model(ids).logits
-    standing = model.model.layers[1].self_attn.forward
-    model.model.layers[1].self_attn.forward = lambda *args, **kwargs: standing(*args, **kwargs)
-    with pytest.raises(CircuitFreezeError, match="replaced again"):
-        frozen.remove()
-    model.model.layers[1].self_attn.forward = standing
-    assert torch.equal(model(ids).logits, expected)
+    for layer, remove in ((1, frozen.remove), (0, frozen[0].remove)):
+        attention = model.model.layers[layer].self_attn
+        standing = attention.forward
+        attention.forward = lambda *args, standing=standing, **kwargs: standing(*args, **kwargs)
+        with pytest.raises(CircuitFreezeError, match="replaced again"):
+            remove()
+        attention.forward = standing
+        assert torch.equal(model(ids).logits, expected)
     frozen.remove()
     assert not any("forward" in vars(module) for module in model.modules())
 
