@@ -186,6 +186,11 @@ class PassTracker(ReplacedForward):
             self._busy.release()
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "write_index" in kwargs:
+            raise InterventionError(
+                "continuous batching (generate_batch) runs parts of several sequences in one row, on pages that may be "
+                "filled without this freeze: their columns, statistics and heads cannot be told; use generate()"
+            )
         cache = self._argument("past_key_values", args, kwargs)
         running = self._pass(cache, args, kwargs)
         self._refuse_replaced()

@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from recomputed import FREEZER, IDS, LEFT, agrees, arguments, config_of, recomputed
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from freeze_core import InterventionConfig, InterventionError
+from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.suites.tolerance import nudged
 
 FREEZES = [("zero", "group"), ("zero", "head"), ("noise_std", "head"), ("mean", "group"), ("noise", "head")]
@@ -153,3 +155,20 @@ def test_the_bound_is_far_below_what_matters(model):
     want = recomputed(model, config, arguments(IDS, LEFT), LEFT)
     assert want.bound < 1e-3 * want.logits.abs().max()
     assert nudged(model) is not model
+
+
+def test_continuous_batching_is_refused():
+    """It packs several sequences in one row and tells the model no columns: noise would be drawn for others."""
+    model = tiny_model("llama")
+    how = {
+        "generation_config": GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32),
+    }
+    with FREEZER.freeze_circuits(model, config_of("noise_std", model)):
+        refused = model.generate_batch(inputs=IDS.tolist(), **how)
+    assert len(refused) == 2
+    for result in refused.values():
+        assert not result.generated_tokens
+        assert "use generate()" in result.error
+    served = model.generate_batch(inputs=IDS.tolist(), **how)
+    assert all(len(result.generated_tokens) == 2 for result in served.values())
