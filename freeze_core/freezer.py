@@ -89,8 +89,7 @@ class AttentionCircuitFreezer:
         for handle in listed:
             if not isinstance(handle, FreezeHandle):
                 raise InterventionError(f"handles={shown(handles)}: {shown(handle)} is no handle of freeze_circuits")
-        for handle in listed:
-            handle.remove()
+        FrozenCircuits(listed).remove()
 
     def detect_architecture(self, model: nn.Module) -> ModelArchitecture:
         """How the model stores its query, key and value projections.

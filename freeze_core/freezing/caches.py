@@ -6,11 +6,12 @@ A cache object carries its mark as a plain string attribute, which deepcopy, cro
 from __future__ import annotations
 
 import warnings
-from typing import Any, NoReturn
+import weakref
+from typing import Any
 
 from freeze_core.errors import InterventionError, StaleCacheWarning
 
-__all__ = ["check_cache", "filled", "mark_cache", "refuse_reordering"]
+__all__ = ["check_cache", "check_emptied_cache", "filled", "mark_cache"]
 
 ATTRIBUTE = "_circuitfreeze_mark"
 LENGTH = "_circuitfreeze_length"
@@ -25,21 +26,17 @@ def filled(cache: Any) -> int:
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
-def check_cache(cache: Any, mark: str, on_stale: str) -> None:
-    """Refuses, warns of, or lets pass a filled cache whose mark is not `mark`.
+def check_cache(cache: Any, mark: str, cached: int, on_stale: str) -> None:
+    """Refuses, warns of, or lets pass a cache that holds `cached` tokens and whose mark is not `mark`.
 
     Raises:
         InterventionError: the cache stores other heads than this pass would, or `on_stale` is `error`.
     """
     found = getattr(cache, ATTRIBUTE, UNFROZEN)
-    grown = filled(cache) > getattr(cache, LENGTH, filled(cache))
+    grown = cached > getattr(cache, LENGTH, cached)
     if found == mark and not (grown and mark != UNFROZEN):
         return
-    if found.partition("|")[0] != mark.partition("|")[0]:
-        raise InterventionError(
-            "this cache stores other KV heads than this pass does: under kv_scope='head' every query head has its own, "
-            "so a cache cannot be carried across; fill it anew under this freeze (recompute_cache)"
-        )
+    _check_storage(found, mark)
     message = (
         "this cache was filled without the freeze that it is now used under, or under another one: what it holds of "
         "earlier tokens is not frozen alike; fill it anew under this freeze (recompute_cache)"
@@ -50,23 +47,57 @@ def check_cache(cache: Any, mark: str, on_stale: str) -> None:
         warnings.warn(message, StaleCacheWarning, stacklevel=2)
 
 
-def mark_cache(cache: Any, mark: str, before: int) -> None:
-    """Marks a cache that a pass under `mark` has filled further; one that was filled otherwise before stays foreign."""
+def check_emptied_cache(cache: Any, mark: str) -> None:
+    """Refuses a cache that is empty but keeps tensors from before it was emptied, for other heads than this pass has.
+
+    Raises:
+        InterventionError: it does (a static cache that was reset, a dynamic one that was cropped to nothing).
+    """
+    parts = (cache, *(getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")))
+    if any(getattr(layer, "is_initialized", False) for part in parts for layer in getattr(part, "layers", ())):
+        _check_storage(getattr(cache, ATTRIBUTE, UNFROZEN), mark)
+
+
+def _check_storage(found: str, mark: str) -> None:
+    if found.partition("|")[0] != mark.partition("|")[0]:
+        raise InterventionError(
+            "this cache stores other KV heads than this pass does: under kv_scope='head' every query head has its own, "
+            "so a cache, even an emptied one, cannot be carried across; make a new one and fill it under this freeze "
+            "(recompute_cache)"
+        )
+
+
+def mark_cache(cache: Any, mark: str, before: int, length: int) -> None:
+    """Marks a cache that a pass under `mark` has filled further, up to `length` tokens.
+
+    One that was filled otherwise `before` stays foreign.
+    """
     found = getattr(cache, ATTRIBUTE, UNFROZEN)
-    if before == 0 or found == mark:
-        setattr(cache, ATTRIBUTE, mark)
-    else:
-        setattr(cache, ATTRIBUTE, f"{mark.partition('|')[0]}|mixed")
-    setattr(cache, LENGTH, filled(cache))
+    if before and found != mark:
+        mark = f"{mark.partition('|')[0]}|mixed"
+    if not hasattr(cache, LENGTH):
+        for name in ("crop", "reset"):
+            if hasattr(cache, name):
+                setattr(cache, name, _Shrinking(cache, name))
+    setattr(cache, ATTRIBUTE, mark)
+    setattr(cache, LENGTH, length)
 
 
-def refuse_reordering(cache: Any) -> None:
-    """Makes a cache refuse to have its rows reordered, as beam search does between passes."""
-    cache.reorder_cache = cache.batch_select_indices = _refuse_reordering
+class _Shrinking:
+    """A marked cache's own `crop` or `reset`, after which tokens that it gains without a mark are still told apart.
 
+    It does not keep the cache alive; a copy of the cache gets one of its own.
+    """
 
-def _refuse_reordering(*args: Any, **kwargs: Any) -> NoReturn:
-    raise InterventionError(
-        "freeze_type 'resample' takes each row's values from another row, and the rows of this cache are to be "
-        "reordered (beam search): decode greedily or by sampling, or freeze otherwise"
-    )
+    def __init__(self, cache: Any, name: str) -> None:
+        self._cache = weakref.ref(cache)
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache: Any = self._cache()
+        given = getattr(type(cache), self._name)(cache, *args, **kwargs)
+        setattr(cache, LENGTH, min(getattr(cache, LENGTH), filled(cache)))
+        return given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Shrinking, (self._cache(), self._name)

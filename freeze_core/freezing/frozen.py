@@ -268,11 +268,17 @@ class FrozenAttention(ReplacedForward):
             self._paths[one] = paths[one.module]
             one.attach()
 
-    def refuse_covered(self) -> None:
-        """Raises `CircuitFreezeError` if something else was put on top of what is installed, or of what would be.
+    def refuse_change(self) -> None:
+        """Raises `CircuitFreezeError` if a pass is running, or something else was put on top of what is installed or
+        would be.
 
         Nothing is changed by then.
         """
+        tracker = standing_in(self._stack)
+        if isinstance(tracker, PassTracker) and tracker.current is not None:
+            raise CircuitFreezeError(
+                f"{self.site.name} is frozen, and a pass is running: freezes are installed and removed between passes"
+            )
         if self.wiring.freezes:
             for replaced in (self, *self._frozen(), *([self._tracker] if self._tracker else [])):
                 replaced.refuse_if_covered()
@@ -286,7 +292,7 @@ class FrozenAttention(ReplacedForward):
                 )
 
     def _take_out(self) -> None:
-        self.refuse_covered()
+        self.refuse_change()
         for one in self._frozen():
             one.detach()
         self.projections, self._output, self._paths = [], None, {}

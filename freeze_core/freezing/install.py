@@ -21,12 +21,21 @@ class FreezeHandle:
         self._attentions: list[FrozenAttention] = []
 
     def remove(self) -> None:
-        """Takes this freeze out of the model; twice is harmless."""
+        """Takes this freeze out of the model; twice is harmless.
+
+        Raises:
+            CircuitFreezeError: a pass is running, or something else was put on top; the freeze stays as it was.
+        """
+        self._refuse_change()
         while self._attentions:
             frozen = self._attentions[-1]
             rest = [(handle, freeze) for handle, freeze in frozen.wiring.freezes if handle is not self]
             frozen.rewire(wire(frozen.site, rest))
             self._attentions.pop()
+
+    def _refuse_change(self) -> None:
+        for frozen in self._attentions:
+            frozen.refuse_change()
 
 
 class FrozenCircuits(Sequence[FreezeHandle]):
@@ -49,7 +58,9 @@ class FrozenCircuits(Sequence[FreezeHandle]):
         return iter(self._handles)
 
     def remove(self) -> None:
-        """Removes every handle; twice is harmless."""
+        """Removes every handle, or on an error none; twice is harmless."""
+        for handle in self._handles:
+            handle._refuse_change()
         for handle in self._handles:
             handle.remove()
 
@@ -77,7 +88,7 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
             asked.setdefault(frozen, []).append((handle, freeze))
     prepared = [(frozen, wire(frozen.site, [*frozen.wiring.freezes, *added])) for frozen, added in asked.items()]
     for frozen, _ in prepared:
-        frozen.refuse_covered()
+        frozen.refuse_change()
     for frozen, wiring in prepared:
         frozen.rewire(wiring)
     for handle in handles:

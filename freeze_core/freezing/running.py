@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
-from freeze_core.freezing.caches import check_cache, filled, mark_cache, refuse_reordering
+from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
 from freeze_core.freezing.padding import Arguments, Composite, told
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
+from freeze_core.freezing.rows import RowOrder, refuse_reordering
 from freeze_core.freezing.traced import demand
 
 __all__ = ["InForce", "Pass", "PassTracker", "tracker_of"]
@@ -43,11 +44,11 @@ class Pass:
         self.cached = cached
         self.encoder = encoder
         self.cross_cached = cross_cached
-        self._end = cached + tokens
+        self.end = cached + tokens
 
     def column(self, tokens: int) -> int:
         """The column of the first of `tokens` activations: they end with the pass, or begin with the cache."""
-        return max(0, self._end - tokens)
+        return max(0, self.end - tokens)
 
     def real(self, x: Tensor) -> Tensor | None:
         """Which positions of `x` `[batch, token, feature]` are not padding, `[batch, token]` bool; `None` is all.
@@ -150,6 +151,7 @@ class PassTracker(ReplacedForward):
         self._mark = ""
         self._unshared = self._needs_rows = False
         self._on_stale = "ignore"
+        self._row_order = RowOrder()
         self._busy = threading.Lock()
 
     def put(self, name: str, in_force: InForce | None) -> None:
@@ -206,19 +208,29 @@ class PassTracker(ReplacedForward):
             self._busy.release()
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "write_index" in kwargs:
+            raise InterventionError(
+                "continuous batching (generate_batch) runs parts of several sequences in one row, on pages that may be "
+                "filled without this freeze: their columns, statistics and heads cannot be told; use generate()"
+            )
         cache = self._arguments.find("past_key_values", args, kwargs)
         running = self._pass(cache, args, kwargs)
         self._refuse_replaced()
         before = running.cached + running.cross_cached
         if before:
-            check_cache(cache, self._mark, self._on_stale)
+            check_cache(cache, self._mark, running.cached, self._on_stale)
+        elif cache is not None:
+            check_emptied_cache(cache, self._mark)
         with self._running(running), self._checkpoints_keep(running):
             output = self.original(*args, **kwargs)
         cache = cache if cache is not None else _cache_of(output)
         if cache is not None:
-            mark_cache(cache, self._mark, before)
+            # Counted, not asked for again: a static cache on an accelerator would be waited for.
+            mark_cache(cache, self._mark, before, running.end if running.end > running.cached else filled(cache))
             if self._needs_rows:
                 refuse_reordering(cache)
+        elif self._needs_rows and not torch.compiler.is_compiling():
+            self._row_order.check(self._arguments.find("input_ids", args, kwargs))
         return output
 
     def _refuse_replaced(self) -> None:

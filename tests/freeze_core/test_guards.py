@@ -157,6 +157,65 @@ def test_a_second_freeze_over_a_covered_one_is_refused_and_changes_nothing(ids):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+HANDLES = {
+    "one": lambda frozen: frozen[0].remove(),
+    "all": lambda frozen: frozen.remove(),
+    "by the freezer": lambda frozen: FREEZER.remove_hooks(list(frozen)),
+}
+
+
+@pytest.mark.parametrize("how", HANDLES)
+def test_a_freeze_is_not_removed_from_inside_a_pass(model, how, ids):
+    """Layers before would have been frozen and those after not: everything stays in force, and can go afterwards."""
+    layers = model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
+    configs = [InterventionConfig([0, 2], [1], "ov", kv_scope="head"), InterventionConfig([1], [1], "qk")]
+    clean = model(ids).logits
+    frozen = FREEZER.freeze_circuits(model, configs)
+    expected, errors = model(ids).logits, []
+
+    def remove(*args):
+        with pytest.raises(CircuitFreezeError, match="a pass is running") as error:
+            HANDLES[how](frozen)
+        errors.append(error)
+
+    hook = layers[1].register_forward_pre_hook(remove)
+    assert torch.equal(model(ids).logits, expected)
+    hook.remove()
+    assert len(errors) == 1
+    assert torch.equal(model(ids).logits, expected)
+    frozen.remove()
+    assert torch.equal(model(ids).logits, clean)
+
+
+def test_a_freeze_is_not_added_inside_a_pass_of_a_frozen_model(ids):
+    model = tiny_model("llama")
+    with FREEZER.freeze_circuits(model, InterventionConfig([0])):
+        expected = model(ids).logits
+        model.model.layers[1].register_forward_pre_hook(
+            lambda *args: FREEZER.freeze_circuits(model, InterventionConfig([2]))
+        )
+        with pytest.raises(CircuitFreezeError, match="a pass is running"):
+            model(ids)
+        model.model.layers[1]._forward_pre_hooks.clear()
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_removal_that_is_refused_leaves_every_layer_frozen(ids):
+    model = tiny_model("llama")
+    frozen = FREEZER.freeze_circuits(model, [InterventionConfig([0, 2]), InterventionConfig([1])])
+    expected = model(ids).logits
+    for layer, remove in ((1, frozen.remove), (0, frozen[0].remove)):
+        attention = model.model.layers[layer].self_attn
+        standing = attention.forward
+        attention.forward = lambda *args, standing=standing, **kwargs: standing(*args, **kwargs)
+        with pytest.raises(CircuitFreezeError, match="replaced again"):
+            remove()
+        attention.forward = standing
+        assert torch.equal(model(ids).logits, expected)
+    frozen.remove()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_cache_that_grew_unfrozen_is_recognised(model, ids):
     config = InterventionConfig([0], [1], "ov")
     with torch.no_grad():

@@ -5,6 +5,7 @@ Small methods, so that a broken engine (`broken_engines.py`) is an honest one wi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from hooked_layers import Layer, layers
 from torch import Tensor, nn
 
-from freeze_core import InterventionConfig, InterventionError
+from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
 from freeze_core.attention.sites import find_sites
 from freeze_core.statistics import model_identity
 from pytest_circuitfreeze.recordings import Calibrated, Recorded, calibrated, recorded
@@ -47,6 +48,7 @@ class HookEngine:
         self.cached = 0
         self.sparing = False
         self.spared: Tensor | None = None
+        self.mark: tuple[list[int], str] = ([], "")
         self.undo: list[Callable[[], object]] = []
 
     @contextmanager
@@ -70,7 +72,9 @@ class HookEngine:
         configs = [config for _, several in self.on for config in several if config.strength > 0]
         if not configs:
             return
+        self.mark = ([], repr(configs))
         self.undo.append(model.register_forward_pre_hook(self.remember_pass, with_kwargs=True).remove)
+        self.undo.append(model.register_forward_hook(self.mark_cache).remove)
         for layer in layers(model):
             self.install_layer(layer, configs)
 
@@ -81,6 +85,7 @@ class HookEngine:
         if wide:
             assert layer.module.num_key_value_groups > 1, "hooks can un-share separate projections alone"
             self.set_attribute(layer.module, "num_key_value_groups", 1)
+            self.mark[0].append(layer.number)
         for role in "qkv" if own else "":
             name, features = layer.places[role]
             hook = self.hook(layer, role, features, own, wide and role != "q")
@@ -118,8 +123,22 @@ class HookEngine:
         self.undo.append(lambda: setattr(module, name, old))
 
     def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        self.mask = kwargs.get("attention_mask")
         cache = kwargs.get("past_key_values")
-        self.mask, self.cached = kwargs.get("attention_mask"), 0 if cache is None else cache.get_seq_length()
+        self.cached = 0 if cache is None else cache.get_seq_length()
+        if self.cached:
+            self.check_cache(cache)
+
+    def check_cache(self, cache: Any) -> None:
+        wide, frozen = getattr(cache, "filled_under", ([], ""))
+        if wide != self.mark[0]:
+            raise InterventionError(f"the heads of layers {wide} have keys of their own in this cache")
+        if frozen != self.mark[1]:
+            warnings.warn("this cache was filled under another freeze", StaleCacheWarning, stacklevel=2)
+
+    def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
+        if getattr(output, "past_key_values", None) is not None and not self.cached:
+            output.past_key_values.filled_under = self.mark
 
     def refuse_foreign_statistics(self, model: nn.Module, configs: list[InterventionConfig]) -> None:
         for statistics in (config.statistics for config in configs):
@@ -238,7 +257,7 @@ class HookEngine:
     def noise(self, layer: Layer, role: str, x: Tensor, config: InterventionConfig) -> Tensor:
         count = layer.heads if role == "q" else layer.kv_heads
         key = (abs(config.seed), int(config.seed < 0), layer.number, "qkv".index(role))
-        e = self.draw(np.random.default_rng(key), (x.shape[1], count, x.shape[-1]))
+        e = self.draw(np.random.default_rng(key), (self.cached + x.shape[1], count, x.shape[-1]))[self.cached :]
         return torch.from_numpy(e).to(x).repeat_interleave(x.shape[2] // count, dim=1)
 
     def draw(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

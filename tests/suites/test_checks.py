@@ -26,7 +26,7 @@ from pytest_circuitfreeze.suites.judge.twins import twins
 from pytest_circuitfreeze.suites.tolerance import nudged
 
 SUBJECTS = [
-    *("calibration", "gradients", "grouping", "independence", "locality", "noise", "references", "removal"),
+    *("caching", "calibration", "gradients", "grouping", "independence", "locality", "noise", "references", "removal"),
     *("resampling", "state", "storage", "unservable", "values"),
 ]
 CHECKS: dict[str, Callable[..., Margin]] = {
@@ -38,6 +38,7 @@ CHECKS: dict[str, Callable[..., Margin]] = {
 
 IDS = torch.tensor([[7, 3, 11, 5, 2, 13, 17, 1], [4, 19, 6, 23, 8, 29, 10, 31]])
 PADDED = Batch(IDS, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]))
+LEFT = Batch(IDS, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1]]))
 WHOLE = Batch(IDS)
 
 
@@ -124,6 +125,32 @@ CASES: Mapping[str, Sequence[Callable[[Engine], Margin]]] = {
     ],
     "check_noise_depends_on_its_place_alone": each(
         "check_noise_depends_on_its_place_alone", "opt", [freeze(freeze_type="noise", circuit="ov", seed=-2)]
+    ),
+    "check_cached_equals_recomputed": [
+        case
+        for name in ("llama_gqa", "gpt2")
+        for scope in BOTH_SCOPES
+        for case in each(
+            "check_cached_equals_recomputed",
+            name,
+            [
+                freeze(strength=0.5, **scope),
+                freeze(freeze_type="mean", **scope),
+                freeze(freeze_type="noise", **scope),
+                freeze(freeze_type="noise", noise_std=1.0, circuit="ov", **scope),
+            ],
+            LEFT,
+            ends=[4, 6, 7, 8],
+        )
+    ],
+    "check_foreign_caches_are_recognised": each(
+        "check_foreign_caches_are_recognised", "llama_gqa", [freeze(**scope) for scope in BOTH_SCOPES], end=5
+    ),
+    "check_recomputation_is_the_same_pass": each(
+        "check_recomputation_is_the_same_pass",
+        "llama_gqa",
+        [freeze(freeze_type="noise", noise_std=1.0, backward_mode="ste", **scope) for scope in BOTH_SCOPES],
+        other=Batch(IDS[:, :5] + 1),
     ),
     "check_qk_leaves_ov": each("check_qk_leaves_ov", "llama_gqa", [freeze(circuit="qk", **s) for s in BOTH_SCOPES]),
     "check_ov_leaves_qk": each("check_ov_leaves_qk", "llama_gqa", [freeze(circuit="ov", **s) for s in BOTH_SCOPES]),

@@ -9,6 +9,22 @@ from collections.abc import Mapping, Sequence
 
 from honest_engine import HookEngine
 
+from broken_engines.caching import (
+    AlwaysWarns,
+    LastPositionOnly,
+    MarkIsLostInCopies,
+    NeverWarns,
+    NoiseOfRealTokens,
+    NoiseOfTheCache,
+    NoiseOfThePass,
+    NoiseOfTheStep,
+    NoNoiseInRecomputation,
+    OneMarkForAllFreezes,
+    SparesDecoding,
+    SparesThePrompt,
+    StatisticsOfTheStep,
+    WarnsWhereItMustRefuse,
+)
 from broken_engines.calibration import (
     CalibratesOverPadding,
     IgnoresStatistics,
@@ -155,6 +171,23 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         ForgetsTheSeed,
     ],
     "check_noise_depends_on_its_place_alone": [NoiseOfTheRow, NoiseOfTheLength, NoiseOfTheCircuit],
+    "check_cached_equals_recomputed": [
+        SparesDecoding,
+        SparesThePrompt,
+        LastPositionOnly,
+        StatisticsOfTheStep,
+        NoiseOfTheStep,
+        NoiseOfTheCache,
+        NoiseOfRealTokens,
+    ],
+    "check_foreign_caches_are_recognised": [
+        NeverWarns,
+        AlwaysWarns,
+        OneMarkForAllFreezes,
+        MarkIsLostInCopies,
+        WarnsWhereItMustRefuse,
+    ],
+    "check_recomputation_is_the_same_pass": [NoiseOfThePass, NoNoiseInRecomputation],
     "check_qk_leaves_ov": [TouchesEverything, NextHead],
     "check_ov_leaves_qk": [TouchesEverything, KeysWithValues],
     "check_order_does_not_matter": [OVFollowsQK],

@@ -1,0 +1,53 @@
+"""Rows that must stay where they are between passes, since a freeze takes one row's values from another."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from freeze_core.errors import InterventionError
+
+__all__ = ["RowOrder", "refuse_reordering"]
+
+
+def refuse_reordering(cache: Any) -> None:
+    """Makes a cache refuse to have its rows reordered, as beam search does between passes."""
+    cache.reorder_cache = cache.batch_select_indices = _refuse_reordering
+
+
+def _refuse_reordering(*args: Any, **kwargs: Any) -> NoReturn:
+    raise InterventionError(
+        "freeze_type 'resample' takes each row's values from another row, and the rows of this cache are to be "
+        "reordered (beam search): decode greedily or by sampling, or freeze otherwise"
+    )
+
+
+class RowOrder:
+    """Tells from the tokens of one pass after another, where there is no cache, whether rows have changed places.
+
+    Each row of a pass that decodes is a row of the pass before and one token more. It is told only where it can matter:
+    rows of the same tokens may change places unseen, and each then has what it would have had.
+    """
+
+    def __init__(self) -> None:
+        self._before: Tensor | None = None
+
+    def check(self, ids: Tensor | None) -> None:
+        """Notes the tokens `[row, token]` of a pass.
+
+        Raises:
+            InterventionError: they go on from those of the pass before, in another order.
+        """
+        before, self._before = self._before, None if ids is None else ids.detach().clone()
+        if ids is None or before is None or ids.dim() != 2 or before.shape != ids[:, :-1].shape:
+            return
+        earlier = ids[:, :-1]
+        if bool((earlier == before).all()):
+            return
+        if bool((earlier[:, None] == before).all(-1).any(-1).all()):
+            raise InterventionError(
+                "freeze_type 'resample' takes each row's values from another row, and the rows of this pass go on from "
+                "those of the pass before in another order (beam search): decode greedily or by sampling, or freeze "
+                "otherwise; freeze anew between passes that have nothing to do with each other"
+            )

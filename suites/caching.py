@@ -1,0 +1,259 @@
+"""Caching: a freeze computes the same with a cache and without one, and a cache of another freeze is recognised."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
+from pytest_circuitfreeze.suites.independence import unshares
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES
+from pytest_circuitfreeze.suites.judge.decoding import decode, demand_decoding, go_on
+from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look
+from pytest_circuitfreeze.suites.judge.rounding import largest_change
+from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, sites
+from pytest_circuitfreeze.suites.tolerance import nudged
+
+if TYPE_CHECKING:
+    from freeze_core import InterventionConfig
+    from pytest_circuitfreeze.engines import Engine
+
+__all__ = [
+    "check_cached_equals_recomputed",
+    "check_foreign_caches_are_recognised",
+    "check_recomputation_is_the_same_pass",
+]
+
+
+def check_cached_equals_recomputed(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, ends: Sequence[int]
+) -> Margin:
+    """A batch that is run in pieces on a cache gives the logits of the batch that is run at once, within rounding.
+
+    Args:
+        config: where it freezes to statistics of the pass, which a piece does not have, those of the unfrozen model
+            on `batch` are used as calibrated ones.
+        ends: the columns before which pieces end, ascending, the last one that of the batch.
+
+    Raises:
+        ClaimBroken: it does not, and the unfrozen model does.
+        NotApplicable: the unfrozen model does not, or has no cache.
+    """
+    claim = Claim(
+        "with a cache a freeze is what it is without one",
+        model=model,
+        engine=engine,
+        config=config,
+        batch=batch,
+        ends=ends,
+    )
+    demand_decoding(engine, model, batch, ends)
+    config = _calibrated(model, config, batch)
+
+    def both(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
+        want = look(engine, model, which, batch).logits[batch.real]
+        got = decode(engine, model, which, batch, ends)[batch.real]
+        other = nudged(model)
+        moved = look(engine, other, which and _carried_over(other, which, batch), batch).logits[batch.real]
+        return got, want, largest_change(want, moved)
+
+    claim.compared("logits", both, config, "real word")
+    return claim.margin
+
+
+def _calibrated(model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> InterventionConfig:
+    """`config` with statistics of the unfrozen model on `batch`, where it would take those of the pass."""
+    from freeze_core import AttentionCircuitFreezer, UnsupportedModelError
+
+    if config.freeze_type == "zero" or config.noise_std is not None:
+        return config
+    try:
+        statistics = AttentionCircuitFreezer().calibrate(model, [batch.arguments(model)], progress=False)
+    except UnsupportedModelError as error:
+        raise NotApplicable(f"there are no calibrated statistics of this model: {error}") from error
+    return replace(config, statistics=statistics)
+
+
+def _carried_over(other: PreTrainedModel, config: InterventionConfig, batch: Batch) -> InterventionConfig:
+    """`config`, whose statistics are of one model, for another one that is to be frozen to the same values."""
+    own = _calibrated(other, replace(config, statistics=None), batch).statistics
+    if config.statistics is None or own is None:
+        return config
+    return replace(config, statistics=type(own)(config.statistics, config.statistics.tokens, own.identity))
+
+
+def check_foreign_caches_are_recognised(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, end: int
+) -> Margin:
+    """A cache that was filled without a freeze, or under another one, is told when it is used under the freeze.
+
+    By a `StaleCacheWarning`, or, where query heads have KV heads of their own, by a `CircuitFreezeError`: the latter
+    must be where only some of the query heads that read a KV head see it frozen. A cache that was filled under the same
+    freeze is used without either, when it is copied and when the freeze is installed anew, too.
+
+    Args:
+        end: the column before which the cache ends.
+
+    Raises:
+        ClaimBroken: a foreign cache is used without a word, or an own one is not.
+        NotApplicable: the unfrozen model has no cache to go on from.
+    """
+    claim = Claim(
+        "a cache of another freeze is recognised", model=model, engine=engine, config=config, batch=batch, end=end
+    )
+    length = batch.input_ids.shape[1]
+    demand_decoding(engine, model, batch, [end, length])
+    config = _calibrated(model, config, batch)
+    splits = any(_splits_a_group(site, config) for site in sites(model).values())
+    due = ("CircuitFreezeError",) if splits else ("StaleCacheWarning", "CircuitFreezeError")
+    with attention_implementation(model, implementations(model)[0]), torch.no_grad():
+
+        def filled(call: Callable[..., Any]) -> Any:
+            return go_on(call, model, batch, 0, end)[1]
+
+        def use(call: Callable[..., Any], cache: Any) -> str:
+            return _told(lambda: go_on(call, model, batch, end, length, cache))
+
+        unfrozen = filled(model)
+        with engine.freeze(model, replace(config, strength=config.strength / 2)) as other:
+            others = filled(other)
+        with engine.freeze(model, config) as frozen:
+            own = filled(frozen)
+            found = use(frozen, copy.deepcopy(own))
+            claim.demand(not found, f"a copy of a cache of the same freeze: {found}")
+            found = use(frozen, unfrozen)
+            claim.demand(found.startswith(due), f"a cache without a freeze: {found or 'not a word'}, {due[0]} was due")
+            found = use(frozen, others)
+            claim.demand(found.startswith("Stale"), f"a cache of half the strength: {found or 'not a word'}")
+        with engine.freeze(model, config) as frozen:
+            found = use(frozen, own)
+            claim.demand(not found, f"a cache of the same freeze, which was installed anew: {found}")
+    return claim.margin
+
+
+def _splits_a_group(site: AnySite, config: InterventionConfig) -> bool:
+    """Whether a KV head is frozen for some of the query heads that read it and not for others."""
+    if not unshares(site, config):
+        return False
+    readers = [set(range(first, first + site.group)) for first in range(0, site.heads, site.group)]
+    frozen = [set(chosen_heads(site, config, role)) for role in ROLES if role != "q"]
+    return any(one & heads and one - heads for one in readers for heads in frozen)
+
+
+def _told(run: Callable[[], object]) -> str:
+    """What `run` says of the cache that it uses: which warning or error, and its text; nothing where it is silent."""
+    from freeze_core import CircuitFreezeError, StaleCacheWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run()
+        except CircuitFreezeError as error:
+            return f"CircuitFreezeError: {error}"
+        except Exception as error:  # an error, but none that says what is wrong
+            return f"{type(error).__name__}: {error}"
+    stale = [warning.message for warning in caught if issubclass(warning.category, StaleCacheWarning)]
+    return f"StaleCacheWarning: {stale[0]}" if stale else ""
+
+
+def check_recomputation_is_the_same_pass(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, other: Batch
+) -> Margin:
+    """Gradients are the same, bit for bit, where gradient checkpointing runs layers again in the backward pass.
+
+    Args:
+        config: to `zero`, or to `noise` with a `noise_std`.
+        batch, other: both passes are outstanding when the backward pass begins.
+
+    Raises:
+        ClaimBroken: they are not, and the unfrozen model's are.
+        NotApplicable: the model has no gradient checkpointing, or the unfrozen model's are not.
+    """
+    claim = Claim(
+        "what is run again for its gradient is the same pass",
+        model=model,
+        engine=engine,
+        config=config,
+        batches=[batch, other],
+    )
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise NotApplicable(f"{type(model).__name__} has no gradient checkpointing")
+
+    def both(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float]:
+        want = _gradients(engine, model, which, [batch, other])
+        with _checkpointing(model):
+            got = _gradients(engine, model, which, [batch, other])
+        return got, want, 0.0
+
+    claim.compared("gradients of the parameters", both, config, "entry")
+    return claim.margin
+
+
+def _gradients(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig | None, several: Sequence[Batch]
+) -> Tensor:
+    """The gradients of all parameters, in a row, of the mean squares of the logits of `several` batches."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def run(call: Callable[..., Any]) -> Tensor:
+        squares = [call(**batch.arguments(model)).logits[batch.real].square().mean() for batch in several]
+        found = torch.autograd.grad(torch.stack(squares).sum(), parameters, allow_unused=True)
+        return torch.cat(
+            [
+                torch.zeros_like(one).flatten() if grad is None else grad.flatten()
+                for one, grad in zip(parameters, found, strict=True)
+            ]
+        )
+
+    with attention_implementation(model, implementations(model)[0]), _training(model):
+        if config is None:
+            return run(model)
+        with engine.freeze(model, config) as frozen:
+            return run(frozen)
+
+
+@contextmanager
+def _training(model: PreTrainedModel) -> Iterator[None]:
+    """Training mode, with the same draws each time, for the length of the block."""
+    was = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            model.train()
+            yield
+        finally:
+            for module, training in was:
+                module.training = training
+
+
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+"""What transformers sets on each module that runs its layers again."""
+
+
+@contextmanager
+def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Gradient checkpointing for the length of the block; no trace of it is left."""
+    was = [
+        (module, {name: vars(module)[name] for name in CHECKPOINTING if name in vars(module)})
+        for module in model.modules()
+    ]
+    try:
+        model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        yield
+    finally:
+        for module, own in was:
+            for name in CHECKPOINTING:
+                vars(module).pop(name, None)
+            vars(module).update(own)
