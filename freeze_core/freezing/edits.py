@@ -14,6 +14,7 @@ from freeze_core.errors import InterventionError
 from freeze_core.freezing.backward import blend
 from freeze_core.freezing.plan import Assignment, Reference, Treatment
 from freeze_core.freezing.running import Pass
+from freeze_core.freezing.traced import demand
 from freeze_core.freezing.values import NoiseTable, accumulation_dtype, derangement, statistics
 from freeze_core.vocabulary import ROLES, BackwardMode, FreezeType, Role
 
@@ -73,13 +74,14 @@ class Edit:
         calibrated = self.treatment.statistics
         if calibrated is not None:
             return self._laid_out(calibrated.mean, x), self._laid_out(calibrated.std, x)
-        if running.cached:
-            raise InterventionError(
-                f"freeze_type '{self.treatment.freeze_type}' takes its statistics from the pass, and this pass goes on "
-                f"after {running.cached} cached tokens that it does not see: run without a cache (use_cache=False), "
-                "freeze with calibrated statistics=, or with zero or noise_std"
-            )
-        return statistics(x, running.real(x))
+        x = demand(
+            x,
+            running.cached == 0,
+            f"freeze_type '{self.treatment.freeze_type}' takes its statistics from the pass, and this pass goes on "
+            f"after {running.cached} cached tokens that it does not see: run without a cache (use_cache=False), "
+            "freeze with calibrated statistics=, or with zero or noise_std",
+        )
+        return statistics(*running.real(x))
 
     def _normals(self, x: Tensor, running: Pass) -> Tensor:
         tokens = x.shape[1]
@@ -91,10 +93,12 @@ class Edit:
         recorded = {role: reference.activations[role] for role in roles}
         for role, value in recorded.items():
             if running.cached or value.shape[1] != x.shape[1] or value.shape[0] not in (1, x.shape[0]):
-                raise InterventionError(
+                return demand(
+                    x,
+                    False,
                     f"the reference's {role} is {list(value.shape)} [batch, token, head, head_dim], this pass has "
                     f"{list(x.shape[:2])} [batch, token] after {running.cached} cached tokens: a reference serves a "
-                    "whole pass of its own length, and of its own batch or any if it has one row"
+                    "whole pass of its own length, and of its own batch or any if it has one row",
                 )
         mask = next(reference.masks[role] for role in roles)  # a module's roles are of the same tokens
         return running.padded_alike(self._laid_out(recorded, x), mask)

@@ -185,6 +185,11 @@ class FrozenAttention(ReplacedForward):
         frozen = self._frozen()
         for one in frozen:
             one.ran = False
+            if one.lost():
+                raise FreezeNotInForceError(
+                    f"{self._paths[one]} of {self.site.name} runs its own forward again, which something else has put "
+                    "back after the freeze (an offloading undone, say): remove the freeze, then freeze the model anew"
+                )
         if self.wiring.spares_the_circuit and torch.is_grad_enabled():
             self._run_sparing(args, kwargs)
         output = self.original(*args, **kwargs)

@@ -43,16 +43,22 @@ class ReplacedForward:
             (name for name in SLOTS if getattr(getattr(self.module, name, None), "__self__", None) is self), None
         )
 
+    def lost(self) -> bool:
+        """Whether something else has put the module's own forward back (an offloading undone, say)."""
+        return getattr(self.module.forward, "__self__", None) is self.module and self.slot() is None
+
     def refuse_if_covered(self) -> None:
         """Raises `CircuitFreezeError` if something else was put on top, which `detach` would throw away."""
-        if self.slot() is None:
+        if self.slot() is None and not self.lost():
             raise CircuitFreezeError(
                 f"the forward of a frozen {type(self.module).__name__} was replaced again, by "
                 f"{self.module.forward!r}: take that out before the freeze is changed or removed"
             )
 
     def detach(self) -> None:
-        """Puts back what was there, and leaves no trace on the module."""
+        """Puts back what was there, and leaves no trace on the module; where this object is lost, that is done."""
+        if self.lost():
+            return
         if self.slot() == "_old_forward":
             setattr(self.module, "_old_forward", self.original)  # noqa: B010 - no tensor, as mypy takes it to be
         elif self._was_on_instance:

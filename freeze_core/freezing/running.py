@@ -50,19 +50,19 @@ class Pass:
         """The column of the first of `tokens` activations: they end with the pass, or begin with the cache."""
         return max(0, self.end - tokens)
 
-    def real(self, x: Tensor) -> Tensor | None:
-        """Which positions of `x` `[batch, token, feature]` are not padding, `[batch, token]` bool; `None` is all.
+    def real(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`x` `[batch, token, feature]` and which positions are not padding, `[batch, token]` bool; `None` is all.
 
         Raises:
             InterventionError: the mask is not a padding mask for these positions, so that padding cannot be told.
         """
-        mask = self._padding_mask()
+        mask, fault = self._padding_mask()
         if mask is not None and mask.shape != x.shape[:2]:
-            raise InterventionError(
+            fault = (
                 f"attention_mask is {list(mask.shape)} and the activations are {list(x.shape[:2])} [batch, token]: "
                 "statistics of the pass need a mask of the same shape"
             )
-        return mask
+        return demand(x, not fault, fault), None if fault else mask
 
     def without_padding(self, x: Tensor) -> Tensor:
         """`x` `[batch, token, feature]`, if each of its rows can be taken from another one.
@@ -70,9 +70,9 @@ class Pass:
         Raises:
             InterventionError: there is only one, or there is padding.
         """
-        mask, rows = self._padding_mask(), len(x)
+        (mask, fault), rows = self._padding_mask(), len(x)
         return demand(
-            x,
+            demand(x, not fault, fault),
             rows > 1 and (mask is None or mask.all()),
             f"freeze_type 'resample' takes the same column of another row, and this pass has {rows} row"
             f"{'s with padding' if rows > 1 else ''}: give at least two rows of the same length, without padding",
@@ -84,8 +84,9 @@ class Pass:
         Raises:
             InterventionError: it does not.
         """
-        mask = self._padding_mask()
-        if recorded is None and mask is None:
+        mask, fault = self._padding_mask()
+        x = demand(x, not fault, fault)
+        if fault or (recorded is None and mask is None):
             return x
         mask = torch.ones((), dtype=torch.bool) if mask is None else mask
         before = torch.ones((), dtype=torch.bool) if recorded is None else recorded != 0
@@ -96,17 +97,16 @@ class Pass:
             "are padded alike",
         )
 
-    def _padding_mask(self) -> Tensor | None:
+    def _padding_mask(self) -> tuple[Tensor | None, str]:
+        """What is not padding `[batch, token]` bool, `None` if nothing is; or why that cannot be told."""
         mask = self.attention_mask
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise InterventionError(
-                f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; "
-                "pass one, or freeze with zero or with noise_std"
-            )
-        return mask.bool()
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return None if mask is None else mask.bool(), ""
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        return None, (
+            f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; "
+            "pass one, or freeze with zero or with noise_std"
+        )
 
 
 class InForce(NamedTuple):

@@ -16,6 +16,8 @@ def demand(value: Tensor, holds: Tensor | bool, message: str) -> Tensor:
     Raises:
         InterventionError: `message`, when the pass runs, also where it is compiled.
     """
+    if holds is True:
+        return value
     if torch.compiler.is_compiling():
         demanded: Tensor = _demanded(value, holds if isinstance(holds, Tensor) else torch.tensor(holds), message)
         return demanded

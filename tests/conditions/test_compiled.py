@@ -14,7 +14,7 @@ import torch
 from plain_freeze import FREEZE_TYPES, FREEZER, IDS, agrees, config_of, frozen_logits, logits, plain, plain_freeze
 from transformers import DynamicCache, StaticCache
 
-from freeze_core import InterventionError
+from freeze_core import InterventionConfig, InterventionError
 from pytest_circuitfreeze.models import tiny_model
 
 # Both from inside torch's own compiler.
@@ -86,6 +86,34 @@ def test_a_pass_that_cannot_be_served(freeze_type: str, backend: str) -> None:
     traced = compiled(model, backend)
     with FREEZER.freeze_circuits(model, config), pytest.raises(InterventionError, match=r"padding|padded alike"):
         logits(traced, attention_mask=MASK)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("fault", ["mask of another shape", "reference of another length", "one row", "cached tokens"])
+def test_a_pass_whose_shape_cannot_be_served(fault: str, fullgraph: bool) -> None:
+    """Its shape is known when it is traced already; the refusal is ours all the same, and comes when it runs."""
+    model = tiny_model("llama_gqa")
+    ids = torch.arange(14).view(2, 7)
+    config, given, message = {
+        "mask of another shape": (
+            InterventionConfig([0], freeze_type="mean"),
+            {"input_ids": ids, "attention_mask": torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()},
+            r"attention_mask is \[2, 1, 7, 7\]",
+        ),
+        "reference of another length": (
+            InterventionConfig([0], freeze_type="reference", reference=FREEZER.record(model, ids[:, :5])),
+            {"input_ids": ids},
+            "the reference's q is",
+        ),
+        "one row": (InterventionConfig([0], freeze_type="resample"), {"input_ids": ids[:1]}, "this pass has 1 row"),
+        "cached tokens": (InterventionConfig([0], freeze_type="mean"), {"input_ids": ids[:, 6:]}, "after 6 cached"),
+    }[fault]
+    traced = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    with FREEZER.freeze_circuits(model, config), torch.no_grad():
+        if fault == "cached tokens":
+            given["past_key_values"] = model(ids[:, :6], use_cache=True).past_key_values
+        with pytest.raises(InterventionError, match=message):
+            traced(**given)
 
 
 def test_a_second_model_of_the_same_class() -> None:

@@ -82,19 +82,32 @@ def test_offloaded_under_the_freeze(name: str, offload: str, tmp_path: Path) -> 
     assert hooks_of(model) == hooks_of(OFFLOADS[offload](tiny_model(name), tmp_path / "again"))
 
 
-def test_offloading_undone_under_a_freeze(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scope", ["group", "head"])
+def test_offloading_undone_under_a_freeze(scope: str, tmp_path: Path) -> None:
     """accelerate puts back the forwards that it found, and with them takes out the freeze: an error, not a no-op."""
+    config, wanted = plain("llama_gqa", "zero", kv_scope=scope)
+    unfrozen = logits(tiny_model("llama_gqa"))
     model = cpu_offload(tiny_model("llama_gqa"), tmp_path)
-    FREEZER.freeze_circuits(model, config_of("zero", tiny_model("llama_gqa")))
+    frozen = FREEZER.freeze_circuits(model, config)
     accelerate.hooks.remove_hook_from_submodules(model)
-    with pytest.raises(FreezeNotInForceError, match="ran without its Linear"):
+    with pytest.raises(FreezeNotInForceError, match=r"an offloading undone, say\): remove the freeze, then freeze"):
         logits(model)
+    frozen.remove()
+    frozen.remove()
+    assert torch.equal(logits(model), unfrozen)
+    agrees(frozen_logits(model, config), unfrozen, wanted)
+    assert torch.equal(logits(model), unfrozen)
 
 
 def test_offloading_undone_where_attention_has_weights_of_its_own(tmp_path: Path) -> None:
     """There accelerate takes the freeze out of the attention itself, so that only the pass can tell."""
+    unfrozen = logits(tiny_of_type("gpt_oss", attn="eager"))
     model = cpu_offload(tiny_of_type("gpt_oss", attn="eager"), tmp_path)
-    FREEZER.freeze_circuits(model, config_of("zero", model))
+    frozen = FREEZER.freeze_circuits(model, config_of("zero", model))
     accelerate.hooks.remove_hook_from_submodules(model)
     with pytest.raises(FreezeNotInForceError, match="what runs is not frozen"):
         logits(model)
+    frozen.remove()
+    assert torch.equal(logits(model), unfrozen)
+    with FREEZER.freeze_circuits(model, config_of("zero", model)):
+        assert not torch.equal(logits(model), unfrozen)

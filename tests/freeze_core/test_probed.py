@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from transformers.models.llama.modeling_llama import LlamaAttention
+
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, UnsupportedModelError
+from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
 WIDTH, HEADS, DIM = 16, 4, 4
@@ -288,3 +291,44 @@ def test_a_stated_storage_that_probing_contradicts_is_refused():
     with pytest.raises(UnsupportedModelError, match="which is fused_qkv"):
         FREEZER.freeze_circuits(Model(OddOrder), InterventionConfig(), architecture="separate_qkv")
     FREEZER.freeze_circuits(Model(OddOrder), InterventionConfig(), architecture="fused_qkv").remove()
+
+
+class FusedLlamaAttention(LlamaAttention):
+    """LLaMA's own attention with one projection: keys, queries, values."""
+
+    def fuse(self):
+        projections = (self.k_proj, self.q_proj, self.v_proj)
+        self.to_kqv = nn.Linear(self.q_proj.in_features, sum(one.out_features for one in projections), bias=False)
+        self.to_kqv.weight = nn.Parameter(torch.cat([one.weight for one in projections]))
+        self.sizes = [one.out_features for one in projections]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            delattr(self, name)
+        return self
+
+    def forward(self, hidden_states, **kwargs):
+        made = dict(zip("kqv", self.to_kqv(hidden_states).split(self.sizes, dim=-1), strict=True))
+        # What LLaMA's code calls gives what was made already.
+        self._modules.update({f"{role}_proj": nn.Identity() for role in made})
+        try:
+            for role, value in made.items():
+                self._modules[f"{role}_proj"].forward = lambda _, value=value: value
+            return super().forward(hidden_states, **kwargs)
+        finally:
+            for role in made:
+                del self._modules[f"{role}_proj"]
+
+
+@pytest.mark.parametrize("circuit", ["q", "k", "ov"])
+@pytest.mark.parametrize("freeze_type", ["zero", "mean", "noise"])
+def test_a_layer_of_a_known_model_with_attention_of_its_own(circuit, freeze_type, ids):
+    """Rotary positions, masks and caches are what the model itself hands over; draws are those of the known storage."""
+    model, known = (tiny_model("llama_gqa") for _ in range(2))
+    own = model.model.layers[1].self_attn
+    own.__class__ = FusedLlamaAttention
+    own.fuse()
+    mask = torch.tensor([[1] * 7, [0, 0] + [1] * 5])
+    config = InterventionConfig([1, 2], [2], circuit, freeze_type)
+    with torch.no_grad(), FREEZER.freeze_circuits(model, config), FREEZER.freeze_circuits(known, config):
+        got, wanted = (one(ids, attention_mask=mask).logits for one in (model, known))
+    # one float32 product of 32 features was cut otherwise
+    torch.testing.assert_close(got, wanted, rtol=0, atol=32 * 2**-23 * float(wanted.abs().max()))
