@@ -76,6 +76,6 @@ def test_statistics_of_another_model_are_errors(
     """Statistics that were calibrated on another model, however like this one, are an error."""
     config = data.draw(configs(circuit_model, freeze_type=st.just("mean")), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
-    foreign = data.draw(calibrations(nudged(circuit_model), config.layer_indices), label="statistics")
+    foreign = data.draw(calibrations(nudged(circuit_model, torch.bfloat16), config.layer_indices), label="statistics")
     config = replace(config, statistics=foreign)
     circuit_record.observe(check_what_cannot_be_served_is_an_error(circuit_engine, circuit_model, config, batch))

@@ -49,7 +49,7 @@ class Nudge:
     def __call__(self, exact: Tensor, terms: int = 1, dtype: torch.dtype | None = None) -> Tensor:
         """`exact` as a computation of `terms` terms in `dtype` might have seen it; same shape and dtype."""
         signs = 2 * torch.randint(0, 2, exact.shape, generator=self.generator, dtype=torch.int8).to(exact) - 1
-        underflow = (exact != 0) * torch.finfo(dtype or self.dtype).tiny
+        underflow = (exact != 0).to(exact) * torch.finfo(dtype or self.dtype).tiny
         return exact * (1 + gamma(terms, dtype or self.dtype) * signs) + underflow * signs
 
 

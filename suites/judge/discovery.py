@@ -22,7 +22,7 @@ from freeze_core.attention.probe import HeadFeatures, probe
 from freeze_core.errors import UnsupportedModelError
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 
-__all__ = ["SOFTMAX", "Attention", "attention_of", "features_of"]
+__all__ = ["SOFTMAX", "Attention", "HeadFeatures", "attention_of", "features_of"]
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 """What eager attention may call. Whatever the model is written with, one of them is seen and not what it calls."""

@@ -77,3 +77,5 @@ def test_nudge_covers_what_is_lost_below_the_smallest_number_and_leaves_zero_alo
     moved = Nudge(torch.float32)(tiny)
     assert float((moved - tiny)[0].abs()) >= float((tiny.float() - tiny)[0].abs()) > 0
     assert moved[1] == 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert Nudge(dtype)(tiny.to(dtype)).dtype == dtype
