@@ -57,7 +57,10 @@ def shrunken_config(model_type: str, fields: Mapping[str, object] | None = None)
         raise ValueError(f"transformers has no causal language model type {model_type!r}; it has {known}")
     try:
         default = _config_class(model_type)()
-        return type(default)(**{**_small_fields(default), **(fields or {})})
+        config = type(default)(**{**_small_fields(default), **(fields or {})})
+        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 read what their configs lack
+            config.pad_token_id = None
+        return config
     except Exception as error:
         raise ValueError(_cannot(model_type, "be configured", error)) from error
 

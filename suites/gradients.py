@@ -11,12 +11,12 @@ float64.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
@@ -59,10 +59,13 @@ def check_gradients_are_the_estimators(
         known = as_found(model)  # attention may run twice: what it was given and what came of it counts
     material = material_of(engine, model, configs, batch)
     with without_gradients(model), attention_implementation(model, implementations(model)[0]):
-        with engine.freeze(model, configs) as frozen, torch.enable_grad():
+        with engine.freeze(model, configs) as frozen, torch.enable_grad(), _running(model) as ran:
             found = observe(frozen, model, batch, known, gradients=True)
             weighted_sum(found.logits, batch).backward()
-        _demand_gradients(claim, model, batch)
+        ran |= {
+            module for site in known.values() for module in site.module.modules()
+        }  # no engine is to leave these out
+        _demand_gradients(claim, model, batch, ran)
         real = batch.real.to(model.device)
         judged = [layer for layer in judged_layers(known, configs) if not found.layers[layer].shared]
         if not judged:
@@ -125,8 +128,22 @@ def weighted_sum(logits: Tensor, batch: Batch) -> Tensor:
     return (logits * weights).sum()
 
 
-def _demand_gradients(claim: Claim, model: PreTrainedModel, batch: Batch) -> None:
-    """Demands that no parameter's gradient is missing that the unfrozen model has."""
+@contextmanager
+def _running(model: PreTrainedModel) -> Iterator[set[nn.Module]]:
+    """The modules that run in the block."""
+    ran: set[nn.Module] = set()
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(lambda module, _: ran.add(module)).remove)
+        yield ran
+
+
+def _demand_gradients(claim: Claim, model: PreTrainedModel, batch: Batch, ran: set[nn.Module]) -> None:
+    """Demands that no parameter's gradient is missing that the unfrozen model has, of modules that `ran`.
+
+    An expert to which no token is routed under the freeze has nothing to learn from it.
+    """
+    of_those = {parameter for module in ran for parameter in module.parameters(recurse=False)}
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     if not missing:
         return
@@ -134,7 +151,9 @@ def _demand_gradients(claim: Claim, model: PreTrainedModel, batch: Batch) -> Non
     with without_gradients(model), torch.enable_grad():
         weighted_sum(model(**batch.arguments(model)).logits, batch).backward()
         lost = [
-            name for name, parameter in model.named_parameters() if parameter.grad is not None and kept[name] is None
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None and kept[name] is None and parameter in of_those
         ]
     claim.demand(not lost, f"parameters that the unfrozen model has gradients for lost theirs: {', '.join(lost)}")
 

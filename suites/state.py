@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin
 from pytest_circuitfreeze.suites.judge.passes import logits_of
 from pytest_circuitfreeze.suites.judge.recorder import hidden_of
-from pytest_circuitfreeze.suites.judge.sites import sites
+from pytest_circuitfreeze.suites.judge.sites import AnySite, sites
 from pytest_circuitfreeze.suites.judge.state import changes, parameters_state, training_flags
 
 if TYPE_CHECKING:
@@ -87,10 +88,31 @@ def check_inputs_are_not_written_to(
     """
     claim = Claim("a freeze writes to no one's tensors", model=model, engine=engine, config=config, batch=batch)
     known = sites(model)
-    held: list[tuple[str, Tensor, Tensor, int]] = []
+    own = {one.what for one in _held(model, model, batch, known) if one.tensor._version != one.version}
+    with engine.freeze(model, config) as frozen:
+        held = _held(frozen, model, batch, known)
+    for one in held:
+        if one.what not in own:  # what the unfrozen model writes to itself is no claim about a freeze
+            claim.same(one.what, one.tensor, one.values)
+            claim.demand(one.tensor._version == one.version, f"{one.what} was written to")
+    return claim.margin
+
+
+class _Held(NamedTuple):
+    """A tensor that was handed over, and what it was then."""
+
+    what: str
+    tensor: Tensor
+    values: Tensor
+    version: int
+
+
+def _held(call: Callable[..., Any], model: PreTrainedModel, batch: Batch, known: Mapping[int, AnySite]) -> list[_Held]:
+    """What `call` and the attention layers of `model` were handed in one pass."""
+    held: list[_Held] = []
 
     def hold(what: str, tensor: Tensor) -> None:
-        held.append((what, tensor, tensor.clone(), tensor._version))
+        held.append(_Held(what, tensor, tensor.clone(), tensor._version))
 
     def hold_hidden(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hold(f"input of layer {layer}", hidden_of(args, kwargs))
@@ -106,12 +128,9 @@ def check_inputs_are_not_written_to(
         for layer, site in known.items()
     ]
     try:
-        with torch.no_grad(), engine.freeze(model, config) as frozen:
-            frozen(**arguments)
+        with torch.no_grad():
+            call(**arguments)
     finally:
         for handle in handles:
             handle.remove()
-    for what, tensor, values, version in held:
-        claim.same(what, tensor, values)
-        claim.demand(tensor._version == version, f"{what} was written to")
-    return claim.margin
+    return held

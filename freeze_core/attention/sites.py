@@ -11,7 +11,7 @@ from torch import nn
 from freeze_core.attention.layout import Layout
 from freeze_core.attention.modules import SHARED, Found, attention_modules
 from freeze_core.attention.probed import probed_layouts
-from freeze_core.attention.storages import layout_of
+from freeze_core.attention.storages import layout_of, stores_projections
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.freezing.replaced import standing_in
 from freeze_core.vocabulary import ModelArchitecture
@@ -173,7 +173,9 @@ def _with_readers(site: AttentionSite, readers: Sequence[nn.Module]) -> Attentio
     if unshared is None or not readers or not getattr(site.attention, STORES, True):
         return site
     own = tuple(one for one in readers if getattr(one, KIND, None) == getattr(site.attention, KIND, None))
-    known = hasattr(site.attention, STORES) and all(hasattr(one, name) for one in own for name in unshared.attributes)
+    # One that has projections of its own reads those where there is no cache.
+    known = hasattr(site.attention, STORES) and not any(stores_projections(one) for one in own)
+    known = known and all(hasattr(one, name) for one in own for name in unshared.attributes)
     return replace(site, layout=replace(site.layout, unshared=replace(unshared, readers=own) if known else None))
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, UnsupportedModelError
