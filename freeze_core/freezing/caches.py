@@ -97,7 +97,7 @@ class _Shrinking:
         cache: Any = self._cache()
         if cache is None:
             raise InterventionError(
-                f"{self._name} of a shallow copy of a cache that is gone: its layers were that cache's; use copy.deepcopy"
+                f"{self._name} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
             )
         given = getattr(type(cache), self._name)(cache, *args, **kwargs)
         setattr(cache, LENGTH, min(getattr(cache, LENGTH), filled(cache)))
