@@ -95,6 +95,10 @@ class _Shrinking:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache: Any = self._cache()
+        if cache is None:
+            raise InterventionError(
+                f"{self._name} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
+            )
         given = getattr(type(cache), self._name)(cache, *args, **kwargs)
         setattr(cache, LENGTH, min(getattr(cache, LENGTH), filled(cache)))
         return given

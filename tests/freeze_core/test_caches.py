@@ -266,6 +266,18 @@ def test_a_mark_keeps_no_cache_alive(model):
             gc.enable()
 
 
+def test_a_shallow_copy_that_outlives_its_cache_says_so(model):
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "ov")):
+        cache = DynamicCache()
+        decode(model, IDS, None, cache)
+    shallow = copy.copy(cache)
+    shallow.crop(-1)
+    assert cache.get_seq_length() == 11
+    del cache
+    with pytest.raises(InterventionError, match="use copy"):
+        shallow.crop(-1)
+
+
 @pytest.mark.parametrize("scope", ["group", "head"])
 @pytest.mark.parametrize("cache", [*CACHES, "quantised"])
 def test_a_cache_of_each_kind_is_recomputed(model, cache, scope):
