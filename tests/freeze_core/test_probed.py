@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, UnsupportedModelError
@@ -285,6 +284,12 @@ def test_a_model_is_probed_once(monkeypatch, ids):
     monkeypatch.setattr(Model, "forward", refuse)
     with FREEZER.freeze_circuits(model, InterventionConfig([0])):
         FREEZER.freeze_circuits(model, InterventionConfig([1])).remove()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_is_probed_without_gradients_about(mode, ids):
+    with mode(), FREEZER.freeze_circuits(Model(OddOrder), InterventionConfig([1], [0])):
+        pass
 
 
 def test_a_stated_storage_that_probing_contradicts_is_refused():
