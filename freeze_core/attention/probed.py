@@ -62,7 +62,8 @@ def probed_layouts(model: nn.Module, attentions: Sequence[nn.Module]) -> dict[nn
             if attention not in _KNOWN:
                 if attention not in calls:
                     raise UnsupportedModelError(failed or "it does not run when the model is given two tokens")
-                _KNOWN[attention] = _facts(attention, calls[attention])
+                with torch.inference_mode(False), torch.enable_grad():  # whatever mode the freeze is asked for in
+                    _KNOWN[attention] = _facts(attention, calls[attention])
             layouts[attention] = _layout(attention, _KNOWN[attention])
         except UnsupportedModelError as error:
             layouts[attention] = (
@@ -131,7 +132,7 @@ class _Alone(nn.Module):
         if any(parameter.dtype == torch.float64 for parameter in attention.parameters()):
             self.dtype = torch.float64
         self.attention.to(self.dtype)
-        given = (*call.args, *call.kwargs.values())
+        given = (call.kwargs.get("hidden_states"), *call.args, *call.kwargs.values())
         hidden = next((one for one in given if isinstance(one, Tensor) and one.dim() == 3 and one.shape[1] == 2), None)
         if hidden is None:
             raise UnsupportedModelError("it is not given hidden states [batch, token, feature]")
@@ -148,7 +149,7 @@ class _Alone(nn.Module):
         if value is self.hidden:
             return drawn.to(self.dtype)
         if isinstance(value, Tensor):
-            return value.detach().to(self.dtype) if value.is_floating_point() else value
+            return value.detach().to(self.dtype if value.is_floating_point() else value.dtype, copy=True)
         if isinstance(value, tuple | list):
             return type(value)(self._own(one, drawn) for one in value)
         return None if hasattr(value, "get_seq_length") else value  # a cache would grow

@@ -286,6 +286,12 @@ def test_a_model_is_probed_once(monkeypatch, ids):
         FREEZER.freeze_circuits(model, InterventionConfig([1])).remove()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_is_probed_without_gradients_about(mode, ids):
+    with mode(), FREEZER.freeze_circuits(Model(OddOrder), InterventionConfig([1], [0])):
+        pass
+
+
 def test_a_stated_storage_that_probing_contradicts_is_refused():
     with pytest.raises(UnsupportedModelError, match="which is fused_qkv"):
         FREEZER.freeze_circuits(Model(OddOrder), InterventionConfig(), architecture="separate_qkv")
