@@ -40,12 +40,14 @@ class Calibrated(ActivationStatistics):
         return f"Calibrated(layers={list(self)}, sources={self.sources})"
 
 
-def recorded(model: PreTrainedModel, source: Batch, layers: Sequence[int] | None = None) -> Recorded:
-    """Records `layers` of the unfrozen model on `source`, under the attention implementation that the suites run."""
+def recorded(
+    model: PreTrainedModel, source: Batch, layers: Sequence[int] | None = None, attn: str | None = None
+) -> Recorded:
+    """Records `layers` of the unfrozen model on `source`, under `attn`, by default what the suites run first."""
     from pytest_circuitfreeze.suites.judge.passes import attention_implementation
     from pytest_circuitfreeze.suites.judge.sites import implementations
 
-    with attention_implementation(model, implementations(model)[0]):
+    with attention_implementation(model, attn or implementations(model)[0]):
         return Recorded(AttentionCircuitFreezer().record(model, source.arguments(model), layers), source)
 
 
