@@ -58,21 +58,23 @@ def record(
         raise InterventionError(f"pattern={shown(pattern)}: must be True or False")
     device = _device(device)
     arguments = model_arguments(model, inputs)
-    masks: list[Mapping[str, Any]] = []
+    seen_masks: list[Mapping[str, list[Any]]] = []
     seen: dict[tuple[int, str], Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for layer in wanted:
             stack.enter_context(_listening(sites.by_layer[layer], seen, device))
         for module in (sites.stack, sites.composite):
             if module is not None:
-                stack.callback(module.register_forward_pre_hook(_mask_keeper(module, masks), with_kwargs=True).remove)
+                stack.callback(
+                    module.register_forward_pre_hook(_mask_keeper(module, seen_masks), with_kwargs=True).remove
+                )
         run(model, arguments)
     if pattern:
         _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen, device)
     activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
-    own = masks[-1]
-    mask = _copied("attention_mask", told(own["attention_mask"], [given["attention_mask"] for given in masks[:-1]]))
-    of_encoder = _copied("encoder_attention_mask", own["encoder_attention_mask"])
+    given = [one for masks in reversed(seen_masks) for one in masks["attention_mask"]]
+    mask = _copied("attention_mask", told(given, sites.stack))
+    of_encoder = _copied("encoder_attention_mask", next(iter(seen_masks[-1]["encoder_attention_mask"]), None))
     return Recording(activations, mask, of_encoder, attention)
 
 
@@ -85,12 +87,12 @@ def _device(device: object) -> torch.device | None:
         raise InterventionError(f"device={shown(device)}: must be None or a device of this machine: {error}") from error
 
 
-def _mask_keeper(module: nn.Module, masks: list[Mapping[str, Any]]) -> Callable[..., None]:
+def _mask_keeper(module: nn.Module, seen: list[Mapping[str, list[Any]]]) -> Callable[..., None]:
     """Keeps the masks that this very module is given: an encoder and a decoder pad differently."""
     arguments = Arguments(partial(type(module).forward, module), *MASKS)
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        masks.append({name: arguments.find(name, args, kwargs) for name in MASKS})
+        seen.append({name: arguments.given(name, args, kwargs) for name in MASKS})
 
     return keep
 

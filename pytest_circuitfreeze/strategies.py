@@ -149,7 +149,8 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def _tokens(model: PreTrainedModel, rows: int, columns: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocabulary(model), (rows, columns), generator=generator)
+    # Not 0, which CPM-Ant takes for padding whatever the mask says.
+    return torch.randint(1, vocabulary(model), (rows, columns), generator=generator)
 
 
 def heads_by_layer(model: PreTrainedModel) -> dict[int, int]:

@@ -213,7 +213,6 @@ NOT_SOFTMAX = (
 """Classes that mix tokens by a recurrence, without a pattern, whatever their projections are called."""
 
 UNSEPARABLE = {
-    "CpmAntAttention": "its layers are never told which tokens are padding",
     "DogeAttention": "its mask is computed from the values, so that freezing OV would move the pattern",
     "DiffLlamaAttention": "its values are halves of two heads and its pattern is a difference of two",
     "DeepseekV4Attention": "its keys and its values are the same features",

@@ -121,11 +121,16 @@ def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def _composite(model: nn.Module, name: str) -> nn.Module | None:
-    """The next module around the stack `name` that is given its tokens, where the two are of different configs."""
+    """The next module around the stack `name` that is given its tokens, where that may be told of padding otherwise.
+
+    That is where the two are of different configs, or where the stack is handed no mask.
+    """
     stack = model.get_submodule(name)
     around = (model.get_submodule(outer) for outer in _given_tokens(model, name) if outer != name)
     outer = next(around, None)
-    if outer is None or getattr(outer, "config", None) is getattr(stack, "config", None):
+    if outer is None:
+        return None
+    if getattr(outer, "config", None) is getattr(stack, "config", None) and "attention_mask" in _parameters(stack):
         return None
     parameters = _parameters(outer)
     # Of an encoder and a decoder the mask is the encoder's.

@@ -1,7 +1,8 @@
 """Which tokens are padding, where the layers are told in another form than a padding mask.
 
 A composite model (a language model with eyes, say) may make masks of its own of the padding mask that it is given, a
-dict of one for each kind of layer, before its language model sees any.
+dict of one for each kind of layer, before its language model sees any. CPM-Ant's layers are handed no mask at all, and
+prompts of its own before the tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.replaced import ReplacedForward
 
-__all__ = ["Arguments", "Composite", "told"]
+__all__ = ["PROMPT", "Arguments", "Composite", "told"]
+
+PROMPT = "prompt_length"
+"""What CPM-Ant calls the number of tokens of its own that it puts before those that it is given."""
 
 
 class Arguments:
@@ -32,9 +37,15 @@ class Arguments:
         place = self._places.get(name, len(args))
         return args[place] if place < len(args) else kwargs.get(name)
 
+    def given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The same as a list of one; of none where the forward takes no such argument."""
+        return [self.find(name, args, kwargs)] if name in self._places else []
+
 
 class Composite(ReplacedForward):
     """Stands in for the forward of a module around a stack of layers: knows the mask that it was given, and its own."""
+
+    shows_signature = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -64,9 +75,14 @@ class Composite(ReplacedForward):
             self.given = []
 
 
-def told(own: Any, given: Sequence[Any]) -> Any:
-    """The mask that tells padding: a stack's `own`, or where that does not, what the composite around was `given`."""
-    return next((mask for mask in (own, *given) if _tells(mask)), own)
+def told(given: Sequence[Any], stack: nn.Module) -> Any:
+    """The mask that tells padding: the first of those `given`, to the `stack` and what is around it, that does.
+
+    What a stack puts before the tokens by itself is no padding.
+    """
+    mask = next((mask for mask in given if _tells(mask)), given[0] if given else None)
+    prompt = getattr(stack, PROMPT, 0)
+    return F.pad(mask, (prompt, 0), value=1) if prompt and isinstance(mask, Tensor) else mask
 
 
 def _tells(mask: Any) -> bool:

@@ -6,7 +6,9 @@ Python call, and is seen by every hook that others register on the module.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NoReturn
 
 from torch import nn
@@ -22,6 +24,9 @@ SLOTS = ("forward", "_old_forward")
 class ReplacedForward:
     """Stands in for `module.forward` between `attach` and `detach`; `original` is what it stands in for."""
 
+    shows_signature = False
+    """Whether the signature of what is replaced is still seen: generation, say, asks for a model's arguments."""
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original: Callable[..., Any] = module.forward
@@ -35,7 +40,7 @@ class ReplacedForward:
         """Puts this object in the place of the module's forward, whatever that is by now."""
         self.original = self.module.forward
         self._was_on_instance = "forward" in vars(self.module)
-        self.module.forward = self.forward
+        self.module.forward = _signed(self.forward, self.original) if self.shows_signature else self.forward
 
     def slot(self) -> str | None:
         """The attribute of the module in which this object is, `None` if it is not in force."""
@@ -71,6 +76,18 @@ class ReplacedForward:
         raise CircuitFreezeError(
             f"a frozen {type(self.module).__name__} cannot be copied or pickled: remove the freeze first"
         )
+
+
+def _signed(forward: Callable[..., Any], original: Callable[..., Any]) -> MethodType:
+    """The bound method `forward`, with the signature of `original`."""
+
+    def signed(_: ReplacedForward, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    shown = inspect.signature(original)
+    owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    signed.__signature__ = shown.replace(parameters=[owner, *shown.parameters.values()])  # type: ignore[attr-defined]
+    return MethodType(signed, forward.__self__)  # type: ignore[attr-defined]
 
 
 def standing_in(module: nn.Module) -> ReplacedForward | None:

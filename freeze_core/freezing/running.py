@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
-from freeze_core.freezing.padding import Arguments, Composite, told
+from freeze_core.freezing.padding import PROMPT, Arguments, Composite, told
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.rows import RowOrder, refuse_reordering
 from freeze_core.freezing.traced import demand
@@ -142,6 +142,8 @@ ARGUMENTS = (
 class PassTracker(ReplacedForward):
     """Stands in for the forward of a stack of layers: knows the pass that runs through it, and marks its cache."""
 
+    shows_signature = True
+
     def __init__(self, stack: nn.Module) -> None:
         super().__init__(stack)
         self._arguments = Arguments(self.original, *ARGUMENTS)
@@ -256,10 +258,12 @@ class PassTracker(ReplacedForward):
         if states is not None:
             encoder = Pass(self._arguments.find("encoder_attention_mask", args, kwargs), 0, states.shape[1])
         cross_cached = any(getattr(cache, "is_updated", {}).values())
-        mask = self._arguments.find("attention_mask", args, kwargs)
-        if self.composite:
-            mask = told(mask, self.composite.given)
-        return Pass(mask, filled(cache), tokens, encoder, cross_cached)
+        masks = self._arguments.given("attention_mask", args, kwargs)
+        mask = told(masks + (self.composite.given if self.composite else []), self.module)
+        cached = filled(cache)
+        if hasattr(self.module, PROMPT):  # it is given all tokens again at each step, and puts its own in front
+            tokens += getattr(self.module, PROMPT) - cached
+        return Pass(mask, cached, tokens, encoder, cross_cached)
 
     @contextmanager
     def _running(self, running: Pass) -> Iterator[None]:

@@ -81,6 +81,8 @@ def demand_decoding(engine: Engine, model: PreTrainedModel, batch: Batch, ends: 
     if "past_key_values" not in parameters:
         raise NotApplicable(f"{type(model).__name__} takes no past_key_values")
     try:
-        decode(engine, model, None, batch, ends)
+        columns = decode(engine, model, None, batch, ends).shape[1]
     except Exception as error:  # whatever a family ends in
         raise NotApplicable(f"the unfrozen model does not go on from a cache: {error}") from error
+    if columns != batch.input_ids.shape[1]:
+        raise NotApplicable("the unfrozen model wants cached tokens again, and is not handed them piece by piece")
