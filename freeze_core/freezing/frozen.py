@@ -16,7 +16,7 @@ from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import straight_through
 from freeze_core.freezing.edits import Edit, edits_of, edits_of_z
-from freeze_core.freezing.plan import LayerFreeze, assign, storage_for
+from freeze_core.freezing.plan import LayerFreeze, assign, refuse_dependent, storage_for
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.running import InForce, Pass, PassTracker, tracker_of
 from freeze_core.vocabulary import FreezeType
@@ -61,7 +61,9 @@ def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wir
     Raises:
         UnsupportedModelError: the layer cannot hold what is asked.
     """
-    assignment = assign(site, [freeze for _, freeze in freezes])
+    in_order = [freeze for _, freeze in freezes]
+    refuse_dependent(site, in_order)
+    assignment = assign(site, in_order)
     storage = storage_for(site, assignment)
     chosen = [treatment for treatments in assignment.values() for treatment in treatments]
     key = " ".join("-" if treatment is None else treatment.key for treatment in chosen)

@@ -314,3 +314,21 @@ def test_layers_that_the_model_itself_skips_are_no_misses(ids):
     assert torch.equal(skipped, model(ids, use_cache=False).logits)
     model.model.decoder.layerdrop = 0.0
     assert not torch.equal(skipped, model(ids, use_cache=False).logits)
+
+
+SOME_KEYS = {"layer_indices": [0], "circuit": "k", "kv_scope": "head"}
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        [InterventionConfig(head_indices=[0], **SOME_KEYS), InterventionConfig(head_indices=[1, 2, 3], **SOME_KEYS)],
+        [InterventionConfig(head_indices=[0], strength=0.0, **SOME_KEYS), InterventionConfig(**SOME_KEYS)],
+    ],
+)
+def test_configs_that_can_only_be_held_together_are_refused(configs):
+    # Removed one after the other, the last would be left with what the layer cannot hold, and stay in the model.
+    model = tiny_model("deepseek_v3")
+    with pytest.raises(UnsupportedModelError, match="in one config"):
+        FREEZER.freeze_circuits(model, configs)
+    assert not any("forward" in vars(module) for module in model.modules())
