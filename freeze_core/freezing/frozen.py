@@ -177,13 +177,14 @@ class FrozenAttention(ReplacedForward):
         self.wiring = wire(site, ())
         self.projections: list[FrozenProjection] = []
         self._output: FrozenOutput | None = None
-        self._stack = stack
+        self.stack = stack
         self._tracker: PassTracker | None = None
         self._attributes: list[tuple[nn.Module, str, Any]] = []
         self._paths: dict[ReplacedForward, str] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_foreign_recomputation()
+        self._refuse_untold_cache(args, kwargs)
         frozen = self._frozen()
         for one in frozen:
             one.ran = False
@@ -216,6 +217,17 @@ class FrozenAttention(ReplacedForward):
             raise FreezeNotInForceError(
                 f"{self.site.name} is run again for its gradient, and its pass ran without this freeze: call backward "
                 "before the freeze is installed"
+            )
+
+    def _refuse_untold_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A cache is told to be stale by the pass through the stack; a layer that is run otherwise has none."""
+        if torch.compiler.is_compiling() or self._tracker is None or self._tracker.current is not None:
+            return
+        if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+            raise FreezeNotInForceError(
+                f"{self.site.name} is run with a cache, outside of the {type(self.stack).__name__} through which it "
+                "was frozen, so that it cannot be told whether what is cached is frozen alike: freeze it through the "
+                "model that runs it, or run it without a cache (use_cache=False)"
             )
 
     def _frozen(self) -> list[FrozenProjection | FrozenOutput]:
@@ -259,7 +271,7 @@ class FrozenAttention(ReplacedForward):
 
     def _put_in(self, wiring: Wiring) -> None:
         self.attach()
-        self._tracker = tracker_of(self._stack, self.composite)
+        self._tracker = tracker_of(self.stack, self.composite)
         self._tracker.put(self.path, wiring.in_force)
         for module in (self.site.layout.core, *wiring.storage.readers):
             for name, value in wiring.storage.attributes.items():
@@ -281,7 +293,7 @@ class FrozenAttention(ReplacedForward):
 
         Nothing is changed by then.
         """
-        tracker = standing_in(self._stack)
+        tracker = standing_in(self.stack)
         if isinstance(tracker, PassTracker) and tracker.current is not None:
             raise CircuitFreezeError(
                 f"{self.site.name} is frozen, and a pass is running: freezes are installed and removed between passes"

@@ -132,6 +132,8 @@ def _held(site: AttentionSite, role: Role, recorded: Tensor) -> Tensor:
     """A copy of a recorded activation `[batch, token, head, head_dim]`, with the heads that the model itself has."""
     heads = site.kv_heads if role in ("k", "v") else site.heads
     expected = (heads, site.layout.features(role))
+    if recorded.is_meta:
+        raise InterventionError(f"reference: {role} of layer {site.layer} has no values: record it on another device")
     if role in ("k", "v") and recorded.shape[2:] == (site.heads, expected[1]):  # recorded unshared
         grouped = recorded.unflatten(2, (heads, site.group))
         if not bool((grouped == grouped[:, :, :, :1]).all()):
