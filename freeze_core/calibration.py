@@ -13,7 +13,7 @@ from freeze_core.activations import Recording
 from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
-from freeze_core.freezing.install import live_freezes
+from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.plan import resolve
 from freeze_core.recording import record
 from freeze_core.statistics import ActivationStatistics, LayerStatistics, model_identity
@@ -74,7 +74,7 @@ def calibrate(
         raise InterventionError(f"progress={shown(progress)}: must be True or False")
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
         raise InterventionError(f"batches={shown(batches)}: must be an iterable of token ids, or of dicts")
-    if live_freezes(sites):
+    if is_frozen(model):
         raise InterventionError("model is frozen: calibrate it unfrozen, so that the statistics are its own")
     wanted = [freeze.layer for freeze in resolve(config, sites)]
     moments = {(layer, role): _Moments() for layer in wanted for role in ROLES}

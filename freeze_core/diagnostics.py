@@ -15,7 +15,7 @@ from freeze_core.attention.sites import AttentionSite, Sites, find_sites
 from freeze_core.config import InterventionConfig, check_config
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
-from freeze_core.freezing.install import install, live_freezes
+from freeze_core.freezing.install import install, is_frozen, live_freezes
 from freeze_core.freezing.plan import assign, resolve
 from freeze_core.inputs import logits_of, model_arguments, run
 from freeze_core.vocabulary import BackwardMode
@@ -66,13 +66,14 @@ def intervention_effect(
     model_baseline: nn.Module, model_intervened: nn.Module, test_input: Tensor, config: InterventionConfig
 ) -> dict[str, Any]:
     """See `AttentionCircuitFreezer.verify_intervention_effect`."""
-    if live_freezes(find_sites(model_baseline)):
-        raise InterventionError("model_baseline is frozen: remove its freeze, or pass an unfrozen copy of the model")
     check_config(config)
     config = config.checked()
+    baseline_sites = find_sites(model_baseline, attention=config.attention)
+    if is_frozen(model_baseline):
+        raise InterventionError("model_baseline is frozen: remove its freeze, or pass an unfrozen copy of the model")
     sites = find_sites(model_intervened, attention=config.attention)
     with torch.no_grad():
-        clean, before = _outcome(model_baseline, find_sites(model_baseline, attention=config.attention), test_input)
+        clean, before = _outcome(model_baseline, baseline_sites, test_input)
         with _frozen(sites, config):
             chosen = {layer: _reading_frozen(site) for layer, site in sites.by_layer.items()}
             frozen, after = _outcome(model_intervened, sites, test_input)

@@ -226,6 +226,9 @@ UNSEPARABLE = {
     "LSHSelfAttention": "its queries and its keys are the same features",
     "modeling_reformer.LocalSelfAttention": "its layers are reversible: they are run again in each backward pass, "
     "outside of the pass that they came from",
+    "modeling_fsmt.Attention": "its projections give [token, batch, feature], so that rows would be taken for tokens",
+    "T5Gemma2MergedAttention": "its keys and its values are of the decoder's tokens and of the encoder's, by the same "
+    "projections, so that an activation is not one",
     "XLNetRelativeAttention": "its projections are parameters, not modules, so that no output of theirs can be held",
 }
 """Classes whose q, k and v cannot be held apart, or not as promised, and why; named as in `FUSED`."""

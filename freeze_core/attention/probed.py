@@ -99,25 +99,21 @@ def _calls(model: nn.Module, attentions: Sequence[nn.Module]) -> dict[nn.Module,
 
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Runs the model without dropout, and puts back its flags, its buffers and torch's generators."""
-    training = [module for module in model.modules() if module.training]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    """Runs the model without dropout, and puts back its flags, attributes and buffers and torch's generators."""
+    # What a module makes on the way, such as a mask for two tokens, is no part of the model.
+    kept = [(own, dict(own)) for module in model.modules() for own in (vars(module), module._buffers)]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
-            for module in training:
+            for module in model.modules():
                 module.training = False
             yield
         finally:
-            for module in training:
-                module.training = True
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
+            for own, were in kept:
+                own.clear()
+                own.update(were)
+            for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
 
@@ -154,13 +150,13 @@ class _Alone(nn.Module):
             return type(value)(self._own(one, drawn) for one in value)
         return None if hasattr(value, "get_seq_length") else value  # a cache would grow
 
-    def order(self) -> list[str]:
-        """The linear layers of the attention in the order in which they ran, by path."""
-        ran: list[str] = []
+    def order(self) -> list[tuple[str, Sequence[int]]]:
+        """The linear layers of the attention in the order in which they ran, by path, with the shape that each gave."""
+        ran: list[tuple[str, Sequence[int]]] = []
         with ExitStack() as stack, torch.no_grad():
             for name, module in self.attention.named_modules():
                 if is_linear(module):
-                    hook = module.register_forward_hook(lambda *_, name=name: ran.append(name))
+                    hook = module.register_forward_hook(lambda _, __, y, name=name: ran.append((name, list(y.shape))))
                     stack.callback(hook.remove)
             self(torch.empty(0), use_cache=False)
         return ran
@@ -185,13 +181,27 @@ def _facts(attention: nn.Module, call: _Call) -> _Facts:
     except Exception as error:  # whatever the copy of a module raises
         raise UnsupportedModelError(f"a copy of it does not run, {type(error).__name__}: {error}") from error
     reason = "no linear layer of it runs"
-    for output in reversed(ran):  # the output projection is the last, unless something is made to gate what it gives
+    shapes = dict(ran)
+    for output, _ in reversed(ran):  # the output projection is the last, unless something is made to gate what it gives
         try:
             found = probe(alone, alone.attention, alone.attention.get_submodule(output), heads)
-            return _told(heads, output, found)
+            facts = _told(heads, output, found)
         except (UnsupportedModelError, RuntimeError) as error:
-            reason = str(error) if output == ran[-1] else reason
+            reason = str(error) if output == ran[-1][0] else reason
+            continue
+        _refuse_other_order({name: shapes[name] for name in (*facts.projections.values(), output)})
+        return facts
     raise UnsupportedModelError(reason)
+
+
+def _refuse_other_order(shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises `UnsupportedModelError` where the activation of two tokens is not `[1, 2, feature]`."""
+    for name, shape in shapes.items():
+        if shape[:-1] != [1, 2]:
+            raise UnsupportedModelError(
+                f"its {name} gives {shape} for one row of two tokens, where [batch, token, feature] was expected, so "
+                "that rows could not be told from tokens"
+            )
 
 
 def _heads(attention: nn.Module) -> int:

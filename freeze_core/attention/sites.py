@@ -209,8 +209,8 @@ def _site(
         raise UnsupportedModelError(
             f"architecture={str(architecture)!r} is contradicted by the layer, which is {known.architecture}"
         )
-    if live:
-        return live
+    if live:  # maybe found elsewhere now: another model may hold the same layer in another place
+        return replace(live, layer=found.layer, kind=found.kind, name=found.name)
     layout = layout or layout_of(found.attention, architecture)
     return AttentionSite(found.layer, found.kind, found.name, found.attention, layout)
 

@@ -16,7 +16,7 @@ from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import straight_through
 from freeze_core.freezing.edits import Edit, edits_of, edits_of_z
-from freeze_core.freezing.plan import LayerFreeze, assign, storage_for
+from freeze_core.freezing.plan import LayerFreeze, assign, refuse_dependent, storage_for
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.running import InForce, Pass, PassTracker, tracker_of
 from freeze_core.vocabulary import FreezeType
@@ -61,7 +61,9 @@ def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wir
     Raises:
         UnsupportedModelError: the layer cannot hold what is asked.
     """
-    assignment = assign(site, [freeze for _, freeze in freezes])
+    in_order = [freeze for _, freeze in freezes]
+    refuse_dependent(site, in_order)
+    assignment = assign(site, in_order)
     storage = storage_for(site, assignment)
     chosen = [treatment for treatments in assignment.values() for treatment in treatments]
     key = " ".join("-" if treatment is None else treatment.key for treatment in chosen)
@@ -175,13 +177,14 @@ class FrozenAttention(ReplacedForward):
         self.wiring = wire(site, ())
         self.projections: list[FrozenProjection] = []
         self._output: FrozenOutput | None = None
-        self._stack = stack
+        self.stack = stack
         self._tracker: PassTracker | None = None
         self._attributes: list[tuple[nn.Module, str, Any]] = []
         self._paths: dict[ReplacedForward, str] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_foreign_recomputation()
+        self._refuse_untold_cache(args, kwargs)
         frozen = self._frozen()
         for one in frozen:
             one.ran = False
@@ -214,6 +217,17 @@ class FrozenAttention(ReplacedForward):
             raise FreezeNotInForceError(
                 f"{self.site.name} is run again for its gradient, and its pass ran without this freeze: call backward "
                 "before the freeze is installed"
+            )
+
+    def _refuse_untold_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A cache is told to be stale by the pass through the stack; a layer that is run otherwise has none."""
+        if torch.compiler.is_compiling() or self._tracker is None or self._tracker.current is not None:
+            return
+        if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+            raise FreezeNotInForceError(
+                f"{self.site.name} is run with a cache, outside of the {type(self.stack).__name__} through which it "
+                "was frozen, so that it cannot be told whether what is cached is frozen alike: freeze it through the "
+                "model that runs it, or run it without a cache (use_cache=False)"
             )
 
     def _frozen(self) -> list[FrozenProjection | FrozenOutput]:
@@ -257,7 +271,7 @@ class FrozenAttention(ReplacedForward):
 
     def _put_in(self, wiring: Wiring) -> None:
         self.attach()
-        self._tracker = tracker_of(self._stack, self.composite)
+        self._tracker = tracker_of(self.stack, self.composite)
         self._tracker.put(self.path, wiring.in_force)
         for module in (self.site.layout.core, *wiring.storage.readers):
             for name, value in wiring.storage.attributes.items():
@@ -279,7 +293,7 @@ class FrozenAttention(ReplacedForward):
 
         Nothing is changed by then.
         """
-        tracker = standing_in(self._stack)
+        tracker = standing_in(self.stack)
         if isinstance(tracker, PassTracker) and tracker.current is not None:
             raise CircuitFreezeError(
                 f"{self.site.name} is frozen, and a pass is running: freezes are installed and removed between passes"

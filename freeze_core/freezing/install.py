@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import overload
 
+from torch import nn
+
 from freeze_core.attention.sites import Sites
+from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenAttention, frozen_attention, wire
 from freeze_core.freezing.plan import LayerFreeze
 
-__all__ = ["FreezeHandle", "FrozenCircuits", "install", "live_freezes"]
+__all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen", "live_freezes"]
 
 
 class FreezeHandle:
@@ -84,6 +87,7 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
             frozen = frozen_attention(site.attention) or fresh.get(id(site.attention))
             if frozen is None:
                 frozen = fresh[id(site.attention)] = FrozenAttention(site, sites.stack, sites.path(site))
+            _refuse_other_stack(frozen, sites)
             frozen.composite = frozen.composite or sites.composite
             asked.setdefault(frozen, []).append((handle, freeze))
     prepared = [(frozen, wire(frozen.site, [*frozen.wiring.freezes, *added])) for frozen, added in asked.items()]
@@ -94,6 +98,20 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
     for handle in handles:
         handle._attentions = [frozen for frozen, added in asked.items() if any(owner is handle for owner, _ in added)]
     return FrozenCircuits(handles)
+
+
+def _refuse_other_stack(frozen: FrozenAttention, sites: Sites) -> None:
+    """Raises `InterventionError` for a layer that is frozen through another model, whose passes alone are followed."""
+    if sites.stack not in set(frozen.stack.modules()) and frozen.stack not in set(sites.stack.modules()):
+        raise InterventionError(
+            f"{frozen.site.name} is frozen already, through another {type(frozen.stack).__name__} that holds the same "
+            "layer: remove that freeze first, or freeze through that one"
+        )
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether any attention in the model, of whatever kind, has a live freeze."""
+    return any(frozen_attention(module) for module in model.modules())
 
 
 def live_freezes(sites: Sites) -> list[LayerFreeze]:

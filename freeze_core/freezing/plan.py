@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 from torch import Tensor
@@ -16,7 +16,16 @@ from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.statistics import ActivationStatistics, LayerStatistics, digest_of, model_identity
 from freeze_core.vocabulary import ROLES, BackwardMode, CircuitType, FreezeType, KVScope, Role
 
-__all__ = ["Assignment", "LayerFreeze", "Reference", "Treatment", "assign", "resolve", "storage_for"]
+__all__ = [
+    "Assignment",
+    "LayerFreeze",
+    "Reference",
+    "Treatment",
+    "assign",
+    "refuse_dependent",
+    "resolve",
+    "storage_for",
+]
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,8 @@ def _held(site: AttentionSite, role: Role, recorded: Tensor) -> Tensor:
     """A copy of a recorded activation `[batch, token, head, head_dim]`, with the heads that the model itself has."""
     heads = site.kv_heads if role in ("k", "v") else site.heads
     expected = (heads, site.layout.features(role))
+    if recorded.is_meta:
+        raise InterventionError(f"reference: {role} of layer {site.layer} has no values: record it on another device")
     if role in ("k", "v") and recorded.shape[2:] == (site.heads, expected[1]):  # recorded unshared
         grouped = recorded.unflatten(2, (heads, site.group))
         if not bool((grouped == grouped[:, :, :, :1]).all()):
@@ -174,6 +185,16 @@ def assign(site: AttentionSite, freezes: Sequence[LayerFreeze]) -> Assignment:
     return {role: tuple(treatments) for role, treatments in assignment.items()}
 
 
+def refuse_dependent(site: AttentionSite, freezes: Sequence[LayerFreeze]) -> None:
+    """Raises `UnsupportedModelError` where one of `freezes` cannot be carried out without the others.
+
+    Each may be the last that is left, since they are removed in any order; each covers what is shared, or none does.
+    """
+    for freeze in freezes:
+        full = replace(freeze, treatment=replace(freeze.treatment, strength=1.0))  # one of strength 0 uncovers others
+        storage_for(site, assign(site, [full]))
+
+
 def storage_for(site: AttentionSite, assignment: Assignment) -> Storage:
     """The storage in which the assignment can be carried out: unshared only where what is shared is treated unevenly.
 
@@ -187,7 +208,7 @@ def storage_for(site: AttentionSite, assignment: Assignment) -> Storage:
         other = ", or use kv_scope='group'" if site.group > 1 else ""
         raise UnsupportedModelError(
             f"layer {site.layer}: {site.name} ({type(site.attention).__name__}) cannot give query heads that share "
-            f"features of {', '.join(uneven)} their own; freeze all the heads that share them{other}"
+            f"features of {', '.join(uneven)} their own; freeze all the heads that share them, in one config{other}"
         )
     return site.layout.unshared
 

@@ -47,7 +47,17 @@ class Pass:
         self.end = cached + tokens
 
     def column(self, tokens: int) -> int:
-        """The column of the first of `tokens` activations: they end with the pass, or begin with the cache."""
+        """The column of the first of `tokens` activations: they end with the pass, or begin with the cache.
+
+        Raises:
+            InterventionError: there is a cache, and the model does not say how many tokens this pass adds to it.
+        """
+        if self.cached and self.end == self.cached:
+            raise InterventionError(
+                f"this pass goes on after {self.cached} cached tokens, and how many it has is not told, since the "
+                "model has no argument input_ids or inputs_embeds, so that noise would be drawn for other columns: run "
+                "without a cache"
+            )
         return max(0, self.end - tokens)
 
     def real(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -216,6 +226,11 @@ class PassTracker(ReplacedForward):
                 "filled without this freeze: their columns, statistics and heads cannot be told; use generate()"
             )
         cache = self._arguments.find("past_key_values", args, kwargs)
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            raise InterventionError(
+                f"past_key_values is a {type(cache).__name__}: the tokens in it cannot be counted, nor can it be told "
+                "under which freeze it was filled; pass a cache of transformers (DynamicCache), or run without one"
+            )
         running = self._pass(cache, args, kwargs)
         self._refuse_replaced()
         before = running.cached + running.cross_cached
@@ -312,10 +327,8 @@ class PassTracker(ReplacedForward):
 
 def _cache_of(output: Any) -> Any:
     """The cache that a pass has made: by name, or among what was returned as a tuple."""
-    cache = getattr(output, "past_key_values", None)
-    if cache is None and isinstance(output, tuple):
-        cache = next((one for one in output if hasattr(one, "get_seq_length")), None)
-    return cache
+    several = (getattr(output, "past_key_values", None), *(output if isinstance(output, tuple) else ()))
+    return next((one for one in several if hasattr(one, "get_seq_length")), None)
 
 
 def tracker_of(stack: nn.Module, composite: nn.Module | None) -> PassTracker:

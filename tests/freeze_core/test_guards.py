@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -288,6 +287,12 @@ BAD_CALLS = {
     "noise": lambda model: InterventionConfig(noise_std=10**400),
     "huge": lambda model: InterventionConfig(strength=10**5000),
     "index": lambda model: FREEZER.freeze_circuits(model, InterventionConfig([10**5000])),
+    "meta": lambda model: FREEZER.freeze_circuits(
+        model,
+        InterventionConfig(
+            freeze_type="reference", reference=FREEZER.record(model, torch.ones(1, 2).long(), device="meta")
+        ),
+    ),
     "stale": lambda model: AttentionCircuitFreezer(on_stale_cache=torch.zeros(2)),
     "architecture": lambda model: FREEZER.freeze_circuits(model, InterventionConfig(), architecture=torch.zeros(2)),
 }
@@ -317,38 +322,85 @@ def test_layers_that_the_model_itself_skips_are_no_misses(ids):
     assert not torch.equal(skipped, model(ids, use_cache=False).logits)
 
 
-def prompted():
-    """CPM-Ant puts prompts before the tokens, hands its layers no mask, and takes all tokens again at each step."""
-    return tiny_of_type("cpmant", attn="eager", fields={"prompt_length": 4})
+SOME_KEYS = {"layer_indices": [0], "circuit": "k", "kv_scope": "head"}
 
 
-def test_padding_is_left_out_where_layers_are_handed_no_mask(ids):
-    model, mask = prompted(), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
-    other = torch.where(mask.bool(), ids, (ids + 1) % 97)
-    held = []
-    with torch.no_grad(), FREEZER.freeze_circuits(model, InterventionConfig([0], None, "v", "mean")):
-        for given in (ids, other):
-            held.append(FREEZER.record(model, {"input_ids": given, "attention_mask": mask}))
-    assert torch.equal(held[0][0].v, held[1][0].v)
-    assert torch.equal(held[0].attention_mask, torch.nn.functional.pad(mask, (4, 0), value=1))
-    assert FREEZER.calibrate(model, [{"input_ids": ids, "attention_mask": mask}], progress=False).tokens == 4 * 2 + 12
+@pytest.mark.parametrize(
+    "configs",
+    [
+        [InterventionConfig(head_indices=[0], **SOME_KEYS), InterventionConfig(head_indices=[1, 2, 3], **SOME_KEYS)],
+        [InterventionConfig(head_indices=[0], strength=0.0, **SOME_KEYS), InterventionConfig(**SOME_KEYS)],
+    ],
+)
+def test_configs_that_can_only_be_held_together_are_refused(configs):
+    # Removed one after the other, the last would be left with what the layer cannot hold, and stay in the model.
+    model = tiny_model("deepseek_v3")
+    with pytest.raises(UnsupportedModelError, match="in one config"):
+        FREEZER.freeze_circuits(model, configs)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_noise_is_the_same_where_a_step_is_handed_the_cached_tokens_again(ids):
-    model = prompted()
-    with torch.no_grad(), FREEZER.freeze_circuits(model, InterventionConfig([0], [1, 3], "v", "noise", noise_std=1.0)):
-        whole = FREEZER.record(model, {"input_ids": ids, "use_cache": False})[0].v
-        cache = model(ids[:, :6], use_cache=True).past_key_values
-        step = FREEZER.record(model, {"input_ids": ids, "past_key_values": cache, "use_cache": True})[0].v
-    assert (whole.shape[1], step.shape[1]) == (4 + 7, 1)
-    assert torch.equal(step[:, -1, [1, 3]], whole[:, -1, [1, 3]])
+def sharing(model):
+    """Another model that holds the same layers, in reverse."""
+    other = tiny_model("llama", seed=1)
+    other.model.layers = torch.nn.ModuleList(reversed(model.model.layers))
+    return other
 
 
-@pytest.mark.parametrize("name", ["cpmant", "gemma3", "llama"])
-def test_a_frozen_model_still_shows_the_arguments_that_it_takes(name, ids):
-    model = tiny_model(name)
-    stacks = [module for module in model.modules() if "input_ids" in inspect.signature(module.forward).parameters]
-    before = [inspect.signature(module.forward) for module in stacks]
-    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1])):
-        assert any("forward" in vars(module) for module in stacks)
-        assert [inspect.signature(module.forward) for module in stacks] == before
+def test_a_model_that_shares_frozen_layers_is_recorded_in_its_own_order(ids):
+    model = tiny_model("llama")
+    other = sharing(model)
+    expected = [FREEZER.record(other, ids)[layer] for layer in (0, 2)]
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v")):  # the other one's last
+        first, last = (FREEZER.record(other, ids)[layer] for layer in (0, 2))
+    assert torch.equal(first.z, expected[0].z)
+    assert torch.equal(last.q, expected[1].q)
+    assert torch.equal(last.v[:, :, 1], torch.zeros_like(last.v[:, :, 1]))
+
+
+def test_a_layer_is_frozen_through_one_model_at_a_time(ids):
+    model = tiny_model("llama")
+    other = sharing(model)
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v")):
+        with pytest.raises(InterventionError, match="through another LlamaModel that holds the same layer"):
+            FREEZER.freeze_circuits(other, InterventionConfig([2], [0], "v"))
+        FREEZER.freeze_circuits(other, InterventionConfig([0], [0], "v")).remove()
+        FREEZER.freeze_circuits(model.model, InterventionConfig([0], [0], "v")).remove()
+    assert not any("forward" in vars(module) for module in (*model.modules(), *other.modules()))
+
+
+def test_a_cache_that_another_model_brings_to_a_frozen_layer_is_no_quiet_thing(ids):
+    model = tiny_model("llama")
+    other = sharing(model)
+    stale = other(ids, use_cache=True).past_key_values
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v")):
+        other(ids, use_cache=False)
+        with pytest.raises(FreezeNotInForceError, match="freeze it through the model that runs it"):
+            other(ids[:, :1], past_key_values=stale)
+
+
+def frozen_in_cross_attention():
+    config = transformers.BartConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    return model, FREEZER.freeze_circuits(model, InterventionConfig([0], attention="cross"))
+
+
+def test_a_freeze_of_cross_attention_is_seen_where_an_unfrozen_model_is_asked_for():
+    ids = torch.arange(10).view(2, 5) + 4
+    model, frozen = frozen_in_cross_attention()
+    with pytest.raises(InterventionError, match="calibrate it unfrozen"):
+        FREEZER.calibrate(model, [ids], progress=False)
+    with pytest.raises(InterventionError, match="model_baseline is frozen"):
+        FREEZER.verify_intervention_effect(model, model, ids, InterventionConfig([0]))
+    frozen.remove()
+    FREEZER.calibrate(model, [ids], progress=False)

@@ -100,7 +100,7 @@ def test_compatibility_tells_what_of_a_single_head_cannot_be_frozen():
     assert [limit.partition(":")[0] for limit in site["limits"]] == [
         f"k of one head under kv_scope='{scope}'" for scope in ("group", "head")
     ]
-    assert all(limit.endswith("freeze all the heads that share them") for limit in site["limits"])
+    assert all(limit.endswith("freeze all the heads that share them, in one config") for limit in site["limits"])
 
 
 def test_compatibility_tells_why_not():

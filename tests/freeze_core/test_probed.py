@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from freeze_core import AttentionCircuitFreezer, InterventionConfig, UnsupportedModelError
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, UnsupportedModelError
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -234,7 +236,23 @@ def test_rounding_does_not_hide_a_layout(dtype, ids):
         assert torch.equal(model(ids), by_hand(ids))
 
 
+class TokensFirst(Grouped):
+    """Projects `[token, batch, feature]`."""
+
+    def split(self, x):
+        return tuple(one.transpose(0, 1) for one in super().split(x.transpose(0, 1)))
+
+
+class Flattened(Grouped):
+    """Projects `[batch * token, feature]`."""
+
+    def split(self, x):
+        return tuple(one.unflatten(0, x.shape[:2])[:, :, 0] for one in super().split(x.flatten(0, 1)[:, None]))
+
+
 REFUSED = {
+    TokensFirst: r"gives \[2, 1, .*rows could not be told from tokens",
+    Flattened: r"gives \[2, 1, .*rows could not be told from tokens",
     Overlapping: "its roles overlap",
     OneForBoth: "depends on no projection as its k",
     AcrossHeads: "not each has a query of its own.*apart by 1 of q",
@@ -272,6 +290,31 @@ def test_probing_leaves_the_model_and_the_generators_alone(ids):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class KeepsMasks(OddOrder):
+    """Makes a mask of the first tokens that it sees, and keeps it."""
+
+    def build(self):
+        super().build()
+        self.register_buffer("seen", None)
+        self.longest = 0
+
+    def split(self, x):
+        if self.seen is None:
+            self.seen = torch.ones(x.shape[1], x.shape[1]).tril()
+            self.extra = self.seen
+        self.longest = max(self.longest, x.shape[1])
+        return super().split(x)
+
+
+def test_what_a_model_keeps_of_its_first_pass_is_not_of_the_probe(ids):
+    model = Model(KeepsMasks)
+    FREEZER.get_model_config(model)
+    for layer in model.layers:
+        assert layer.attention.seen is None
+        assert layer.attention.longest == 0
+        assert not hasattr(layer.attention, "extra")
 
 
 def test_a_model_is_probed_once(monkeypatch, ids):
@@ -337,3 +380,54 @@ def test_a_layer_of_a_known_model_with_attention_of_its_own(circuit, freeze_type
         got, wanted = (one(ids, attention_mask=mask).logits for one in (model, known))
     # one float32 product of 32 features was cut otherwise
     torch.testing.assert_close(got, wanted, rtol=0, atol=32 * 2**-23 * float(wanted.abs().max()))
+
+
+class Caching(Grouped):
+    """Keeps keys and values in the cache that it is handed."""
+
+    def forward(self, x, cache=None):
+        q, k, v = (one.transpose(1, 2) for one in self.split(x))
+        if isinstance(cache, transformers.DynamicCache):
+            k, v = cache.update(k, v, 0)
+        elif cache is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(cache, (k, v), strict=True))
+        scores = q @ k.repeat_interleave(2, dim=1).transpose(2, 3)
+        seen = torch.ones(scores.shape[2:]).tril(scores.shape[3] - scores.shape[2]).bool()
+        z = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(2, dim=1)
+        return self.mix(z.transpose(1, 2).flatten(2)), (k, v)
+
+
+class CachingModel(Model):
+    def forward(self, input_ids, past_key_values=None):
+        x, own = self.layers[0].attention(self.embed(input_ids), past_key_values)
+        return SimpleNamespace(logits=x, past_key_values=own)
+
+
+class UntoldModel(CachingModel):
+    def forward(self, tokens, past_key_values=None):
+        return super().forward(tokens, past_key_values)
+
+
+NOISE = InterventionConfig([0], [1], "ov", "noise", noise_std=1.0)
+
+
+@torch.no_grad()
+def test_a_model_of_ones_own_with_a_cache(ids):
+    model = CachingModel(Caching)
+    with FREEZER.freeze_circuits(model, NOISE):
+        cache = transformers.DynamicCache()
+        whole = model(ids).logits
+        model(ids[:, :4], cache)
+        torch.testing.assert_close(model(ids[:, 4:], cache).logits, whole[:, 4:])
+        with pytest.raises(InterventionError, match=r"past_key_values is a tuple.*DynamicCache"):
+            model(ids[:, 4:], model(ids[:, :4]).past_key_values)
+
+
+@torch.no_grad()
+def test_columns_that_a_model_does_not_tell_are_an_error(ids):
+    model = UntoldModel(Caching)
+    with FREEZER.freeze_circuits(model, NOISE):
+        cache = transformers.DynamicCache()
+        model(ids[:, :4], cache)
+        with pytest.raises(InterventionError, match="drawn for other columns"):
+            model(ids[:, 4:], cache)

@@ -275,3 +275,29 @@ def test_what_cannot_be_served_is_refused_for_its_own_reason(model_type):
     with pytest.raises(UnsupportedModelError, match=REASONS[model_type]):
         FREEZER.freeze_circuits(model, InterventionConfig())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_projections_that_give_tokens_before_rows_are_refused():
+    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = transformers.FSMTConfig(
+        langs=["en", "de"],
+        src_vocab_size=20,
+        tgt_vocab_size=20,
+        d_model=16,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+        **sizes,
+    )
+    model = transformers.FSMTForConditionalGeneration(config)
+    for attention in ("self", "cross", "encoder"):
+        with pytest.raises(UnsupportedModelError, match=r"give \[token, batch, feature\]"):
+            FREEZER.freeze_circuits(model, InterventionConfig(attention=attention))
+
+
+def test_attention_to_two_sides_by_the_same_projections_is_refused():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = type("T5Gemma2MergedAttention", (type(layer.self_attn),), {})
+    with pytest.raises(UnsupportedModelError, match="of the decoder's tokens and of the encoder's"):
+        FREEZER.freeze_circuits(model, InterventionConfig())
