@@ -130,12 +130,16 @@ def _frozen(sites: Sites, config: InterventionConfig) -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Tap:
-    """A frozen projection, and its activation before and after the freeze with their place in the graph."""
+    """A frozen projection, and its activation before and after the freeze with their place in the graph.
+
+    `counted` is whether it has run already, other than to spare the circuit.
+    """
 
     site: AttentionSite
     projection: FrozenProjection
     before: Tensor | None = None
     after: Tensor | None = None
+    counted: bool = False
 
     @property
     def name(self) -> str:
@@ -156,6 +160,9 @@ def _tapped(site: AttentionSite, projection: FrozenProjection) -> Iterator[_Tap]
 
     # The first call is the one whose gradient counts: under circuit_ste the attention runs once more, cut off.
     def before(*args: Any, **kwargs: Any) -> Tensor:
+        if tap.counted and not projection.sparing:
+            raise InterventionError(f"{tap.name} runs several times in each pass: no one gradient tells of its freeze")
+        tap.counted = tap.counted or not projection.sparing
         x: Tensor = original(*args, **kwargs)
         tap.before = x if tap.before is None else tap.before
         return x

@@ -115,6 +115,10 @@ def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor], device:
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if name in outputs:
+                raise InterventionError(
+                    f"{name} of {site.name} runs several times in each pass: there is no one activation to record"
+                )
             _refuse_shard(site, name, output, storage.widths[name])
             outputs[name] = output.detach().flatten(1, -2).to(device or output.device)
 

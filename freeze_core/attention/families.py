@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from freeze_core.vocabulary import Role
 
 __all__ = [
+    "CONTINUED",
     "FUSED",
     "GATED_QUERY",
     "HARMLESS",
@@ -217,7 +218,6 @@ UNSEPARABLE = {
     "DiffLlamaAttention": "its values are halves of two heads and its pattern is a difference of two",
     "DeepseekV4Attention": "its keys and its values are the same features",
     "ProphetNetNgramSelfAttention": "its predicting streams share one pass of the projections with the main stream",
-    "HrmTextAttention": "its layers, in two stacks, run several times in each pass, so that an activation is not one",
     "InklingAttention": "a convolution over tokens lies between its projections and the attention",
     "Inkling2FullAttention": "a convolution over tokens lies between its projections and the attention",
     "Inkling2SlidingAttention": "a convolution over tokens lies between its projections and the attention",
@@ -232,3 +232,6 @@ UNSEPARABLE = {
     "XLNetRelativeAttention": "its projections are parameters, not modules, so that no output of theirs can be held",
 }
 """Classes whose q, k and v cannot be held apart, or not as promised, and why; named as in `FUSED`."""
+
+CONTINUED = {"HrmTextModel": ("L_module.layers", "H_module.layers")}
+"""Models with several stacks of layers, all of which each pass runs: layers count on from one to the next."""

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from freeze_core.attention.families import NOT_SOFTMAX
+from freeze_core.attention.families import CONTINUED, NOT_SOFTMAX
 from freeze_core.attention.probed import may_attend
 from freeze_core.attention.storages import refusal, stores_projections
 from freeze_core.errors import UnsupportedModelError
 
-__all__ = ["SHARED", "Found", "attention_modules", "stack_of"]
+__all__ = ["SHARED", "Found", "attention_modules", "layer_count", "stack_of"]
 
 CROSS = ("crossattention", "cross_attn", "encoder_attn", "EncDecAttention")
 """What decoder layers call the attention that reads an encoder's states, which is not self-attention."""
@@ -57,6 +57,24 @@ def attention_modules(model: nn.Module, attention: str) -> list[Found]:
     return [one for one in asked if one.known or one.layer not in known]
 
 
+def layer_count(model: nn.Module, stack: str) -> int:
+    """The number of layers, attention or not, of a stack and of those that go on from it."""
+    parts = [part for part, (first, _) in _continued(model).items() if first == stack]
+    return sum(len(list(model.get_submodule(part).children())) for part in parts or [stack])
+
+
+def _continued(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """For each stack that goes on from another, itself included: the first one, and the number of its first layer."""
+    found: dict[str, tuple[str, int]] = {}
+    for name, module in model.named_modules():
+        parts = [f"{name}.{part}".lstrip(".") for part in CONTINUED.get(type(module).__name__, ())]
+        start = 0
+        for part in parts:
+            found[part] = (parts[0], start)
+            start += len(list(model.get_submodule(part).children()))
+    return found
+
+
 def _none(model: nn.Module) -> str:
     recurrent = sorted({type(module).__name__ for module in model.modules() if _is_recurrent(module)})
     if recurrent:
@@ -74,6 +92,7 @@ def _in_layers(model: nn.Module) -> Iterator[Found]:
     """Every attention module in a layer, a module that several layers share once for each."""
     lists: set[str] = set()
     known: list[str] = []
+    continued = _continued(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule | nn.DataParallel):
             raise UnsupportedModelError(
@@ -91,7 +110,9 @@ def _in_layers(model: nn.Module) -> Iterator[Found]:
             stacks = [".".join(parts[:depth]) for depth in range(1, len(parts))]
             outermost = next((stack for stack in stacks if stack in lists), None)
             if outermost is not None:
-                yield Found(outermost, int(name[len(outermost) + 1 :].split(".")[0]), kind, name, module, is_known)
+                stack, start = continued.get(outermost, (outermost, 0))
+                layer = start + int(name[len(outermost) + 1 :].split(".")[0])
+                yield Found(stack, layer, kind, name, module, is_known)
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from freeze_core.attention.layout import Layout
-from freeze_core.attention.modules import SHARED, Found, attention_modules
+from freeze_core.attention.modules import SHARED, Found, attention_modules, layer_count
 from freeze_core.attention.probed import probed_layouts
 from freeze_core.attention.storages import layout_of, stores_projections
 from freeze_core.errors import UnsupportedModelError
@@ -97,9 +97,10 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None, 
         raise UnsupportedModelError(reasons or f"attention={attention!r}: {type(model).__name__} has no such attention")
     stack = asked[0].stack
     name = _entered(model, stack.rpartition(".")[0])
-    layers = len(list(model.get_submodule(stack).children()))
     names = {one.layer: one.name for one in asked}
-    return Sites(layers, model.get_submodule(name), name, _composite(model, name), by_layer, names, refused)
+    return Sites(
+        layer_count(model, stack), model.get_submodule(name), name, _composite(model, name), by_layer, names, refused
+    )
 
 
 def _entered(model: nn.Module, name: str) -> str:

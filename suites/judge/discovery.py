@@ -7,6 +7,7 @@ are a head's query, key and value is found by differentiation. No names and no l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -139,12 +140,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.names = {module: name for name, module in model.named_modules()}
-        self.layers = {
-            child: at
-            for module in model.modules()
-            if isinstance(module, nn.ModuleList)
-            for at, child in enumerate(module)
-        }
+        self.layers = _numbered(model)
         self.running: list[nn.Module] = []
         self.calls: list[_Call] = []
         self.taken: dict[nn.Module, int] = {}
@@ -213,6 +209,23 @@ class _Watch(TorchFunctionMode):
             norms=tuple(parts[part] for part in wide),
             apart=tuple(name for part, name in parts.items() if name in GATES or (part in norms and part not in wide)),
         )
+
+
+def _numbered(model: nn.Module) -> dict[nn.Module, int]:
+    """Each layer's number in its list; lists in sisters of one class (the two stacks of HRM) are counted on."""
+    numbers: dict[nn.Module, int] = {}
+    for parent in model.modules():
+        counted: Counter[tuple[type, str]] = Counter()
+        for child in () if isinstance(parent, nn.ModuleList) else parent.children():
+            for name, part in child.named_children():
+                if isinstance(part, nn.ModuleList):
+                    start = counted[type(child), name]
+                    numbers |= {layer: start + at for at, layer in enumerate(part)}
+                    counted[type(child), name] += len(part)
+        for part in parent.children():
+            if isinstance(part, nn.ModuleList):
+                numbers = {layer: at for at, layer in enumerate(part)} | numbers
+    return numbers
 
 
 def _is_linear(module: nn.Module) -> bool:
