@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig
 from freeze_core.attention.sites import find_sites
@@ -17,6 +18,14 @@ FREEZER = AttentionCircuitFreezer()
 IDS = torch.arange(24).view(2, 12) * 5 % 97
 LEFT = torch.tensor([[0, 0, 0, *[1] * 9], [1] * 12])
 """A mask for `IDS`: the first row is padded on the left."""
+
+CACHES = {
+    "dynamic": lambda model: DynamicCache(),
+    "dynamic, of the layers' kinds": lambda model: DynamicCache(config=model.config),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=16),
+}
+PIECES = ((0, 5), (5, 8), (8, 9), (9, 10), (10, 12))
+"""What is decoded at a time of `IDS`: chunks, then single tokens."""
 
 KINDS = ("zero", "noise_std", "mean", "noise")
 """The freezes that a cached step can be served under whatever it is part of: no statistics of the pass."""
@@ -71,3 +80,43 @@ def agrees(got: Tensor, want: Tensor, bound: float) -> None:
     """What was decoded is what was recomputed, within `bound`."""
     error = float((got - want).abs().max())
     assert error <= bound, f"off by {error:.3g}, rounding allows {bound:.3g}"
+
+
+def decode(model: Any, ids: Tensor, mask: Tensor, cache: Any, pieces: Any = PIECES) -> Tensor:
+    """Logits of all columns of `ids`, run piece by piece on `cache`."""
+    given, found = arguments(ids, mask), []
+    with torch.no_grad():
+        for start, stop in pieces:
+            piece = {name: value[:, start:stop] for name, value in given.items()}
+            piece["attention_mask"] = given["attention_mask"][:, :stop]
+            found.append(model(**piece, past_key_values=cache, use_cache=True).logits)
+    return torch.cat(found, dim=1)
+
+
+def quantised(model: nn.Module) -> QuantizedCache:
+    """A coarse cache: 4 bits, but for the latest tokens."""
+    return QuantizedCache("quanto", model.config, q_group_size=8, residual_length=4)
+
+
+def handed_over(model: Any, cache: Any, config: InterventionConfig, ids: Tensor, mask: Tensor) -> Tensor:
+    """The keys and values of all columns that each layer hands to its cache, `[layer, 2, batch, head, column, ...]`."""
+    layers: dict[int, list[Tensor]] = {}
+    update = cache.update
+
+    def spy(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        layers.setdefault(layer, []).append(torch.stack([keys, values]))
+        return update(keys, values, layer, *args, **kwargs)
+
+    cache.update = spy
+    length = ids.shape[1]
+    with FREEZER.freeze_circuits(model, config):
+        decode(
+            model,
+            ids,
+            mask,
+            cache,
+            ((0, length),)
+            if isinstance(cache, DynamicCache)
+            else ((0, length - 2), (length - 2, length - 1), (length - 1, length)),
+        )
+    return torch.stack([torch.cat(layers[layer], dim=3) for layer in sorted(layers)])

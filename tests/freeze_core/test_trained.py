@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recomputed import FREEZER, agrees, arguments, config_of, recomputed
+from recomputed import CACHES, FREEZER, KINDS, agrees, arguments, config_of, decode, handed_over, quantised, recomputed
+from transformers import DynamicCache
 
 from pytest_circuitfreeze.loading import SMOLLM2, ModelLoadError, load_model, smollm2_gguf
 
@@ -46,3 +47,22 @@ def test_a_trained_model_decodes_under_a_freeze_as_it_recomputes(trained, kind, 
     apart = best[..., 0] - best[..., 1] > 2 * want.bound  # each of the two moves by as much as the bound
     assert apart.any()
     assert torch.equal(out.sequences[:, IDS.shape[1] :][apart], steps.argmax(-1)[apart])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_trained_model_is_the_same_with_each_kind_of_cache(trained, cache, kind):
+    given = arguments(IDS, LEFT)
+    config = config_of(kind, trained, given, head_indices=[1, 5], kv_scope="head")
+    want = recomputed(trained, config, given, LEFT)
+    with FREEZER.freeze_circuits(trained, config):
+        got = decode(trained, IDS, LEFT, CACHES[cache](trained), ((0, 3), (3, 6), (6, 7), (7, 8)))
+    agrees(got[LEFT.bool()], want.logits[LEFT.bool()], want.bound)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_model_hands_a_quantised_cache_what_it_hands_any_other(trained, kind):
+    pytest.importorskip("optimum.quanto", reason="the extra 'conditions' is not installed")
+    config = config_of(kind, trained, arguments(IDS, LEFT), layer_indices=None, head_indices=None)
+    coarse, exact = (handed_over(trained, cache, config, IDS, LEFT) for cache in (quantised(trained), DynamicCache()))
+    assert torch.equal(coarse, exact)
