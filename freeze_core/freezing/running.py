@@ -100,9 +100,12 @@ class Pass:
             return x
         mask = torch.ones((), dtype=torch.bool) if mask is None else mask
         before = torch.ones((), dtype=torch.bool) if recorded is None else recorded != 0
+        alike = (
+            0 in (before.dim(), mask.dim()) or before.shape[1:] == mask.shape[1:]
+        )  # one that is not may be too short
         return demand(
             x,
-            (before.to(mask.device) == mask).all(),
+            alike and (before.to(mask.device) == mask).all(),
             "the reference was recorded under another attention_mask than that of this pass: record it on inputs that "
             "are padded alike",
         )
@@ -112,10 +115,10 @@ class Pass:
         mask = self.attention_mask
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
             return None if mask is None else mask.bool(), ""
-        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        shape = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         return None, (
-            f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; "
-            "pass one, or freeze with zero or with noise_std"
+            f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; pass "
+            "one, freeze through the very model that is given one, or freeze with zero or with noise_std"
         )
 
 
