@@ -431,3 +431,26 @@ def test_columns_that_a_model_does_not_tell_are_an_error(ids):
         model(ids[:, :4], cache)
         with pytest.raises(InterventionError, match="drawn for other columns"):
             model(ids[:, 4:], cache)
+
+
+class Seeing(nn.Module):
+    """A model whose eyes have attention of a kind that is known, and whose words have not."""
+
+    def __init__(self):
+        super().__init__()
+        self.eyes = tiny_model("llama").model
+        self.words = Model(OddOrder)
+
+    def get_decoder(self):
+        return self.words
+
+    def forward(self, input_ids):
+        return self.words(input_ids)
+
+
+def test_the_decoder_is_what_the_model_says_it_is_known_or_not(ids):
+    model = Seeing()
+    with torch.no_grad(), FREEZER.freeze_circuits(model, InterventionConfig([1], [2], "ov")):
+        assert FREEZER.record(model, ids)[1].v[:, :, 2].eq(0).all()
+    model.get_decoder = lambda: model.eyes
+    assert FREEZER.get_model_config(model)["num_layers"] == 3
