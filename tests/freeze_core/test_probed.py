@@ -236,6 +236,14 @@ def test_rounding_does_not_hide_a_layout(dtype, ids):
         assert torch.equal(model(ids), by_hand(ids))
 
 
+class CountsPairs(OddOrder):
+    """Takes two heads for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_heads = HEADS // 2
+
+
 class TokensFirst(Grouped):
     """Projects `[token, batch, feature]`."""
 
@@ -251,6 +259,7 @@ class Flattened(Grouped):
 
 
 REFUSED = {
+    CountsPairs: "says that it has 2 heads, and head 0 has parts with a query each",
     TokensFirst: r"gives \[2, 1, .*rows could not be told from tokens",
     Flattened: r"gives \[2, 1, .*rows could not be told from tokens",
     Overlapping: "its roles overlap",
