@@ -125,10 +125,16 @@ class FrozenProjection(ReplacedForward):
             x = x[..., self.source.to(x.device)]
         shape = x.shape
         x = x.flatten(1, -2)  # latent attention unpacks its cache as [batch, 1, cached + token, feature]
+        running = self._running()
+        if running and running.turned(x):
+            raise FreezeNotInForceError(
+                f"{self.name} of {self._owner} gives {list(x.shape)} for {running.rows} rows, where [batch, token, "
+                "feature] was expected: rows would be taken for tokens"
+            )
         frozen = x
         for edit in self.edits:
             if not (self.sparing and edit.spares_the_circuit):
-                frozen = edit.apply(x, frozen, self._running())
+                frozen = edit.apply(x, frozen, running)
         self.runs += 1
         frozen = frozen.view(shape)
         return shard.own(frozen) if shard else frozen

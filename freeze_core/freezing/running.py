@@ -30,6 +30,7 @@ class Pass:
         tokens: tokens of this pass.
         encoder: the same of the encoder's states that cross-attention reads, if there are any.
         cross_cached: whether keys and values of those states are in the cache already.
+        rows: of this pass; 0 where that is not told.
     """
 
     def __init__(
@@ -39,12 +40,19 @@ class Pass:
         tokens: int = 0,
         encoder: Pass | None = None,
         cross_cached: bool = False,
+        rows: int = 0,
     ) -> None:
         self.attention_mask = attention_mask
         self.cached = cached
         self.encoder = encoder
         self.cross_cached = cross_cached
         self.end = cached + tokens
+        self.rows = rows
+
+    def turned(self, x: Tensor) -> bool:
+        """Whether an activation is `[token, batch, feature]`; that it is cannot be seen where there are as many."""
+        tokens = self.end - self.cached
+        return x.shape[:2] == (tokens, self.rows) and tokens != self.rows
 
     def column(self, tokens: int) -> int:
         """The column of the first of `tokens` activations: they end with the pass, or begin with the cache.
@@ -268,16 +276,19 @@ class PassTracker(ReplacedForward):
             given = self._arguments.find("inputs_embeds", args, kwargs)
             tokens = 0 if given is None else given.shape[-2]  # an encoder of sounds counts its own columns from 0
         else:
-            tokens = given.shape[-1]
+            tokens = given.shape[min(1, given.dim() - 1)]  # [batch, token], some with codebooks behind
+        rows = 0 if given is None else given.shape[0]
         states = self._arguments.find("encoder_hidden_states", args, kwargs)
         encoder = None
         if states is not None:
-            encoder = Pass(self._arguments.find("encoder_attention_mask", args, kwargs), 0, states.shape[1])
+            encoder = Pass(
+                self._arguments.find("encoder_attention_mask", args, kwargs), 0, states.shape[1], rows=len(states)
+            )
         cross_cached = any(getattr(cache, "is_updated", {}).values())
         mask = self._arguments.find("attention_mask", args, kwargs)
         if self.composite:
             mask = told(mask, self.composite.given)
-        return Pass(mask, filled(cache), tokens, encoder, cross_cached)
+        return Pass(mask, filled(cache), tokens, encoder, cross_cached, rows)
 
     @contextmanager
     def _running(self, running: Pass) -> Iterator[None]:

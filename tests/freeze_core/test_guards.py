@@ -422,3 +422,13 @@ def test_a_projection_that_runs_twice_in_one_attention_is_an_error(ids):
                 model(ids)
             attention.v_proj(model.model.embed_tokens(ids))  # by itself it may run as often as it likes
             attention.v_proj(model.model.embed_tokens(ids))
+
+
+def test_projections_that_give_tokens_before_rows_are_an_error(ids):
+    model = tiny_model("llama")
+    projection = model.model.layers[0].self_attn.v_proj
+    own = projection.forward
+    projection.forward = lambda hidden: own(hidden).transpose(0, 1)
+    freeze = InterventionConfig([0], [1], "v")
+    with FREEZER.freeze_circuits(model, freeze), pytest.raises(FreezeNotInForceError, match="taken for tokens"):
+        model(ids)
