@@ -114,13 +114,13 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
             raise InterventionError(f"statistics of {path}: cannot be read as safetensors ({error})") from error
         if facts.get("format") != FORMAT:
             raise InterventionError(f"statistics of {path}: format {facts.get('format')!r}, must be {FORMAT!r}")
-        for layer in sorted({int(name.split(".")[0]) for name in tensors}):
-            roles = [role for role in ROLES if f"{layer}.{role}.mean" in tensors]
-            layers[layer] = LayerStatistics(
-                {role: tensors[f"{layer}.{role}.mean"] for role in roles},
-                {role: tensors[f"{layer}.{role}.std"] for role in roles},
-            )
-        return cls(layers, int(facts["tokens"]), facts["identity"], facts["attention"])
+        try:
+            for layer in sorted({int(name.split(".")[0]) for name in tensors}):
+                mean, std = ({role: tensors[f"{layer}.{role}.{name}"] for role in ROLES} for name in ("mean", "std"))
+                layers[layer] = LayerStatistics(mean, std)
+            return cls(layers, int(facts["tokens"]), facts["identity"], facts["attention"])
+        except (KeyError, ValueError) as error:
+            raise InterventionError(f"statistics of {path}: not what save writes, {error} is amiss") from error
 
 
 def model_identity(sites: Sites) -> str:

@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="architectures, by default all")
     parser.add_argument("--profile", default="quick", help="how many examples each claim gets")
     parser.add_argument("--chunk", type=int, default=CHUNK, help="architectures a process")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)  # names may stand behind options
     names = chosen.names or every_architecture()
     chosen.folder.mkdir(parents=True, exist_ok=True)
     found = versions()["transformers"].split(".")

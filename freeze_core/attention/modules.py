@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,13 +45,16 @@ def attention_modules(model: nn.Module, attention: str) -> list[Found]:
     found = list(_in_layers(model))
     if not found:
         raise UnsupportedModelError(_none(model))
-    # Of attention that only looks like it there may be some elsewhere, in what sees images or hears sounds.
-    stacks = {one.stack for one in found if one.known} or {one.stack for one in found}
+    role = "encoder" if attention == "encoder" else "decoder"
+    every, known_stacks = {one.stack for one in found}, {one.stack for one in found if one.known}
+    inside = _inside(model, every, role)
+    # Attention that only looks like it may be elsewhere, in what sees images or hears sounds; and so may what is known.
+    stacks = known_stacks & inside or inside or known_stacks or every
     kind = "cross" if attention == "cross" else "self"
     unserved = {one.stack: refusal(one.attention) for one in found if one.stack in stacks}
     if len(stacks) > 1 and all(unserved.values()):
         raise UnsupportedModelError("; ".join(dict.fromkeys(filter(None, unserved.values()))))
-    stack = stack_of(model, sorted(stacks), "encoder" if attention == "encoder" else "decoder")
+    stack = stack_of(model, sorted(stacks), role)
     asked = [one for one in found if one.stack == stack and one.kind == kind]
     known = {one.layer for one in asked if one.known}
     return [one for one in asked if one.known or one.layer not in known]
@@ -137,13 +140,18 @@ def stack_of(model: nn.Module, stacks: list[str], role: str) -> str:
     """The list of layers that decodes, or encodes: the only one, or the outermost inside the model's own decoder."""
     if len(stacks) == 1 and role == "decoder":
         return stacks[0]
-    getter: Any = getattr(model, f"get_{role}", None)
-    part = getter() if getter else None
-    inside = set(part.modules()) if isinstance(part, nn.Module) and part is not model else set()
-    depths = sorted((stack.count("."), stack) for stack in stacks if model.get_submodule(stack) in inside)
+    depths = sorted((stack.count("."), stack) for stack in _inside(model, stacks, role))
     if not depths or [depth for depth, _ in depths].count(depths[0][0]) > 1:
         raise UnsupportedModelError(
             f"{type(model).__name__} has attention in the stacks of layers {', '.join(stacks)}, and does not say which "
             f"is its {role}: pass the module that holds the one to freeze, such as the {role} itself"
         )
     return depths[0][1]
+
+
+def _inside(model: nn.Module, stacks: Iterable[str], role: str) -> set[str]:
+    """Those of `stacks` that are inside what the model says is its decoder, or its encoder."""
+    getter: Any = getattr(model, f"get_{role}", None)
+    part = getter() if getter else None
+    modules = set(part.modules()) if isinstance(part, nn.Module) and part is not model else set()
+    return {stack for stack in stacks if model.get_submodule(stack) in modules}

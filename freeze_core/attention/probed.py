@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import combinations
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -190,6 +191,7 @@ def _facts(attention: nn.Module, call: _Call) -> _Facts:
             reason = str(error) if output == ran[-1][0] else reason
             continue
         _refuse_other_order({name: shapes[name] for name in (*facts.projections.values(), output)})
+        _refuse_finer_heads(alone, facts)
         return facts
     raise UnsupportedModelError(reason)
 
@@ -202,6 +204,25 @@ def _refuse_other_order(shapes: Mapping[str, Sequence[int]]) -> None:
                 f"its {name} gives {shape} for one row of two tokens, where [batch, token, feature] was expected, so "
                 "that rows could not be told from tokens"
             )
+
+
+def _refuse_finer_heads(alone: _Alone, facts: _Facts) -> None:
+    """Raises `UnsupportedModelError` where parts of a head's z have queries of their own: they are heads themselves."""
+    output, size = alone.attention.get_submodule(facts.output), facts.features["v"].shape[1]
+    for parts in (2, 3, 5, 7):
+        if size % parts or size == parts:
+            continue
+        try:
+            finer = probe(alone, alone.attention, output, facts.heads * parts)
+        except UnsupportedModelError:  # a part that passes nothing on is no head
+            continue
+        queries = [{(name, one) for name, own in head["q"].items() for one in own} for head in finer]
+        for start in range(0, len(queries), parts):
+            if any(one.isdisjoint(other) for one, other in combinations(queries[start : start + parts], 2)):
+                raise UnsupportedModelError(
+                    f"it says that it has {facts.heads} heads, and head {start // parts} has parts with a query each, "
+                    "so that it is several"
+                )
 
 
 def _heads(attention: nn.Module) -> int:

@@ -107,7 +107,7 @@ class FrozenProjection(ReplacedForward):
         self.storage = wiring.storage
         self.edits = wiring.edits[name]
         self.source = wiring.storage.sources.get(name)
-        self.ran = False
+        self.runs = 0
         self.sparing = False
         roles = {role for role, parts in shared.features.items() if any(part.module == name for part in parts)}
         self.reads_encoder = attention.site.kind == "cross" and not roles & {"q"}
@@ -125,11 +125,17 @@ class FrozenProjection(ReplacedForward):
             x = x[..., self.source.to(x.device)]
         shape = x.shape
         x = x.flatten(1, -2)  # latent attention unpacks its cache as [batch, 1, cached + token, feature]
+        running = self._running()
+        if running and running.turned(x):
+            raise FreezeNotInForceError(
+                f"{self.name} of {self._owner} gives {list(x.shape)} for {running.rows} rows, where [batch, token, "
+                "feature] was expected: rows would be taken for tokens"
+            )
         frozen = x
         for edit in self.edits:
             if not (self.sparing and edit.spares_the_circuit):
-                frozen = edit.apply(x, frozen, self._running())
-        self.ran = True
+                frozen = edit.apply(x, frozen, running)
+        self.runs += 1
         frozen = frozen.view(shape)
         return shard.own(frozen) if shard else frozen
 
@@ -147,13 +153,13 @@ class FrozenOutput(ReplacedForward):
         self._shard = attention.wiring.z_shard
         self._width = attention.site.layout.z.numel()
         self._owner = attention.site.name
-        self.ran = False
+        self.runs = 0
         self.sparing = False
         self.spared: Tensor | None = None
         self._tracker = tracker
 
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.ran = True
+        self.runs += 1
         if self.sparing:
             self.spared = z
             return self.original(z, *args, **kwargs)
@@ -187,7 +193,7 @@ class FrozenAttention(ReplacedForward):
         self._refuse_untold_cache(args, kwargs)
         frozen = self._frozen()
         for one in frozen:
-            one.ran = False
+            one.runs = 0
             if one.lost():
                 raise FreezeNotInForceError(
                     f"{self._paths[one]} of {self.site.name} runs its own forward again, which something else has put "
@@ -197,7 +203,12 @@ class FrozenAttention(ReplacedForward):
             self._run_sparing(args, kwargs)
         output = self.original(*args, **kwargs)
         for one in frozen:
-            if not one.ran and not self._reads_cache(one):
+            if one.runs > 1:
+                raise FreezeNotInForceError(
+                    f"{self.site.name} ran its {self._paths[one]} {one.runs} times in one pass, so that an activation "
+                    "is not one: its layout is not what it was taken for"
+                )
+            if not one.runs and not self._reads_cache(one):
                 raise FreezeNotInForceError(
                     f"{self.site.name} ran without its {type(one.module).__name__} that holds frozen activations: this "
                     "attention does not call its projections, so the freeze had no effect"
@@ -260,6 +271,7 @@ class FrozenAttention(ReplacedForward):
         finally:
             for one in self._frozen():
                 one.sparing = False
+                one.runs = 0
 
     def rewire(self, wiring: Wiring) -> None:
         """Takes out what is there and puts in `wiring`; one without freezes leaves no trace."""

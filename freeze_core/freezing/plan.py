@@ -110,6 +110,8 @@ def _treatment(config: InterventionConfig, site: AttentionSite, roles: tuple[Rol
         mode = BackwardMode.STE  # a circuit ends in z, so the two are the same there
     strength, seed = float(config.strength), int(config.seed)
     statistics = None if config.statistics is None else _of_layer("statistics", config.statistics, layer).copied()
+    if statistics is not None:
+        _check_sizes(statistics, site, roles)
     if freeze_type == FreezeType.NOISE:
         if config.noise_std is not None:
             return Treatment(freeze_type, mode, strength, seed, float(config.noise_std))
@@ -126,6 +128,18 @@ def _treatment(config: InterventionConfig, site: AttentionSite, roles: tuple[Rol
         reference = Reference(held, masks, digest_of(held[role] for role in roles))
         return Treatment(freeze_type, mode, strength, reference=reference)
     return Treatment(freeze_type, mode, strength)
+
+
+def _check_sizes(statistics: LayerStatistics, site: AttentionSite, roles: tuple[Role, ...]) -> None:
+    for role in roles:
+        expected = [site.kv_heads if role in ("k", "v") else site.heads, site.layout.features(role)]
+        for name, values in (("mean", statistics.mean), ("std", statistics.std)):
+            found = list(values[role].shape) if role in values else "missing"
+            if found != expected:
+                raise InterventionError(
+                    f"statistics: the {name} of {role} of layer {site.layer} is {found}, must be {expected} "
+                    "[head, head_dim]: calibrate this model"
+                )
 
 
 def _held(site: AttentionSite, role: Role, recorded: Tensor) -> Tensor:

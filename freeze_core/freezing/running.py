@@ -30,6 +30,7 @@ class Pass:
         tokens: tokens of this pass.
         encoder: the same of the encoder's states that cross-attention reads, if there are any.
         cross_cached: whether keys and values of those states are in the cache already.
+        rows: of this pass; 0 where that is not told.
     """
 
     def __init__(
@@ -39,12 +40,19 @@ class Pass:
         tokens: int = 0,
         encoder: Pass | None = None,
         cross_cached: bool = False,
+        rows: int = 0,
     ) -> None:
         self.attention_mask = attention_mask
         self.cached = cached
         self.encoder = encoder
         self.cross_cached = cross_cached
         self.end = cached + tokens
+        self.rows = rows
+
+    def turned(self, x: Tensor) -> bool:
+        """Whether an activation is `[token, batch, feature]`; that it is cannot be seen where there are as many."""
+        tokens = self.end - self.cached
+        return x.shape[:2] == (tokens, self.rows) and tokens != self.rows
 
     def column(self, tokens: int) -> int:
         """The column of the first of `tokens` activations: they end with the pass, or begin with the cache.
@@ -100,9 +108,12 @@ class Pass:
             return x
         mask = torch.ones((), dtype=torch.bool) if mask is None else mask
         before = torch.ones((), dtype=torch.bool) if recorded is None else recorded != 0
+        alike = (
+            0 in (before.dim(), mask.dim()) or before.shape[1:] == mask.shape[1:]
+        )  # one that is not may be too short
         return demand(
             x,
-            (before.to(mask.device) == mask).all(),
+            alike and (before.to(mask.device) == mask).all(),
             "the reference was recorded under another attention_mask than that of this pass: record it on inputs that "
             "are padded alike",
         )
@@ -112,10 +123,10 @@ class Pass:
         mask = self.attention_mask
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
             return None if mask is None else mask.bool(), ""
-        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        shape = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         return None, (
-            f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; "
-            "pass one, or freeze with zero or with noise_std"
+            f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; pass "
+            "one, freeze through the very model that is given one, or freeze with zero or with noise_std"
         )
 
 
@@ -267,18 +278,21 @@ class PassTracker(ReplacedForward):
             given = self._arguments.find("inputs_embeds", args, kwargs)
             tokens = 0 if given is None else given.shape[-2]  # an encoder of sounds counts its own columns from 0
         else:
-            tokens = given.shape[-1]
+            tokens = given.shape[min(1, given.dim() - 1)]  # [batch, token], some with codebooks behind
+        rows = 0 if given is None else given.shape[0]
         states = self._arguments.find("encoder_hidden_states", args, kwargs)
         encoder = None
         if states is not None:
-            encoder = Pass(self._arguments.find("encoder_attention_mask", args, kwargs), 0, states.shape[1])
+            encoder = Pass(
+                self._arguments.find("encoder_attention_mask", args, kwargs), 0, states.shape[1], rows=len(states)
+            )
         cross_cached = any(getattr(cache, "is_updated", {}).values())
         masks = self._arguments.given("attention_mask", args, kwargs)
         mask = told(masks + (self.composite.given if self.composite else []), self.module)
         cached = filled(cache)
         if hasattr(self.module, PROMPT):  # it is given all tokens again at each step, and puts its own in front
             tokens += getattr(self.module, PROMPT) - cached
-        return Pass(mask, cached, tokens, encoder, cross_cached)
+        return Pass(mask, cached, tokens, encoder, cross_cached, rows)
 
     @contextmanager
     def _running(self, running: Pass) -> Iterator[None]:

@@ -6,9 +6,10 @@ import resource
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
-from freeze_core.statistics import ActivationStatistics
+from freeze_core.statistics import FORMAT, ActivationStatistics
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -143,3 +144,32 @@ def test_the_bar_can_be_turned_off(model, ids, capsys):
     assert capsys.readouterr().err == ""
     FREEZER.calibrate(model, [ids])
     assert "calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_statistics_without_what_is_to_be_frozen_are_refused(model, change):
+    statistics = calibrated(model)
+    mean = statistics[0].mean
+    assert isinstance(mean, dict)
+    if change == "missing":  # left out, it was taken for 0
+        del mean["v"]
+    else:
+        mean["v"] = mean["v"][:, :-1]
+    with pytest.raises(InterventionError, match="the mean of v of layer 0 is"):
+        FREEZER.freeze_circuits(model, InterventionConfig([0], None, "ov", "mean", statistics=statistics))
+    FREEZER.freeze_circuits(model, InterventionConfig([0], None, "qk", "mean", statistics=statistics)).remove()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts"),
+    [
+        ({"x.y": torch.zeros(1)}, {"tokens": "1"}),
+        ({"0.q.mean": torch.zeros(4, 8)}, {"tokens": "1"}),
+        ({}, {"tokens": "many"}),
+        ({}, {}),
+    ],
+)
+def test_a_file_of_statistics_that_is_not_whole_is_refused(tensors, facts, tmp_path):
+    save_file(tensors, tmp_path / "statistics", {"format": FORMAT, **facts})
+    with pytest.raises(InterventionError, match="not what save writes"):
+        ActivationStatistics.load(tmp_path / "statistics")

@@ -36,7 +36,7 @@ def test_padding_plays_no_part_wherever_the_model_is_entered(model, ids, mask, f
     with FREEZER.freeze_circuits(model.get_submodule(frozen_at), MEAN):
         if frozen_at == "model.language_model" != entry:
             # Nothing outside of what was frozen is touched, so that nothing there can be asked.
-            with pytest.raises(InterventionError, match="attention_mask is dict"):
+            with pytest.raises(InterventionError, match="attention_mask is a dict"):
                 hidden(model, entry, ids, mask)
             return
         assert torch.equal(hidden(model, entry, ids, mask), hidden(model, entry, other, mask))

@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from recomputed import FREEZER, IDS, LEFT, agrees, arguments, config_of, recomputed
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.models.csm.modeling_csm import CsmBackboneModel
 
 from freeze_core import InterventionConfig, InterventionError
 from pytest_circuitfreeze.models import tiny_model
@@ -172,3 +174,22 @@ def test_continuous_batching_is_refused():
         assert "use generate()" in result.error
     served = model.generate_batch(inputs=IDS.tolist(), **how)
     assert all(len(result.generated_tokens) == 2 for result in served.values())
+
+
+@torch.no_grad()
+def test_noise_with_a_cache_where_each_token_has_several_codes():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8, "vocab_size": 40}
+    special = dict.fromkeys(("pad_token_id", "codebook_pad_token_id", "codebook_eos_token_id", "bos_token_id"), 0)
+    config = transformers.CsmConfig(
+        num_codebooks=4, intermediate_size=32, num_key_value_heads=2, depth_decoder_config=sizes, **sizes, **special
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CsmBackboneModel(config).eval()
+    ids = torch.arange(48).view(2, 6, 4) % 39 + 1
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], freeze_type="noise", noise_std=1.0)):
+        whole = model(input_ids=ids, use_cache=False).last_hidden_state
+        cache = transformers.DynamicCache()
+        model(input_ids=ids[:, :4], past_key_values=cache)
+        rest = model(input_ids=ids[:, 4:], past_key_values=cache).last_hidden_state
+    torch.testing.assert_close(rest, whole[:, 4:])

@@ -404,3 +404,31 @@ def test_a_freeze_of_cross_attention_is_seen_where_an_unfrozen_model_is_asked_fo
         FREEZER.verify_intervention_effect(model, model, ids, InterventionConfig([0]))
     frozen.remove()
     FREEZER.calibrate(model, [ids], progress=False)
+
+
+def test_a_projection_that_runs_twice_in_one_attention_is_an_error(ids):
+    model = tiny_model("llama")
+    attention = model.model.layers[0].self_attn
+    own = attention.forward
+
+    def twice(hidden_states, *args, **kwargs):
+        attention.v_proj(hidden_states)
+        return own(hidden_states, *args, **kwargs)
+
+    attention.forward = twice
+    for mode in ("stopgrad", "circuit_ste"):
+        with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v", backward_mode=mode)):
+            with pytest.raises(FreezeNotInForceError, match="ran its v_proj 2 times"):
+                model(ids)
+            attention.v_proj(model.model.embed_tokens(ids))  # by itself it may run as often as it likes
+            attention.v_proj(model.model.embed_tokens(ids))
+
+
+def test_projections_that_give_tokens_before_rows_are_an_error(ids):
+    model = tiny_model("llama")
+    projection = model.model.layers[0].self_attn.v_proj
+    own = projection.forward
+    projection.forward = lambda hidden: own(hidden).transpose(0, 1)
+    freeze = InterventionConfig([0], [1], "v")
+    with FREEZER.freeze_circuits(model, freeze), pytest.raises(FreezeNotInForceError, match="taken for tokens"):
+        model(ids)

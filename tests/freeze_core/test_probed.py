@@ -236,6 +236,14 @@ def test_rounding_does_not_hide_a_layout(dtype, ids):
         assert torch.equal(model(ids), by_hand(ids))
 
 
+class CountsPairs(OddOrder):
+    """Takes two heads for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_heads = HEADS // 2
+
+
 class TokensFirst(Grouped):
     """Projects `[token, batch, feature]`."""
 
@@ -251,6 +259,7 @@ class Flattened(Grouped):
 
 
 REFUSED = {
+    CountsPairs: "says that it has 2 heads, and head 0 has parts with a query each",
     TokensFirst: r"gives \[2, 1, .*rows could not be told from tokens",
     Flattened: r"gives \[2, 1, .*rows could not be told from tokens",
     Overlapping: "its roles overlap",
@@ -431,3 +440,26 @@ def test_columns_that_a_model_does_not_tell_are_an_error(ids):
         model(ids[:, :4], cache)
         with pytest.raises(InterventionError, match="drawn for other columns"):
             model(ids[:, 4:], cache)
+
+
+class Seeing(nn.Module):
+    """A model whose eyes have attention of a kind that is known, and whose words have not."""
+
+    def __init__(self):
+        super().__init__()
+        self.eyes = tiny_model("llama").model
+        self.words = Model(OddOrder)
+
+    def get_decoder(self):
+        return self.words
+
+    def forward(self, input_ids):
+        return self.words(input_ids)
+
+
+def test_the_decoder_is_what_the_model_says_it_is_known_or_not(ids):
+    model = Seeing()
+    with torch.no_grad(), FREEZER.freeze_circuits(model, InterventionConfig([1], [2], "ov")):
+        assert FREEZER.record(model, ids)[1].v[:, :, 2].eq(0).all()
+    model.get_decoder = lambda: model.eyes
+    assert FREEZER.get_model_config(model)["num_layers"] == 3

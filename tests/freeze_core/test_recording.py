@@ -112,3 +112,11 @@ def test_activations_are_put_where_they_are_asked_for(any_storage, ids):
 def test_a_device_that_is_not_there_is_refused(ids):
     with pytest.raises(InterventionError, match=r"device='toaster': must be None or a device of this machine"):
         FREEZER.record(tiny_model("gpt2"), ids, device="toaster")
+
+
+def test_a_reference_under_a_mask_of_another_length_is_refused_by_name(ids):
+    model = tiny_model("llama_gqa")
+    short = FREEZER.record(model, {"input_ids": ids, "attention_mask": torch.ones(len(ids), 3).long()})
+    config = InterventionConfig([0], [0], "qk", "reference", reference=short)
+    with FREEZER.freeze_circuits(model, config), pytest.raises(InterventionError, match="another attention_mask"):
+        model(ids, attention_mask=torch.ones_like(ids))
