@@ -15,8 +15,8 @@ from freeze_core.attention.sites import AttentionSite, Sites, find_sites
 from freeze_core.config import InterventionConfig, check_config
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
-from freeze_core.freezing.install import install, is_frozen, live_freezes
-from freeze_core.freezing.plan import assign, resolve
+from freeze_core.freezing.install import install, is_frozen
+from freeze_core.freezing.plan import LayerFreeze, assign, resolve
 from freeze_core.inputs import logits_of, model_arguments, run
 from freeze_core.vocabulary import BackwardMode
 
@@ -77,6 +77,12 @@ def intervention_effect(
         with _frozen(sites, config):
             chosen = {layer: _reading_frozen(site) for layer, site in sites.by_layer.items()}
             frozen, after = _outcome(model_intervened, sites, test_input)
+    if frozen.shape != clean.shape or any(
+        before[layer].shape != z.shape for layer, z in after.items() if layer in before
+    ):
+        raise InterventionError(
+            "model_baseline is another model than model_intervened: their logits or heads differ in shape"
+        )
     difference = (frozen.double() - clean.double()).abs()
     heads = [
         {"layer": layer, "head": head, "frozen": head in chosen[layer], **_sizes(after[layer][:, :, head] - own)}
@@ -120,12 +126,18 @@ def _reading_frozen(site: AttentionSite) -> set[int]:
 def _frozen(sites: Sites, config: InterventionConfig) -> Iterator[None]:
     """Frozen with `config`: as the model already is, or for the time being."""
     resolved = resolve(config, sites)
-    live = live_freezes(sites)
-    if all(freeze in live for freeze in resolved):
+    if all(_in_force(freeze, sites.by_layer[freeze.layer]) for freeze in resolved):
         yield
     else:
         with install([(sites, resolved)]):
             yield
+
+
+def _in_force(freeze: LayerFreeze, site: AttentionSite) -> bool:
+    """Whether to install `freeze` now would change nothing; one that a later one has won over is live, not in force."""
+    frozen = frozen_attention(site.attention)
+    live = [one for _, one in frozen.wiring.freezes] if frozen else []
+    return assign(site, [*live, freeze]) == assign(site, live)
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenAttention, frozen_attention, wire
 from freeze_core.freezing.plan import LayerFreeze
 
-__all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen", "live_freezes"]
+__all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen"]
 
 
 class FreezeHandle:
@@ -112,9 +112,3 @@ def _refuse_other_stack(frozen: FrozenAttention, sites: Sites) -> None:
 def is_frozen(model: nn.Module) -> bool:
     """Whether any attention in the model, of whatever kind, has a live freeze."""
     return any(frozen_attention(module) for module in model.modules())
-
-
-def live_freezes(sites: Sites) -> list[LayerFreeze]:
-    """The freezes that are live in these layers, in install order within each layer."""
-    live = [frozen_attention(site.attention) for site in sites.by_layer.values()]
-    return [freeze for frozen in live if frozen for _, freeze in frozen.wiring.freezes]

@@ -187,3 +187,18 @@ def test_gradients_under_stopgrad_and_ste(ids, capsys):
     circuit = gradient_norms(model, ids, config)
     assert all(circuit[name]["norm"] > 0 for name in weights)
     assert "self_attn.q_proj.weight" in capsys.readouterr().out
+
+
+def test_a_freeze_that_a_later_one_has_won_over_is_not_taken_to_be_in_force(ids):
+    model = tiny_model("llama_gqa")
+    config = InterventionConfig([1], [0], "ov")
+    with FREEZER.freeze_circuits(model, [config, InterventionConfig([1], [0], "ov", strength=0.0)]):
+        assert FREEZER.verify_intervention_effect(tiny_model("llama_gqa"), model, ids, config)["changed"]
+        assert FREEZER.check_gradient_behavior(model, ids, config)["sites"]
+
+
+def test_a_baseline_of_another_shape_is_refused(ids):
+    with pytest.raises(InterventionError, match="is another model"):
+        FREEZER.verify_intervention_effect(
+            tiny_model("llama_70b"), tiny_model("llama_gqa"), ids, InterventionConfig([1], [0], "ov")
+        )
