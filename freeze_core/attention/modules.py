@@ -151,7 +151,14 @@ def stack_of(model: nn.Module, stacks: list[str], role: str) -> str:
 
 def _inside(model: nn.Module, stacks: Iterable[str], role: str) -> set[str]:
     """Those of `stacks` that are inside what the model says is its decoder, or its encoder."""
+    modules = _part(model, role)
+    other = _part(model, "encoder" if role == "decoder" else "decoder")
+    if other < modules:  # what both call theirs belongs to the smaller of the two
+        modules -= other
+    return {stack for stack in stacks if model.get_submodule(stack) in modules}
+
+
+def _part(model: nn.Module, role: str) -> set[nn.Module]:
     getter: Any = getattr(model, f"get_{role}", None)
     part = getter() if getter else None
-    modules = set(part.modules()) if isinstance(part, nn.Module) and part is not model else set()
-    return {stack for stack in stacks if model.get_submodule(stack) in modules}
+    return set(part.modules()) if isinstance(part, nn.Module) and part is not model else set()

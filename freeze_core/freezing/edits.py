@@ -12,8 +12,8 @@ from freeze_core.attention.layout import Storage
 from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.backward import blend
+from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.plan import Assignment, Reference, Treatment
-from freeze_core.freezing.running import Pass
 from freeze_core.freezing.traced import demand
 from freeze_core.freezing.values import NoiseTable, accumulation_dtype, derangement, statistics
 from freeze_core.vocabulary import ROLES, BackwardMode, FreezeType, Role

@@ -10,8 +10,9 @@ from torch import nn
 
 from freeze_core.attention.sites import Sites
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.frozen import FrozenAttention, frozen_attention, wire
+from freeze_core.freezing.frozen import FrozenAttention, frozen_attention
 from freeze_core.freezing.plan import LayerFreeze
+from freeze_core.freezing.wiring import wire
 
 __all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen"]
 

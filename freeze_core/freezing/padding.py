@@ -8,16 +8,13 @@ prompts of its own before the tokens.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from freeze_core.errors import InterventionError
-from freeze_core.freezing.replaced import ReplacedForward
+from freeze_core.freezing.replaced import ReplacedPass
 
 __all__ = ["PROMPT", "Arguments", "Composite", "told"]
 
@@ -42,32 +39,16 @@ class Arguments:
         return [self.find(name, args, kwargs)] if name in self._places else []
 
 
-class Composite(ReplacedForward):
+class Composite(ReplacedPass):
     """Stands in for the forward of a module around a stack of layers: knows the mask that it was given, and its own."""
-
-    shows_signature = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self._arguments = Arguments(self.original, "attention_mask")
-        self._busy = threading.Lock()
         self.given: list[Any] = []
         """The mask of the pass that is running, if one is."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._run(args, kwargs)
-        if not self._busy.acquire(blocking=False):
-            raise InterventionError(
-                f"a {type(self.module).__name__} whose layers are frozen is running already, in another thread: run a "
-                "frozen model in one thread at a time"
-            )
-        try:
-            return self._run(args, kwargs)
-        finally:
-            self._busy.release()
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.given = [self._arguments.find("attention_mask", args, kwargs)]
         try:
             return self.original(*args, **kwargs)

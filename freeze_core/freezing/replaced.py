@@ -7,15 +7,17 @@ Python call, and is seen by every hook that others register on the module.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
-from freeze_core.errors import CircuitFreezeError
+from freeze_core.errors import CircuitFreezeError, InterventionError
 
-__all__ = ["ReplacedForward", "standing_in"]
+__all__ = ["ReplacedForward", "ReplacedPass", "standing_in"]
 
 SLOTS = ("forward", "_old_forward")
 """What a module runs, and what accelerate's hooks (offloading, device maps) run once they have taken the first."""
@@ -23,9 +25,6 @@ SLOTS = ("forward", "_old_forward")
 
 class ReplacedForward:
     """Stands in for `module.forward` between `attach` and `detach`; `original` is what it stands in for."""
-
-    shows_signature = False
-    """Whether the signature of what is replaced is still seen: generation, say, asks for a model's arguments."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -40,7 +39,11 @@ class ReplacedForward:
         """Puts this object in the place of the module's forward, whatever that is by now."""
         self.original = self.module.forward
         self._was_on_instance = "forward" in vars(self.module)
-        self.module.forward = _signed(self.forward, self.original) if self.shows_signature else self.forward
+        self.module.forward = self.bound()
+
+    def bound(self) -> Callable[..., Any]:
+        """What is put in the place of the module's forward."""
+        return self.forward
 
     def slot(self) -> str | None:
         """The attribute of the module in which this object is, `None` if it is not in force."""
@@ -76,6 +79,40 @@ class ReplacedForward:
         raise CircuitFreezeError(
             f"a frozen {type(self.module).__name__} cannot be copied or pickled: remove the freeze first"
         )
+
+
+class ReplacedPass(ReplacedForward):
+    """Stands in for the forward of a module that takes whole passes, one at a time, and looks like it from outside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._busy = threading.Lock()
+
+    def bound(self) -> Callable[..., Any]:
+        """Its forward with the signature of the module's own: generation, say, asks for a model's arguments."""
+        return _signed(self.forward, self.original)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs a pass.
+
+        Raises:
+            InterventionError: one is running already.
+        """
+        if torch.compiler.is_compiling():
+            return self.run(args, kwargs)
+        if not self._busy.acquire(blocking=False):
+            raise InterventionError(
+                f"a frozen {type(self.module).__name__} is running already, in another thread or from within itself: "
+                "run a frozen model one pass at a time"
+            )
+        try:
+            return self.run(args, kwargs)
+        finally:
+            self._busy.release()
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a pass, the only one for now."""
+        raise NotImplementedError
 
 
 def _signed(forward: Callable[..., Any], original: Callable[..., Any]) -> MethodType:

@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, UnsupportedModelError
+from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking_draws import draw
 
 FREEZER = AttentionCircuitFreezer()
@@ -226,3 +227,26 @@ def test_statistics_of_a_cached_step_of_cross_attention_are_refused():
         out = model(input_features=sound, decoder_input_ids=IDS[:, :2], use_cache=True)
         with pytest.raises(InterventionError, match="after 2 cached tokens"):
             model(input_features=sound, decoder_input_ids=IDS[:, 2:3], past_key_values=out.past_key_values)
+
+
+def test_an_encoder_that_holds_the_decoder_is_not_taken_for_it():
+    """BLIP-2's `get_encoder` and its `get_decoder` both hold the language model: its layers are the decoder's alone."""
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole = torch.nn.ModuleDict({"language_model": tiny_model("opt"), "eyes": torch.nn.Linear(2, 2)})
+
+        def get_encoder(self):
+            return self.whole
+
+        def get_decoder(self):
+            return self.whole["language_model"]
+
+        def forward(self, input_ids):
+            return self.get_decoder()(input_ids)
+
+    model = Both()
+    with pytest.raises(UnsupportedModelError, match="does not say which is its encoder"):
+        FREEZER.freeze_circuits(model, InterventionConfig([0], attention="encoder"))
+    FREEZER.freeze_circuits(model, InterventionConfig([0])).remove()

@@ -1,133 +1,23 @@
-"""The forward pass that is running: what a freeze needs to know of it beyond the activation itself."""
+"""Follows the passes of a stack of layers: which one is running, and what its cache is filled under."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
 from freeze_core.freezing.padding import PROMPT, Arguments, Composite, told
-from freeze_core.freezing.replaced import ReplacedForward, standing_in
+from freeze_core.freezing.passes import Pass
+from freeze_core.freezing.replaced import ReplacedPass, standing_in
 from freeze_core.freezing.rows import RowOrder, refuse_reordering
-from freeze_core.freezing.traced import demand
 
-__all__ = ["InForce", "Pass", "PassTracker", "tracker_of"]
-
-
-class Pass:
-    """One forward pass through a stack of decoder layers.
-
-    Args:
-        attention_mask: as the stack was given it: `None`, or `[batch, cached + token]` with 0 for padding.
-        cached: tokens in the cache before this pass.
-        tokens: tokens of this pass.
-        encoder: the same of the encoder's states that cross-attention reads, if there are any.
-        cross_cached: whether keys and values of those states are in the cache already.
-        rows: of this pass; 0 where that is not told.
-    """
-
-    def __init__(
-        self,
-        attention_mask: Any,
-        cached: int = 0,
-        tokens: int = 0,
-        encoder: Pass | None = None,
-        cross_cached: bool = False,
-        rows: int = 0,
-    ) -> None:
-        self.attention_mask = attention_mask
-        self.cached = cached
-        self.encoder = encoder
-        self.cross_cached = cross_cached
-        self.end = cached + tokens
-        self.rows = rows
-
-    def turned(self, x: Tensor) -> bool:
-        """Whether an activation is `[token, batch, feature]`; that it is cannot be seen where there are as many."""
-        tokens = self.end - self.cached
-        return x.shape[:2] == (tokens, self.rows) and tokens != self.rows
-
-    def column(self, tokens: int) -> int:
-        """The column of the first of `tokens` activations: they end with the pass, or begin with the cache.
-
-        Raises:
-            InterventionError: there is a cache, and the model does not say how many tokens this pass adds to it.
-        """
-        if self.cached and self.end == self.cached:
-            raise InterventionError(
-                f"this pass goes on after {self.cached} cached tokens, and how many it has is not told, since the "
-                "model has no argument input_ids or inputs_embeds, so that noise would be drawn for other columns: run "
-                "without a cache"
-            )
-        return max(0, self.end - tokens)
-
-    def real(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`x` `[batch, token, feature]` and which positions are not padding, `[batch, token]` bool; `None` is all.
-
-        Raises:
-            InterventionError: the mask is not a padding mask for these positions, so that padding cannot be told.
-        """
-        mask, fault = self._padding_mask()
-        if mask is not None and mask.shape != x.shape[:2]:
-            fault = (
-                f"attention_mask is {list(mask.shape)} and the activations are {list(x.shape[:2])} [batch, token]: "
-                "statistics of the pass need a mask of the same shape"
-            )
-        return demand(x, not fault, fault), None if fault else mask
-
-    def without_padding(self, x: Tensor) -> Tensor:
-        """`x` `[batch, token, feature]`, if each of its rows can be taken from another one.
-
-        Raises:
-            InterventionError: there is only one, or there is padding.
-        """
-        (mask, fault), rows = self._padding_mask(), len(x)
-        return demand(
-            demand(x, not fault, fault),
-            rows > 1 and (mask is None or mask.all()),
-            f"freeze_type 'resample' takes the same column of another row, and this pass has {rows} row"
-            f"{'s with padding' if rows > 1 else ''}: give at least two rows of the same length, without padding",
-        )
-
-    def padded_alike(self, x: Tensor, recorded: Tensor | None) -> Tensor:
-        """`x`, what was recorded, if this pass pads as the one did whose `attention_mask` was `recorded`.
-
-        Raises:
-            InterventionError: it does not.
-        """
-        mask, fault = self._padding_mask()
-        x = demand(x, not fault, fault)
-        if fault or (recorded is None and mask is None):
-            return x
-        mask = torch.ones((), dtype=torch.bool) if mask is None else mask
-        before = torch.ones((), dtype=torch.bool) if recorded is None else recorded != 0
-        alike = (
-            0 in (before.dim(), mask.dim()) or before.shape[1:] == mask.shape[1:]
-        )  # one that is not may be too short
-        return demand(
-            x,
-            alike and (before.to(mask.device) == mask).all(),
-            "the reference was recorded under another attention_mask than that of this pass: record it on inputs that "
-            "are padded alike",
-        )
-
-    def _padding_mask(self) -> tuple[Tensor | None, str]:
-        """What is not padding `[batch, token]` bool, `None` if nothing is; or why that cannot be told."""
-        mask = self.attention_mask
-        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-            return None if mask is None else mask.bool(), ""
-        shape = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        return None, (
-            f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; pass "
-            "one, freeze through the very model that is given one, or freeze with zero or with noise_std"
-        )
+__all__ = ["InForce", "PassTracker", "tracker_of"]
 
 
 class InForce(NamedTuple):
@@ -160,10 +50,8 @@ ARGUMENTS = (
 )
 
 
-class PassTracker(ReplacedForward):
+class PassTracker(ReplacedPass):
     """Stands in for the forward of a stack of layers: knows the pass that runs through it, and marks its cache."""
-
-    shows_signature = True
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__(stack)
@@ -175,7 +63,6 @@ class PassTracker(ReplacedForward):
         self._unshared = self._needs_rows = False
         self._on_stale = "ignore"
         self._row_order = RowOrder()
-        self._busy = threading.Lock()
 
     def put(self, name: str, in_force: InForce | None) -> None:
         """Notes what is in force in the attention at the path `name`; `None` is nothing. Attached while anything is."""
@@ -217,20 +104,7 @@ class PassTracker(ReplacedForward):
             if self.slot():
                 self.composite.attach()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._run(args, kwargs)
-        if not self._busy.acquire(blocking=False):
-            raise InterventionError(
-                f"a frozen {type(self.module).__name__} is running already, in another thread: run a frozen model in "
-                "one thread at a time"
-            )
-        try:
-            return self._run(args, kwargs)
-        finally:
-            self._busy.release()
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "write_index" in kwargs:
             raise InterventionError(
                 "continuous batching (generate_batch) runs parts of several sequences in one row, on pages that may be "
