@@ -1,6 +1,6 @@
 """The compatibility matrix: every tiny architecture by every claim, run in chunks and merged into one document.
 
-    python -m pytest_circuitfreeze.reports.compatibility reports/published [architecture ...]
+    python -m pytest_circuitfreeze.reports.compatibility docs/compatibility [architecture ...]
 
 runs the shipped suites on all architectures, each chunk in a process of its own with a time limit, and writes
 `compatibility-transformers-<version>.json` and `.md`.
@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pytest_circuitfreeze import matrix
-from pytest_circuitfreeze.architectures import every_architecture
+from pytest_circuitfreeze.architectures import every_architecture, model_types
 from pytest_circuitfreeze.reports.document import ReportError, read
 from pytest_circuitfreeze.results import Result
 from pytest_circuitfreeze.summary import versions
@@ -121,6 +121,7 @@ def _entry(name: str, results: Sequence[Result] | None) -> dict[str, Any]:
         reasons += [f"{', '.join(claims)}: {message}" for message, claims in about.items()]
         reasons += [] if own else ["the run did not end in time, or died"]
     return {
+        "type": name in model_types(),
         "verdict": result,
         "seconds": round(sum(one.seconds for one in own), 1),
         "examples": sum(one.examples for one in own),
@@ -142,13 +143,12 @@ def render(matrix_of: Mapping[str, Any]) -> str:
     lines = [
         f"# What freeze_core serves: transformers {found['transformers']}, torch {found['torch']}",
         "",
-        f"Made by `{COMMAND} reports/published`.",
-        f"Profile {matrix_of['profile']}, {examples:,} examples, {seconds / 60:.0f} minutes of tests.",
+        f"Made by `{COMMAND} docs/compatibility`.",
+        f"Profile {matrix_of['profile']}, {examples:,} examples, {seconds / 60:.0f} minutes of tests. All "
+        f"{sum(one['type'] for one in entries.values())} causal language model types of transformers, and "
+        f"{sum(not one['type'] for one in entries.values())} built-in variants of some.",
         "",
-        *(
-            f"- {sum(one['verdict'] == group for one in entries.values())} of {len(entries)} architectures {words}"
-            for group, words in GROUPS.items()
-        ),
+        *(f"- {_counted(entries.values(), group)} {words}" for group, words in GROUPS.items()),
         "",
         LEGEND,
         "",
@@ -170,6 +170,12 @@ def render(matrix_of: Mapping[str, Any]) -> str:
             lines += ["", f"## Those that {words}", ""]
             lines += [f"- **{name}**: {'; '.join(_once(map(_plain, reasons)))}" for name, reasons in told.items()]
     return "\n".join(lines) + "\n"
+
+
+def _counted(entries: Iterable[Mapping[str, Any]], group: str) -> str:
+    """How many architectures are in a group, and how many of them are types of transformers themselves."""
+    own = [entry for entry in entries if entry["verdict"] == group]
+    return f"{len(own)} architectures ({sum(entry['type'] for entry in own)} types)"
 
 
 def _once(reasons: Iterable[str]) -> list[str]:
