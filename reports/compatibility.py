@@ -139,14 +139,13 @@ def render(matrix_of: Mapping[str, Any]) -> str:
     entries: Mapping[str, Any] = matrix_of["architectures"]
     claims: Mapping[str, str] = matrix_of["claims"]
     found = matrix_of["environment"]
-    examples, seconds = (sum(one[what] for one in entries.values()) for what in ("examples", "seconds"))
+    examples, seconds, types = (sum(one[what] for one in entries.values()) for what in ("examples", "seconds", "type"))
     lines = [
         f"# What freeze_core serves: transformers {found['transformers']}, torch {found['torch']}",
         "",
         f"Made by `{COMMAND} docs/compatibility`.",
-        f"Profile {matrix_of['profile']}, {examples:,} examples, {seconds / 60:.0f} minutes of tests. All "
-        f"{sum(one['type'] for one in entries.values())} causal language model types of transformers, and "
-        f"{sum(not one['type'] for one in entries.values())} built-in variants of some.",
+        f"Profile {matrix_of['profile']}, {examples:,} examples, {seconds / 60:.0f} minutes of tests.",
+        f"{types} causal language model types of transformers, and {len(entries) - types} built-in variants of some.",
         "",
         *(f"- {_counted(entries.values(), group)} {words}" for group, words in GROUPS.items()),
         "",
