@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.recordings import Recorded, recorded
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotApplicable
 from pytest_circuitfreeze.suites.independence import patterns
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 from pytest_circuitfreeze.suites.judge.material import Clean, clean_pass
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.passes import look
+from pytest_circuitfreeze.suites.judge.passes import Pass, look
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
-from pytest_circuitfreeze.suites.judge.sites import as_found, sites
+from pytest_circuitfreeze.suites.judge.sites import AnySite, as_found, sites
 from pytest_circuitfreeze.suites.tolerance import Nudge
 
 if TYPE_CHECKING:
@@ -52,6 +52,17 @@ def check_recordings_are_what_attention_saw(model: PreTrainedModel, recording: R
             claim.same(f"{role} of layer {layer}", got, want, "batch token head feature")
         claim.same(f"z of layer {layer}", held.z, clean.layers[layer].mixed(), "batch token head feature")
     return claim.margin
+
+
+def _demand_same_keys(model: PreTrainedModel, site: AnySite, recorded: Pass, clean: Pass) -> None:
+    """Demands that the unfrozen model lets a query see the same keys on both inputs: a mask is no part of a pattern.
+
+    Raises:
+        NotApplicable: it does not, since an indexer chooses keys by the hidden states.
+    """
+    one, other = (patterns(found, site) > 0 for found in (recorded, clean))
+    if not torch.equal(*torch.broadcast_tensors(one, other)):
+        raise NotApplicable(f"{type(model).__name__} chooses by its input which keys a query sees at all")
 
 
 def _whole(clean: Clean, layer: int, names: list[str], heads: int) -> Tensor:
@@ -95,5 +106,11 @@ def check_patterns_are_the_recorded(
         bound = largest_change(due, Nudge(rounding)(moved.double(), moved.shape[-1]))
         for head in sorted(set(queries) & set(keys)):
             what = f"pattern of head {head} in layer {layer}"
-            claim.within(what, seen[:, head], due[:, head], bound, "batch query key")
+            try:
+                claim.within(what, seen[:, head], due[:, head], bound, "batch query key")
+            except ClaimBroken:
+                _demand_same_keys(
+                    model, site, recorded=want, clean=look(engine, model, None, batch, attn="eager", patterns=True)
+                )
+                raise
     return claim.margin

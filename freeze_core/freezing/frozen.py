@@ -20,9 +20,6 @@ from freeze_core.freezing.wiring import Wiring, wire
 
 __all__ = ["FrozenAttention", "FrozenProjection", "frozen_attention"]
 
-CACHES = ("past_key_values", "past_key_value", "layer_past")
-"""What attention modules call the cache that they are handed."""
-
 
 def _whole(own: Tensor, shard: Shard | None, width: int, what: str) -> Tensor:
     """`own` as `[..., width]`.
@@ -198,10 +195,10 @@ class FrozenAttention(ReplacedForward):
                 f"backward_mode 'circuit_ste' has no gradient through the {running.cached} tokens that are cached: run "
                 "without a cache (use_cache=False), or under torch.no_grad()"
             )
-        without_cache = {name: None if name in CACHES else value for name, value in kwargs.items()}
-        without_cache_args = tuple(None if hasattr(value, "get_seq_length") else value for value in args)
+        # A cache that is handed over is to be filled once, whatever it is called.
+        without_cache = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
         with _generators_kept(self.module), self._sparing():
-            self.original(*without_cache_args, **without_cache)
+            self.original(*(None if _is_cache(value) else value for value in args), **without_cache)
 
     @contextmanager
     def _sparing(self) -> Iterator[None]:
@@ -274,6 +271,10 @@ class FrozenAttention(ReplacedForward):
             self._tracker.put(self.path, None)
             self._tracker = None
         self.detach()
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
 
 
 @contextmanager

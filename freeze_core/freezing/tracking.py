@@ -43,6 +43,7 @@ class InForce(NamedTuple):
 ARGUMENTS = (
     "attention_mask",
     "past_key_values",
+    "cache",
     "input_ids",
     "inputs_embeds",
     "encoder_hidden_states",
@@ -109,6 +110,11 @@ class PassTracker(ReplacedPass):
             raise InterventionError(
                 "continuous batching (generate_batch) runs parts of several sequences in one row, on pages that may be "
                 "filled without this freeze: their columns, statistics and heads cannot be told; use generate()"
+            )
+        if self._arguments.find("cache", args, kwargs) is not None:
+            raise InterventionError(
+                f"{type(self.module).__name__} takes a cache of its own kind, cache=, to which it cannot be told "
+                "what a pass adds: run without one"
             )
         cache = self._arguments.find("past_key_values", args, kwargs)
         if cache is not None and not hasattr(cache, "get_seq_length"):
