@@ -1,12 +1,14 @@
 """Marks on key-value caches: under which freezes a cache was filled.
 
-A cache object carries its mark as a plain string attribute, which deepcopy, crop and reorder leave in place.
+A cache object carries its mark as a plain attribute, which copies, crop and reorder leave in place. A shallow copy
+shares it as it shares the layers.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 from freeze_core.errors import InterventionError, StaleCacheWarning
@@ -14,11 +16,17 @@ from freeze_core.errors import InterventionError, StaleCacheWarning
 __all__ = ["check_cache", "check_emptied_cache", "filled", "mark_cache"]
 
 ATTRIBUTE = "_circuitfreeze_mark"
-LENGTH = "_circuitfreeze_length"
-"""Tokens that the cache held when it was marked: more than that were added without a mark."""
 
 UNFROZEN = "|"
 """The mark of a cache that carries none: filled without a freeze. What is before the bar is its storage."""
+
+
+@dataclass
+class _Mark:
+    """Under which freezes a cache was filled, and up to how many tokens: more than that were added without a mark."""
+
+    freezes: str
+    length: int
 
 
 def filled(cache: Any) -> int:
@@ -32,11 +40,11 @@ def check_cache(cache: Any, mark: str, cached: int, on_stale: str) -> None:
     Raises:
         InterventionError: the cache stores other heads than this pass would, or `on_stale` is `error`.
     """
-    found = getattr(cache, ATTRIBUTE, UNFROZEN)
-    grown = cached > getattr(cache, LENGTH, cached)
-    if found == mark and not (grown and mark != UNFROZEN):
+    found: _Mark = getattr(cache, ATTRIBUTE, _Mark(UNFROZEN, cached))
+    grown = cached > found.length
+    if found.freezes == mark and not (grown and mark != UNFROZEN):
         return
-    _check_storage(found, mark)
+    _check_storage(found.freezes, mark)
     message = (
         "this cache was filled without the freeze that it is now used under, or under another one: what it holds of "
         "earlier tokens is not frozen alike; fill it anew under this freeze (recompute_cache)"
@@ -55,7 +63,7 @@ def check_emptied_cache(cache: Any, mark: str) -> None:
     """
     parts = (cache, *(getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")))
     if any(getattr(layer, "is_initialized", False) for part in parts for layer in getattr(part, "layers", ())):
-        _check_storage(getattr(cache, ATTRIBUTE, UNFROZEN), mark)
+        _check_storage(_freezes(cache), mark)
 
 
 def _check_storage(found: str, mark: str) -> None:
@@ -72,15 +80,20 @@ def mark_cache(cache: Any, mark: str, before: int, length: int) -> None:
 
     One that was filled otherwise `before` stays foreign.
     """
-    found = getattr(cache, ATTRIBUTE, UNFROZEN)
-    if before and found != mark:
+    if before and _freezes(cache) != mark:
         mark = f"{mark.partition('|')[0]}|mixed"
-    if not hasattr(cache, LENGTH):
+    if not hasattr(cache, ATTRIBUTE):
         for name in ("crop", "reset"):
             if hasattr(cache, name):
                 setattr(cache, name, _Shrinking(cache, name))
-    setattr(cache, ATTRIBUTE, mark)
-    setattr(cache, LENGTH, length)
+        setattr(cache, ATTRIBUTE, _Mark(mark, length))
+    known: _Mark = getattr(cache, ATTRIBUTE)
+    known.freezes, known.length = mark, length
+
+
+def _freezes(cache: Any) -> str:
+    known: _Mark | None = getattr(cache, ATTRIBUTE, None)
+    return known.freezes if known else UNFROZEN
 
 
 class _Shrinking:
@@ -100,7 +113,8 @@ class _Shrinking:
                 f"{self._name} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
             )
         given = getattr(type(cache), self._name)(cache, *args, **kwargs)
-        setattr(cache, LENGTH, min(getattr(cache, LENGTH), filled(cache)))
+        known: _Mark = getattr(cache, ATTRIBUTE)
+        known.length = min(known.length, filled(cache))
         return given
 
     def __reduce__(self) -> tuple[Any, ...]:

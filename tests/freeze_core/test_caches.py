@@ -84,7 +84,8 @@ def test_an_8_bit_float_cache_is_recognised_and_counted():
     model = tiny_model("llama")
     config = config_of("noise_std", model, layer_indices=None, head_indices=None)
     cache = QuantizedCache("fp8", model.config)
-    assert torch.equal(handed_over(model, cache, config), handed_over(model, DynamicCache(), config))
+    coarse, exact = (handed_over(model, each, config, IDS, LEFT) for each in (cache, DynamicCache()))
+    assert torch.equal(coarse, exact)
 
 
 def small(kind):
@@ -291,3 +292,15 @@ def test_an_own_cache_is_used_without_a_word(model):
     with FREEZER.freeze_circuits(model, HEAD), warnings.catch_warnings():
         warnings.simplefilter("error")
         decode(model, IDS, LEFT, DynamicCache())
+
+
+def test_a_shallow_copy_that_is_cropped_and_grows_unfrozen_is_recognised():
+    model, config = tiny_model("llama"), InterventionConfig([0], [1], "ov")
+    with torch.no_grad():
+        with FREEZER.freeze_circuits(model, config):
+            cache = model(IDS[:, :6], use_cache=True).past_key_values
+        other = copy.copy(cache)
+        other.crop(-2)
+        model(IDS[:, 4:6], past_key_values=other, use_cache=True)
+        with FREEZER.freeze_circuits(model, config), pytest.raises(StaleCacheWarning):
+            model(IDS[:, 6:7], past_key_values=other)
