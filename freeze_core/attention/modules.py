@@ -42,7 +42,7 @@ def attention_modules(model: nn.Module, attention: str) -> list[Found]:
     Raises:
         UnsupportedModelError: there are none, or in several stacks.
     """
-    found = list(_in_layers(model))
+    found = [one for one in _in_layers(model) if not _is_of_a_sense(model, one.stack)]
     if not found:
         raise UnsupportedModelError(_none(model))
     role = "encoder" if attention == "encoder" else "decoder"
@@ -58,6 +58,17 @@ def attention_modules(model: nn.Module, attention: str) -> list[Found]:
     asked = [one for one in found if one.stack == stack and one.kind == kind]
     known = {one.layer for one in asked if one.known}
     return [one for one in asked if one.known or one.layer not in known]
+
+
+def _is_of_a_sense(model: nn.Module, stack: str) -> bool:
+    """Whether a stack in a model of words is in a part that is given images or sounds, by what both say themselves."""
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return False
+    parts = stack.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, 0, -1))
+    return (
+        next((part.main_input_name for part in around if hasattr(part, "main_input_name")), "input_ids") != "input_ids"
+    )
 
 
 def layer_count(model: nn.Module, stack: str) -> int:

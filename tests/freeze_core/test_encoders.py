@@ -250,3 +250,14 @@ def test_an_encoder_that_holds_the_decoder_is_not_taken_for_it():
     with pytest.raises(UnsupportedModelError, match="does not say which is its encoder"):
         FREEZER.freeze_circuits(model, InterventionConfig([0], attention="encoder"))
     FREEZER.freeze_circuits(model, InterventionConfig([0])).remove()
+
+
+def test_the_eyes_of_a_model_of_words_are_not_frozen_for_its_words():
+    eyes = tiny_model("opt").model.decoder
+    eyes.main_input_name = "pixel_values"
+    model = torch.nn.Module()
+    model.eyes, model.main_input_name = eyes, "input_ids"
+    with pytest.raises(UnsupportedModelError, match="no attention layer"):
+        FREEZER.freeze_circuits(model, InterventionConfig([0]))
+    model.main_input_name = "pixel_values"
+    FREEZER.freeze_circuits(model, InterventionConfig([0])).remove()
