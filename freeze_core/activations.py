@@ -16,6 +16,8 @@ __all__ = ["LayerActivations", "Recording"]
 class LayerActivations:
     """The activations of one attention layer, detached, in the model's dtype.
 
+    Of a layer that each pass runs several times (HRM) all are `[run, ...]`, in the order in which it ran.
+
     Args:
         q: queries `[batch, token, head, head_dim]`, after the bias, before per-head norms and rotary positions.
         k, v: keys and values `[batch, token, kv_head, head_dim]`, at the same place; one a query head where a freeze

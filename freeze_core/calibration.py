@@ -103,6 +103,8 @@ def _add(moments: Mapping[tuple[int, Role], _Moments], recording: Recording, num
     real = 0
     for (layer, role), moment in moments.items():
         activation: Tensor = getattr(recording[layer], role)
+        if activation.dim() > 4:  # each run of the layer has statistics of its own
+            activation = activation.movedim(0, 2)
         mask = recording.mask_of(role)
         if mask is not None and mask.shape != activation.shape[:2]:
             raise InterventionError(

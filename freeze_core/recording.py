@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -59,7 +60,7 @@ def record(
     device = _device(device)
     arguments = model_arguments(model, inputs)
     seen_masks: list[Mapping[str, list[Any]]] = []
-    seen: dict[tuple[int, str], Tensor] = {}
+    seen: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
     with ExitStack() as stack, torch.no_grad():
         for layer in wanted:
             stack.enter_context(_listening(sites.by_layer[layer], seen, device))
@@ -107,7 +108,9 @@ def _copied(name: str, mask: Any) -> Tensor | None:
 
 
 @contextmanager
-def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor], device: torch.device | None) -> Iterator[None]:
+def _listening(
+    site: AttentionSite, seen: Mapping[tuple[int, str], list[Tensor]], device: torch.device | None
+) -> Iterator[None]:
     """Splits what the projections give, and the output projection takes, into heads; copies, put on `device`."""
     frozen = frozen_attention(site.attention)
     storage = frozen.wiring.storage if frozen else site.layout.shared
@@ -117,7 +120,8 @@ def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor], device:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             if name in outputs:
                 raise InterventionError(
-                    f"{name} of {site.name} runs several times in each pass: there is no one activation to record"
+                    f"{name} of {site.name} runs several times before its attention does: there is no one activation "
+                    "to record"
                 )
             _refuse_shard(site, name, output, storage.widths[name])
             outputs[name] = output.detach().flatten(1, -2).to(device or output.device)
@@ -127,18 +131,22 @@ def _listening(site: AttentionSite, seen: dict[tuple[int, str], Tensor], device:
     def keep_z(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         _refuse_shard(site, "z", args[0], site.layout.z.numel())
         z = args[0].detach().unflatten(-1, (site.heads, -1))
-        seen[site.layer, "z"] = z.to(device or z.device, copy=True)
+        seen[site.layer, "z"].append(z.to(device or z.device, copy=True))
+
+    def split(module: nn.Module, args: Any, output: Any) -> None:
+        for role, parts in storage.features.items():
+            if all(part.module in outputs for part in parts):
+                heads = max(len(part.features) for part in parts)
+                pieces = [outputs[part.module][..., part.features].expand(-1, -1, heads, -1) for part in parts]
+                seen[site.layer, role].append(torch.cat(pieces, dim=-1))
+        outputs.clear()
 
     with ExitStack() as stack:
         for name, module in storage.modules.items():
             stack.callback(module.register_forward_hook(keep(name)).remove)
         stack.callback(site.layout.output.register_forward_pre_hook(keep_z).remove)
+        stack.callback(site.attention.register_forward_hook(split).remove)
         yield
-    for role, parts in storage.features.items():
-        if all(part.module in outputs for part in parts):
-            heads = max(len(part.features) for part in parts)
-            pieces = [outputs[part.module][..., part.features].expand(-1, -1, heads, -1) for part in parts]
-            seen[site.layer, role] = torch.cat(pieces, dim=-1)
 
 
 def _refuse_shard(site: AttentionSite, what: str, activation: Tensor, width: int) -> None:
@@ -153,7 +161,7 @@ def _patterns(
     model: nn.Module,
     arguments: Mapping[str, Any],
     sites: Sequence[AttentionSite],
-    seen: dict[tuple[int, str], Tensor],
+    seen: Mapping[tuple[int, str], list[Tensor]],
     device: torch.device | None,
 ) -> None:
     # The model itself is not asked for attentions: transformers would leave hooks of its own behind.
@@ -164,7 +172,7 @@ def _patterns(
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             for value in output if isinstance(output, tuple) else ():
                 if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == site.heads:
-                    seen[site.layer, "pattern"] = value.detach().to(device or value.device)
+                    seen[site.layer, "pattern"].append(value.detach().to(device or value.device))
 
         return keep
 
@@ -199,12 +207,15 @@ def _eager(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
-def _activations(site: AttentionSite, seen: Mapping[tuple[int, str], Tensor], pattern: bool) -> LayerActivations:
+def _activations(site: AttentionSite, seen: Mapping[tuple[int, str], list[Tensor]], pattern: bool) -> LayerActivations:
     names = ["q", "k", "v", "z", *(["pattern"] if pattern else [])]
-    missing = [name for name in names if (site.layer, name) not in seen]
+    runs = max(len(seen[site.layer, name]) for name in names)
+    missing = [name for name in names if len(seen[site.layer, name]) < max(runs, 1)]
     if missing:
         raise InterventionError(
             f"layer {site.layer} ({site.name}) gave no {', '.join(missing)} in this pass: the layer did not run, or "
             "its attention does not form them"
         )
-    return LayerActivations(**{name: seen[site.layer, name] for name in names})
+    return LayerActivations(
+        **{name: seen[site.layer, name][0] if runs == 1 else torch.stack(seen[site.layer, name]) for name in names}
+    )

@@ -26,7 +26,10 @@ FORMAT = "circuitfreeze-statistics-1"
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """Mean and population standard deviation of a layer's activations, float64 `[heads, head_dim]` by role."""
+    """Mean and population standard deviation of a layer's activations, float64 `[heads, head_dim]` by role.
+
+    Of a layer that each pass runs several times `[run, heads, head_dim]`, of each run by itself.
+    """
 
     mean: Mapping[Role, Tensor]
     std: Mapping[Role, Tensor]

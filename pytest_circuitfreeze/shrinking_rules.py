@@ -149,14 +149,15 @@ EXCEPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "swa_v_head_dim": 8,
         },
         "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
-        # Layers in two stacks, each run once: the judge cannot tell several runs apart. Two attention modules a layer.
+        # Layers in two stacks, which each pass runs several times: a slot of the cache for each run of a layer.
         "hrm_text": {
             "num_layers_per_stack": 2,
-            "H_cycles": 1,
-            "L_cycles": 1,
-            "L_bp_cycles": [1],
-            "num_hidden_layers": 4,
+            "H_cycles": 2,
+            "L_cycles": 2,
+            "L_bp_cycles": [1, 2],
+            "num_hidden_layers": 12,
         },
+        # Two attention modules a layer.
         "longcat_flash": {"num_layers": 2},
         "mamba2": {"head_dim": 16},
         "reformer": {"axial_pos_shape": [8, 12], "axial_pos_embds_dim": [16, 16]},

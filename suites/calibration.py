@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.recordings import Calibrated
 from pytest_circuitfreeze.suites.claims import Claim, Margin
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
-from pytest_circuitfreeze.suites.judge.material import clean_pass
+from pytest_circuitfreeze.suites.judge.material import Clean, clean_pass
 from pytest_circuitfreeze.suites.judge.sites import as_found
 from pytest_circuitfreeze.suites.tolerance import gamma
 
@@ -30,19 +33,26 @@ def check_statistics_are_of_the_real_tokens(model: PreTrainedModel, statistics: 
     claim.demand(statistics.tokens == tokens, f"{statistics.tokens} tokens are said to be in it, not {tokens}")
     known = as_found(model)
     for layer, held in statistics.items():
+        runs = len(passes[0].runs[layer])
         for role in ROLES:
-            parts = []
-            for name in known[layer].parts_of(role):
-                own = torch.cat([each.heads(layer, name)[each.real].double() for each in passes])
-                parts.append(own.repeat_interleave(max(1, len(held.mean[role]) // own.shape[1]), dim=1))
-            samples = torch.cat(parts, dim=-1)
-            bound = gamma(tokens, torch.float64) * float(samples.abs().max())
-            for what, got, want in (
-                ("mean", held.mean[role], samples.mean(0)),
-                ("deviation", held.std[role], samples.std(0, correction=0)),
-            ):
-                got = got.to(want.device)
-                if len(parts) > 1:  # in which order parts are joined is no one's concern
-                    got, want = got.sort(-1).values, want.sort(-1).values
-                claim.within(f"{what} of {role} in layer {layer}", got, want, bound, "head feature")
+            mean, std = (values[role] if runs > 1 else values[role][None] for values in (held.mean, held.std))
+            claim.demand(len(mean) == len(std) == runs, f"{list(mean.shape)} is calibrated of {runs} runs")
+            names = known[layer].parts_of(role)
+            for run in range(runs):
+                samples = _samples(passes, layer, names, run, mean.shape[1])
+                bound = gamma(tokens, torch.float64) * float(samples.abs().max())
+                for what, got, want in (
+                    ("mean", mean[run], samples.mean(0)),
+                    ("deviation", std[run], samples.std(0, correction=0)),
+                ):
+                    got = got.to(want.device)
+                    if len(names) > 1:  # in which order parts are joined is no one's concern
+                        got, want = got.sort(-1).values, want.sort(-1).values
+                    claim.within(f"{what} of {role} in layer {layer}", got, want, bound, "head feature")
     return claim.margin
+
+
+def _samples(passes: Sequence[Clean], layer: int, names: Sequence[str], run: int, heads: int) -> Tensor:
+    """One role's real tokens in all `passes`, `[token, head, feature]` float64; what heads share is given to each."""
+    parts = [torch.cat([each.heads(layer, name, run)[each.real].double() for each in passes]) for name in names]
+    return torch.cat([part.repeat_interleave(max(1, heads // part.shape[1]), dim=1) for part in parts], dim=-1)

@@ -149,9 +149,9 @@ def own_view(found: Pass, site: Site, role: Role) -> torch.Tensor:
     return used.repeat_interleave(site.heads // used.shape[1], dim=1)
 
 
-def patterns(found: Pass, site: AnySite) -> torch.Tensor:
-    """`[batch, head, query, key]`, as the model gave them."""
-    pattern = found.layers[site.layer].pattern
+def patterns(found: Pass, site: AnySite, run: int = 0) -> torch.Tensor:
+    """`[batch, head, query, key]`, as the model gave them in one run of the layer."""
+    pattern = found.runs[site.layer][run].pattern
     if pattern is None:
         raise CannotJudge(f"the model gave no pattern of layer {site.layer} under eager attention")
     return pattern

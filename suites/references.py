@@ -43,14 +43,16 @@ def check_recordings_are_what_attention_saw(model: PreTrainedModel, recording: R
     clean = clean_pass(model, recording.source)
     known = as_found(model)
     for layer, held in recording.items():
-        for role in ROLES:
-            names = known[layer].parts_of(role)
-            got: Tensor = getattr(held, role)
-            want = _whole(clean, layer, names, got.shape[2])
-            if len(names) > 1:  # in which order parts are joined is no one's concern
-                got, want = got.sort(-1).values, want.sort(-1).values
-            claim.same(f"{role} of layer {layer}", got, want, "batch token head feature")
-        claim.same(f"z of layer {layer}", held.z, clean.layers[layer].mixed(), "batch token head feature")
+        for seen in clean.runs[layer]:
+            for role in ROLES:
+                names = known[layer].parts_of(role)
+                got = _of_run(claim, getattr(held, role), seen.run, len(clean.runs[layer]))
+                want = _whole(clean, layer, seen.run, names, got.shape[2])
+                if len(names) > 1:  # in which order parts are joined is no one's concern
+                    got, want = got.sort(-1).values, want.sort(-1).values
+                claim.same(f"{role} of layer {layer}", got, want, "batch token head feature")
+            z = _of_run(claim, held.z, seen.run, len(clean.runs[layer]))
+            claim.same(f"z of layer {layer}", z, seen.mixed(), "batch token head feature")
     return claim.margin
 
 
@@ -65,9 +67,17 @@ def _demand_same_keys(model: PreTrainedModel, site: AnySite, recorded: Pass, cle
         raise NotApplicable(f"{type(model).__name__} chooses by its input which keys a query sees at all")
 
 
-def _whole(clean: Clean, layer: int, names: list[str], heads: int) -> Tensor:
+def _of_run(claim: Claim, recorded: Tensor, run: int, runs: int) -> Tensor:
+    """One run of what was recorded of a layer, `[batch, token, head, feature]`."""
+    if runs == 1:
+        return recorded
+    claim.demand(recorded.dim() == 5 and len(recorded) == runs, f"{list(recorded.shape)} is recorded of {runs} runs")
+    return recorded[run]
+
+
+def _whole(clean: Clean, layer: int, run: int, names: list[str], heads: int) -> Tensor:
     """What the judge saw of one role, `[batch, token, head, feature]`; what heads share is given to each."""
-    parts = [clean.heads(layer, name) for name in names]
+    parts = [clean.heads(layer, name, run) for name in names]
     return torch.cat([part.repeat_interleave(max(1, heads // part.shape[2]), dim=2) for part in parts], dim=-1)
 
 
@@ -97,15 +107,16 @@ def check_patterns_are_the_recorded(
     near = nudged_look(engine, model, None, held.source, attn="eager", patterns=True, rounding=rounding)
     got = look(engine, model, config, batch, attn="eager", patterns=True)
     where = batch.real.to(model.device)[:, None, :, None]  # a padded query attends to nothing
-    for layer, site in sites(model).items():
+    runs = [(site, seen.run) for layer, site in sites(model).items() for seen in got.runs[layer]]
+    for site, run in runs:
         queries, keys = (chosen_heads(site, config, role) for role in ("q", "k"))
         due, moved, seen = (
-            patterns(found, site).expand(len(where), -1, -1, -1).where(where, 0.0) for found in (want, near, got)
+            patterns(found, site, run).expand(len(where), -1, -1, -1).where(where, 0.0) for found in (want, near, got)
         )
         # Of all heads together: one pattern of two tokens is a single number, which a nudge may miss by chance.
         bound = largest_change(due, Nudge(rounding)(moved.double(), moved.shape[-1]))
         for head in sorted(set(queries) & set(keys)):
-            what = f"pattern of head {head} in layer {layer}"
+            what = f"pattern of head {head} in layer {site.layer}"
             try:
                 claim.within(what, seen[:, head], due[:, head], bound, "batch query key")
             except ClaimBroken:

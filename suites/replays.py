@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -29,18 +30,24 @@ def compare_with_replay(claim: Claim, replay: Replay) -> None:
         claim.within(what, seen.pattern.where(where, 0.0), want, bound, "batch head query key")
 
 
-def compare_gradients_with_replay(claim: Claim, replay: Replay, of_input: Tensor) -> None:
+def compare_gradients_with_replay(claim: Claim, runs: Sequence[Replay]) -> None:
     """Demands that gradients of a layer's input and of its parameters are those of the estimators.
 
     Args:
-        of_input: the gradient of the input. Those of the parameters are where torch puts them.
+        runs: of the one layer in one pass, all that gradients went through; parameters have the sum of theirs.
     """
-    due, moved = replay.gradients(), replace(replay, rounding=True).gradients()
-    parameters = dict(replay.site.module.named_parameters())
-    for name, want in due.items():
-        got = parameters[name].grad if name else of_input
-        bound = (want.double() - moved[name].double()).abs().max()
-        # What is due to be zero, whatever the rounding, is zero.
-        bounds = torch.where((want == 0) & (moved[name] == 0), 0.0, bound)
-        what = f"gradient of layer {replay.site.layer}'s {name or 'input'}"
-        claim.within(what, torch.zeros_like(want) if got is None else got, want, bounds)
+    due, moved = ([one.gradients() for one in each] for each in (runs, [replace(run, rounding=True) for run in runs]))
+    for run, want, off in zip(runs, due, moved, strict=True):
+        _compare_gradient(claim, run, "input", run.seen.hidden.grad, want.pop(""), off.pop(""))
+    for name, parameter in runs[0].site.module.named_parameters() if runs else ():
+        wants, offs = ([one[name] for one in each if name in one] for each in (due, moved))
+        if wants:
+            _compare_gradient(claim, runs[0], name, parameter.grad, torch.stack(wants).sum(0), torch.stack(offs).sum(0))
+
+
+def _compare_gradient(claim: Claim, replay: Replay, what: str, got: Tensor | None, want: Tensor, off: Tensor) -> None:
+    bound = (want.double() - off.double()).abs().max()
+    # What is due to be zero, whatever the rounding, is zero.
+    bounds = torch.where((want == 0) & (off == 0), 0.0, bound)
+    got = torch.zeros_like(want) if got is None else got
+    claim.within(f"gradient of layer {replay.site.layer}'s {what}", got, want, bounds)

@@ -63,7 +63,8 @@ def check_values_are_the_oracles(
         site, seen = known[layer], found.layers[layer]
         if isinstance(site, FoundSite):
             with attention_implementation(model, attn):
-                compare_with_replay(claim, Replay(model, site, seen, real, configs, material))
+                for run in found.runs[layer]:
+                    compare_with_replay(claim, Replay(model, site, run, real, configs, material))
             continue
         dtype = seen.mixed().dtype
         softmax = torch.float32 if attn == "eager" and site.family.float32_softmax and dtype == torch.float64 else dtype

@@ -93,7 +93,8 @@ def _dependence(
         ids = torch.randint(vocabulary, (1, 2), generator=generator).to(device)
         with _cut(places, output, differ) as (cuts, zs), torch.enable_grad():
             model(input_ids=ids, use_cache=False)
-        for head, own in enumerate(zs[0].view(2, heads, -1)[1]):
+        # The last run, where there are several: a model that loops over its layers may keep gradients of that alone.
+        for head, own in enumerate(zs[-1].view(2, heads, -1)[1]):
             cotangent = torch.randn(len(own), generator=generator, dtype=torch.float64).to(own)
             if not differ:  # a sink takes weight from all tokens alike, which moves z along itself
                 cotangent = cotangent - own.detach() * (cotangent @ own.detach()) / (own.detach() @ own.detach())

@@ -73,7 +73,11 @@ class Edit:
     def _statistics(self, x: Tensor, running: Pass) -> tuple[Tensor, Tensor]:
         calibrated = self.treatment.statistics
         if calibrated is not None:
-            return self._laid_out(calibrated.mean, x), self._laid_out(calibrated.std, x)
+            mean, std = (
+                {role: running.of_this_run(values[role], 2, "the statistics are of") for role in values}
+                for values in (calibrated.mean, calibrated.std)
+            )
+            return self._laid_out(mean, x), self._laid_out(std, x)
         x = demand(
             x,
             running.cached == 0,
@@ -90,7 +94,9 @@ class Edit:
 
     def _recorded(self, reference: Reference, x: Tensor, running: Pass) -> Tensor:
         roles = {place.role for place in self._places} & reference.activations.keys()
-        recorded = {role: reference.activations[role] for role in roles}
+        recorded = {
+            role: running.of_this_run(reference.activations[role], 4, "the reference was recorded of") for role in roles
+        }
         for role, value in recorded.items():
             if running.cached or value.shape[1] != x.shape[1] or value.shape[0] not in (1, x.shape[0]):
                 return demand(

@@ -137,6 +137,9 @@ class FrozenAttention(ReplacedForward):
                     f"{self._paths[one]} of {self.site.name} runs its own forward again, which something else has put "
                     "back after the freeze (an offloading undone, say): remove the freeze, then freeze the model anew"
                 )
+        running = self._tracker.current if self._tracker else None
+        if running and self.wiring.tells_runs_apart:
+            running.take_turn(self.site.name)
         if self.wiring.spares_the_circuit and torch.is_grad_enabled():
             self._run_sparing(args, kwargs)
         output = self.original(*args, **kwargs)

@@ -40,6 +40,29 @@ class Pass:
         self.cross_cached = cross_cached
         self.end = cached + tokens
         self.rows = rows
+        self.runs: dict[str, int] = {}
+        self.turn = 0
+
+    def take_turn(self, attention: str) -> None:
+        """Notes that `attention` runs, again where the model loops over its layers: what it reads is of this run."""
+        self.turn = self.runs.get(attention, 0)
+        self.runs[attention] = self.turn + 1
+        if self.encoder:
+            self.encoder.turn = self.turn
+
+    def of_this_run(self, values: Tensor, dims: int, what: str) -> Tensor:
+        """Of values `[run, ...]` of a layer that runs several times, this run's; of `dims` dimensions, of the only one.
+
+        Raises:
+            InterventionError: the layer runs more often than the values were taken.
+        """
+        runs = values if values.dim() > dims else values[None]
+        if self.turn >= len(runs):
+            raise InterventionError(
+                f"{what} {len(runs)} run{'s' * (len(runs) > 1)} of a layer that runs once more in this pass: take it "
+                "of this model, as it is configured now"
+            )
+        return runs[self.turn]
 
     def turned(self, x: Tensor) -> bool:
         """Whether an activation is `[token, batch, feature]`; that it is cannot be seen where there are as many."""

@@ -134,32 +134,32 @@ def _check_sizes(statistics: LayerStatistics, site: AttentionSite, roles: tuple[
     for role in roles:
         expected = [site.kv_heads if role in ("k", "v") else site.heads, site.layout.features(role)]
         for name, values in (("mean", statistics.mean), ("std", statistics.std)):
-            found = list(values[role].shape) if role in values else "missing"
-            if found != expected:
+            found = list(values[role].shape) if role in values else []
+            if found[-2:] != expected or len(found) > 3:
                 raise InterventionError(
-                    f"statistics: the {name} of {role} of layer {site.layer} is {found}, must be {expected} "
-                    "[head, head_dim]: calibrate this model"
+                    f"statistics: the {name} of {role} of layer {site.layer} is {found or 'missing'}, must be "
+                    f"{expected} [head, head_dim], in front of them at most the run: calibrate this model"
                 )
 
 
 def _held(site: AttentionSite, role: Role, recorded: Tensor) -> Tensor:
-    """A copy of a recorded activation `[batch, token, head, head_dim]`, with the heads that the model itself has."""
+    """A copy of a recorded activation `[..., token, head, head_dim]`, with the heads that the model itself has."""
     heads = site.kv_heads if role in ("k", "v") else site.heads
     expected = (heads, site.layout.features(role))
     if recorded.is_meta:
         raise InterventionError(f"reference: {role} of layer {site.layer} has no values: record it on another device")
-    if role in ("k", "v") and recorded.shape[2:] == (site.heads, expected[1]):  # recorded unshared
-        grouped = recorded.unflatten(2, (heads, site.group))
-        if not bool((grouped == grouped[:, :, :, :1]).all()):
+    if role in ("k", "v") and recorded.shape[-2:] == (site.heads, expected[1]):  # recorded unshared
+        grouped = recorded.unflatten(-2, (heads, site.group))
+        if not bool((grouped == grouped[..., :1, :]).all()):
             raise InterventionError(
                 f"reference: {role} of layer {site.layer} was recorded under kv_scope='head', with query heads that "
                 "share a KV head each having their own: record it without that freeze"
             )
-        recorded = grouped[:, :, :, 0]
-    if tuple(recorded.shape[2:]) != expected:
+        recorded = grouped[..., 0, :]
+    if tuple(recorded.shape[-2:]) != expected or recorded.dim() not in (4, 5):
         raise InterventionError(
-            f"reference: {role} of layer {site.layer} is {list(recorded.shape)} [batch, token, head, head_dim], and "
-            f"this model has heads {list(expected)}: record it on this model"
+            f"reference: {role} of layer {site.layer} is {list(recorded.shape)} [batch, token, head, head_dim] (before "
+            f"them at most the run), and this model has heads {list(expected)}: record it on this model"
         )
     return recorded.detach().clone()
 

@@ -205,7 +205,10 @@ class PassTracker(ReplacedPass):
         wiring = self._wiring()
 
         def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            runs = dict(running.runs)
+
             def layer(*inner: Any, **options: Any) -> Any:
+                running.runs = dict(runs)  # run again, it is the same run
                 if self._wiring() != wiring:
                     raise FreezeNotInForceError(
                         "gradient checkpointing runs a layer again under other freezes than it first ran under: call "

@@ -44,6 +44,12 @@ class Wiring:
         """Whether some edit wants the gradient of the attention without it."""
         return any(edit.spares_the_circuit for edits in self.edits.values() for edit in edits)
 
+    @property
+    def tells_runs_apart(self) -> bool:
+        """Whether some value was taken of one run of the layer, where a pass has several."""
+        treatments = [freeze.treatment for _, freeze in self.freezes]
+        return any(one.reference or one.statistics for one in treatments)
+
 
 def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wiring:
     """Works out what carries out `freezes`, in order, in the layer at `site`.

@@ -57,7 +57,7 @@ class Attention:
 
 
 def attention_of(model: PreTrainedModel) -> list[Attention]:
-    """The attention modules of `model`, each used in one layer only, found on one pass under eager attention."""
+    """The attention modules of `model`, each of one layer only, found on one pass under eager attention."""
     watch = _Watch(model)
     with watch.watching(), torch.no_grad(), watch:
         model(input_ids=torch.arange(TOKENS, device=model.device)[None])
@@ -65,8 +65,9 @@ def attention_of(model: PreTrainedModel) -> list[Attention]:
     for call in watch.calls:
         one = watch.attention(call)
         if one is not None:
-            # A module that serves several layers cannot be judged in one of them.
-            found[one.name] = None if one.name in found else one
+            # A module that serves several layers cannot be judged in one of them; a layer may run several times.
+            known = found.get(one.name, one)
+            found[one.name] = one if known is not None and known.layer == one.layer else None
     return [one for one in found.values() if one is not None]
 
 

@@ -30,18 +30,18 @@ class Clean(NamedTuple):
     """A pass of the unfrozen model, as the judge saw it.
 
     Args:
-        layers: what each attention layer consumed; its parts are there in every family.
+        runs: what each attention layer consumed, run by run; its parts are there in every family.
         features: by layer and part, where in it each head's features lie `[head, feature]`.
         real: `[batch, token]` bool, true where a token is not padding.
     """
 
-    layers: Mapping[int, Seen]
+    runs: Mapping[int, Sequence[Seen]]
     features: Mapping[tuple[int, str], Tensor]
     real: Tensor
 
-    def heads(self, layer: int, name: str) -> Tensor:
+    def heads(self, layer: int, name: str, run: int = 0) -> Tensor:
         """A part's activation before any norm or rotation, `[batch, token, head, feature]`."""
-        return self.layers[layer].parts[name].detach()[..., self.features[layer, name]]
+        return self.runs[layer][run].parts[name].detach()[..., self.features[layer, name]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Material:
         real: Tensor,
         config: InterventionConfig,
         touch: Nudge | Exact,
+        run: int = 0,
     ) -> Tensor:
         """`r`, in float64, broadcastable to an activation, without gradient.
 
@@ -76,13 +77,14 @@ class Material:
             x: the activation of those heads before any freeze `[batch, token, head, feature]`.
             real: `[batch, token]` bool, true where a token is not padding.
             touch: imitates rounding, for a bound.
+            run: which run of the layer in its pass.
         """
         kind, rows, x = str(config.freeze_type), list(rows), x.detach().double()
         if kind == "zero":
             return torch.zeros_like(x)
         if kind == "reference":
             (source,) = self.passes[id(config.reference)]
-            return touch(source.heads(layer, name)[:, :, rows].double(), 8)
+            return touch(source.heads(layer, name, run)[:, :, rows].double(), 8)
         if kind == "resample":
             order = self.orders[config.seed, layer, name][rows]
             return touch(torch.stack([x[own, :, at] for at, own in enumerate(order)], dim=2), 8)
@@ -92,7 +94,7 @@ class Material:
             samples = touch(x[real], int(real.sum()))
         else:
             sources = self.passes[id(config.statistics)]
-            samples = torch.cat([source.heads(layer, name)[source.real][:, rows].double() for source in sources])
+            samples = torch.cat([source.heads(layer, name, run)[source.real][:, rows].double() for source in sources])
         mean = samples.mean(0)
         if kind == "mean":
             return touch(mean, 8)
@@ -129,7 +131,7 @@ def clean_pass(model: PreTrainedModel, source: Batch) -> Clean:
     """The judge's own recording: the unfrozen model on `source`."""
     known = as_found(model)
     with attention_implementation(model, implementations(model)[0]), torch.no_grad():
-        seen = observe(model, model, source, known).layers
+        seen = observe(model, model, source, known).runs
     features = {
         (layer, name): part.features.to(model.device) for layer in known for name, part in known[layer].parts.items()
     }

@@ -25,10 +25,15 @@ __all__ = ["Pass", "Seen", "attention_implementation", "logits_of", "look", "obs
 
 @dataclass
 class Pass:
-    """One pass: logits `[batch, token, vocabulary]` and what each attention layer consumed."""
+    """One pass: logits `[batch, token, vocabulary]` and what each attention layer consumed, run by run."""
 
     logits: Tensor
-    layers: dict[int, Seen]
+    runs: Mapping[int, Sequence[Seen]]
+
+    @property
+    def layers(self) -> dict[int, Seen]:
+        """The first run of each layer, which in most models is the only one."""
+        return {layer: seen[0] for layer, seen in self.runs.items()}
 
 
 def look(
@@ -83,8 +88,8 @@ def observe(
         stack.callback(recorder.untap)
         output = call(**batch.arguments(model))
     if tapped:
-        _demand_all_tapped(known, recorder.layers)
-    return Pass(output.logits, recorder.layers)
+        _demand_all_tapped(known, recorder.runs)
+    return Pass(output.logits, recorder.runs)
 
 
 def logits_of(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -124,7 +129,7 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
             config._attn_implementation = old
 
 
-def _demand_all_tapped(known: Mapping[int, AnySite], layers: Mapping[int, Seen]) -> None:
-    missed = [layer for layer in known if layer not in layers or "v" not in layers[layer].qkv]
+def _demand_all_tapped(known: Mapping[int, AnySite], runs: Mapping[int, Sequence[Seen]]) -> None:
+    missed = [layer for layer in known if not all("v" in seen.qkv for seen in runs.get(layer, ())) or layer not in runs]
     if missed:
         raise CannotJudge(f"attention of layers {missed} did not call scaled_dot_product_attention under sdpa")

@@ -63,6 +63,7 @@ class Seen:
         parts: by part, what its place gave, all of it, `[batch, token, feature]`; of found families.
         call: what the module was called with; of found families.
         answer: what it returned, or the first of it; after a backward pass it has its gradient; of found families.
+        run: which run of the layer in its pass this was, 0 but for models that loop over their layers.
         z: input of the output projection `[batch, token, head, head_dim]`.
         pattern: `[batch, head, query, key]`, if asked for.
         shared: whether it left its keys and values for later layers to read; of found families.
@@ -75,6 +76,7 @@ class Seen:
     parts: dict[str, Tensor] = field(default_factory=dict)
     call: Call | None = None
     answer: Tensor | None = None
+    run: int = 0
     z: Tensor | None = None
     pattern: Tensor | None = None
     shared: bool = False
@@ -105,7 +107,7 @@ class Recorder:
     def __init__(self, gradients: bool = False, patterns: bool = False) -> None:
         self.gradients = gradients
         self.patterns = patterns
-        self.layers: dict[int, Seen] = {}
+        self.runs: dict[int, list[Seen]] = {}
         self.running: AnySite | None = None
         self.mode: TorchFunctionMode | None = PatternTap(self.keep_pattern) if patterns else None
         self.tapping: TorchFunctionMode | None = None
@@ -133,18 +135,21 @@ class Recorder:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             call = Call(args, kwargs)
             hidden = hidden_of(args, kwargs)
-            if self.gradients:  # a node of its own: other readers of the same tensor add nothing to its gradient
+            if (
+                self.gradients and torch.is_grad_enabled()
+            ):  # a node of its own: other readers of the same tensor add nothing to its gradient
                 hidden = hidden.view_as(hidden)
                 hidden.retain_grad()
                 call = call.given(hidden)
             self.running = site
             if self.mode is not None:  # on in attention alone: it slows down every function that it sees
                 self.tapping = self.mode.__enter__()
+            before = self.runs.setdefault(site.layer, [])
             if isinstance(site, FoundSite):
-                self.layers[site.layer] = Seen(hidden, call=call.held())
+                before.append(Seen(hidden, call=call.held(), run=len(before)))
             else:
                 rotary = kwargs.get("position_embeddings") if site.family.rotary else None
-                self.layers[site.layer] = Seen(hidden, rotary)
+                before.append(Seen(hidden, rotary, run=len(before)))
             return call.args, call.kwargs
 
         return hook
@@ -153,9 +158,9 @@ class Recorder:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
             self.running = None
             self.untap()
-            if not self.gradients or not isinstance(site, FoundSite):
+            if not self.gradients or not torch.is_grad_enabled() or not isinstance(site, FoundSite):
                 return result
-            seen = self.layers[site.layer]
+            seen = self.runs[site.layer][-1]
             seen.shared = any(isinstance(value, MutableMapping) and value for value in kwargs.values())
             several = isinstance(result, tuple | list)
             first = result[0] if several else result
@@ -174,14 +179,14 @@ class Recorder:
 
     def _mix(self, site: AnySite) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if site.layer in self.layers:
-                self.layers[site.layer].z = args[0].unflatten(-1, (site.heads, -1))
+            if site.layer in self.runs:
+                self.runs[site.layer][-1].z = args[0].unflatten(-1, (site.heads, -1))
 
         return hook
 
     def _keep(self, site: FoundSite, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, result: Tensor) -> None:
-            seen = self.layers[site.layer]
+            seen = self.runs[site.layer][-1]
             seen.parts[name] = result.reshape(*seen.hidden.shape[:2], -1)
 
         return hook
@@ -190,7 +195,7 @@ class Recorder:
         """Keeps a pattern of the layer that runs, `[batch, head, query, key]` or batch and head in one dimension."""
         if self.running is None:
             return
-        seen, heads = self.layers[self.running.layer], self.running.heads
+        seen, heads = self.runs[self.running.layer][-1], self.running.heads
         batch, tokens = seen.hidden.shape[:2]
         if pattern.shape[-2] == tokens and pattern[..., 0, 0].numel() == batch * heads:
             seen.pattern = pattern.reshape(batch, heads, tokens, -1)
@@ -199,7 +204,7 @@ class Recorder:
         """Keeps what attention reads of one role, and hands it on."""
         if self.running is None:
             return used
-        seen = self.layers[self.running.layer]
+        seen = self.runs[self.running.layer][-1]
         if role in seen.qkv:
             raise CannotJudge(f"attention ran twice in layer {self.running.layer}; the judge cannot tell which counts")
         if self.gradients:

@@ -211,5 +211,5 @@ class Replay:
     def _replacement(self, name: str, rows: list[int], x: Tensor, config: InterventionConfig) -> Tensor:
         """`r`, broadcastable to `x [batch, token, feature]`, in float64."""
         by_head, touch = x.unflatten(-1, (len(rows), -1)), Nudge(x.dtype) if self.rounding else Exact()
-        r = self.material.replacement(self.site.layer, name, rows, by_head, self.real, config, touch)
+        r = self.material.replacement(self.site.layer, name, rows, by_head, self.real, config, touch, self.seen.run)
         return r.flatten(-2)

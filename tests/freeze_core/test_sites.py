@@ -300,32 +300,3 @@ def test_attention_to_two_sides_by_the_same_projections_is_refused():
         layer.self_attn.__class__ = type("T5Gemma2MergedAttention", (type(layer.self_attn),), {})
     with pytest.raises(UnsupportedModelError, match="of the decoder's tokens and of the encoder's"):
         FREEZER.freeze_circuits(model, InterventionConfig())
-
-
-def test_layers_count_on_over_stacks_and_are_frozen_in_every_run(ids):
-    """HRM has two stacks of layers, which each pass runs several times."""
-    model = tiny_of_type("hrm_text", fields={"H_cycles": 2, "L_cycles": 2, "num_hidden_layers": 12})
-    assert FREEZER.get_model_config(model)["num_layers"] == 4
-    stacks = [model.model.L_module, model.model.H_module]
-    attentions = [layer.self_attn for stack in stacks for layer in stack.layers]
-    for number, attention in enumerate(attentions):
-        seen = []
-        hook = attention.v_proj.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
-        with torch.no_grad(), FREEZER.freeze_circuits(model, InterventionConfig([number], [1], "v")):
-            model(ids, use_cache=False)
-        hook.remove()
-        assert len(seen) == (4 if number < 2 else 2)
-        assert all(not one[..., 8:16].any() and one[..., 16:].all() for one in seen)
-
-
-@pytest.mark.parametrize("mode", ["stopgrad", "circuit_ste"])
-def test_what_is_one_activation_is_not_asked_of_layers_that_run_several_times(mode, ids):
-    model = tiny_of_type("hrm_text", fields={"H_cycles": 2, "num_hidden_layers": 8})
-    with pytest.raises(InterventionError, match="there is no one activation to record"):
-        FREEZER.record(model, ids)
-    with pytest.raises(InterventionError, match="no one gradient tells"):
-        FREEZER.check_gradient_behavior(model, ids, InterventionConfig([2], [1], "v", backward_mode=mode))
-    once = tiny_of_type("hrm_text")
-    config = InterventionConfig([2], [1], "v", backward_mode=mode)
-    assert FREEZER.check_gradient_behavior(once, ids, config)["validation_passed"]
-    assert not any("forward" in vars(module) for module in model.modules())

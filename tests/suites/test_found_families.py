@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,18 +18,23 @@ from broken_engines import BROKEN
 from honest_engine import HookEngine
 from transformers import PreTrainedModel
 
-from freeze_core import InterventionConfig
+from freeze_core import BackwardMode, InterventionConfig
+from freeze_core.freezing import edits
+from freeze_core.freezing.backward import blend
+from freeze_core.freezing.passes import Pass
 from pytest_circuitfreeze.engines import FreezeCore
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.recordings import calibrated, recorded
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.calibration import check_statistics_are_of_the_real_tokens
 from pytest_circuitfreeze.suites.claims import ClaimBroken, NotApplicable
+from pytest_circuitfreeze.suites.gradients import check_gradients_are_the_estimators
 from pytest_circuitfreeze.suites.judge.sites import FoundSite, sites
 from pytest_circuitfreeze.suites.judge.twins import twins
 from pytest_circuitfreeze.suites.references import check_recordings_are_what_attention_saw
 from pytest_circuitfreeze.suites.resampling import check_resampling_takes_other_rows
 from pytest_circuitfreeze.suites.unservable import check_what_cannot_be_served_is_an_error
+from pytest_circuitfreeze.suites.values import check_values_are_the_oracles
 
 IDS = torch.tensor([[7, 3, 11, 5, 2, 13, 17, 1], [4, 19, 6, 23, 8, 29, 10, 31]])
 PADDED = Batch(IDS, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]))
@@ -194,3 +200,29 @@ def test_fused_projections_have_a_twin_and_separate_ones_say_that_they_have_none
     for name in ("deepseek_v3", "qwen3_next"):
         with pytest.raises(NotApplicable, match="stores queries, keys and values apart"):
             twins(model(name))
+
+
+@pytest.mark.parametrize(
+    "config", [{"freeze_type": "reference"}, {"freeze_type": "mean", "statistics": True}], ids=["reference", "mean"]
+)
+def test_each_run_of_a_layer_is_judged(config: Fields, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HRM's layers run several times a pass: values of the first run in the place of all are refused."""
+    held = [freeze("hrm_text", {"circuit": "ov", **config})]
+    check_values_are_the_oracles(FreezeCore(), model("hrm_text"), held, PADDED)
+    monkeypatch.setattr(Pass, "of_this_run", lambda self, values, dims, what: values[0])
+    with pytest.raises(ClaimBroken, match="z of layer 3"):
+        check_values_are_the_oracles(FreezeCore(), model("hrm_text"), held, PADDED)
+
+
+def test_gradients_of_each_run_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is let through in one of HRM's runs is refused."""
+    held = [freeze("hrm_text", {"circuit": "ov"})]
+    check_gradients_are_the_estimators(FreezeCore(), model("hrm_text"), held, PADDED)
+    calls = count()
+
+    def leaking(x: Any, frozen: Any, mask: Any, r: Any, strength: float, mode: Any) -> Any:
+        return blend(x, frozen, mask, r, strength, BackwardMode.STE if next(calls) % 2 else mode)
+
+    monkeypatch.setattr(edits, "blend", leaking)
+    with pytest.raises(ClaimBroken, match="gradient of layer 3"):
+        check_gradients_are_the_estimators(FreezeCore(), model("hrm_text"), held, PADDED)
