@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from pytest_circuitfreeze.origins import remembered
+
 if TYPE_CHECKING:
     import torch
 
@@ -87,6 +89,7 @@ def check_engine_name(spec: str) -> None:
         raise ValueError(f"{spec!r} is no engine; choose from {known}, or give module:attribute")
 
 
+@remembered
 def load_engine(spec: str) -> Engine:
     """The engine that ``spec`` names: built in, an entry point of ``circuitfreeze.engines``, or ``module:attribute``.
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_circuitfreeze.results import model_of
 from pytest_circuitfreeze.settings import OPTIONS, Settings
+
+if TYPE_CHECKING:
+    from pytest_circuitfreeze.suites.claims import ClaimBroken
+
+NOT_AGAIN = "the same example held when it was tried again: the engine or the model is no longer what it was"
 
 # Hypothesis lists the arguments indented by four spaces, and what belongs to one of them by more.
 _FIXTURE_ARGUMENT = re.compile(r"^    circuit_\w+=.*?(?=^    \w+=|^\))", re.MULTILINE | re.DOTALL)
@@ -18,21 +24,33 @@ _CONDITIONS = ("engine", "profile", "seed", "device", "dtype", "attn")
 
 def shorten(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport, settings: Settings) -> None:
     """Rewrites the report of a test that failed, unless the user chose a style of traceback with ``--tb``."""
-    from pytest_circuitfreeze.suites.claims import ClaimBroken
-
+    error = None if call.excinfo is None else call.excinfo.value
+    broken = broken_claim(error)
+    if broken is not None and broken is not error:
+        report.sections.append(("not again", NOT_AGAIN))
+    if broken is not None and broken.call is not None:
+        report.sections.append(("without pytest", broken.call.snippet))
     report.sections.append(("run it again", command(item, settings)))
     if call.excinfo is None or item.config.getoption("tbstyle") != "auto":
         return
-    error = call.excinfo.value
-    if isinstance(error, ClaimBroken):
-        shown = call.excinfo.getrepr(style="value")
+    if broken is not None:
+        shown = pytest.ExceptionInfo.from_exception(broken).getrepr(style="value")
         if shown.reprcrash is not None:
             # pytest's last lines show as much of it as fits: the finding, not the name of the class.
-            shown.reprcrash.message = str(error)
+            shown.reprcrash.message = broken.headline
         report.longrepr = shown
-    elif getattr(error, "__notes__", None):
+    elif error is not None and getattr(error, "__notes__", None):
         error.__notes__ = [_FIXTURE_ARGUMENT.sub("", note) for note in error.__notes__]
         report.longrepr = item.repr_failure(call.excinfo)
+
+
+def broken_claim(error: BaseException | None) -> ClaimBroken | None:
+    """The broken claim that an error is, or that is in the group which Hypothesis raises of what it saw only once."""
+    from pytest_circuitfreeze.suites.claims import ClaimBroken
+
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(broken_claim, error.exceptions)), None)
+    return error if isinstance(error, ClaimBroken) else None
 
 
 def command(item: pytest.Item, settings: Settings) -> str:

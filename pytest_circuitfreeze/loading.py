@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_circuitfreeze.origins import remembered
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,6 +21,7 @@ class ModelLoadError(Exception):
     """A model that cannot be had; the message names it and what to do."""
 
 
+@remembered
 def load_model(
     spec: str,
     *,

@@ -15,6 +15,8 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from pytest_circuitfreeze.origins import remembered
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -130,6 +132,7 @@ TINY: Mapping[str, TinyArchitecture] = MappingProxyType(
 )
 
 
+@remembered
 def tiny_model(
     name: str,
     *,

@@ -10,8 +10,8 @@ import pytest
 
 from pytest_circuitfreeze import fixtures
 from pytest_circuitfreeze.collect import SuiteCollection, is_shipped
-from pytest_circuitfreeze.failures import shorten
-from pytest_circuitfreeze.results import CircuitRecord, Results, describe, measured, model_of
+from pytest_circuitfreeze.failures import broken_claim, shorten
+from pytest_circuitfreeze.results import CircuitRecord, Results, broken, describe, measured, model_of
 from pytest_circuitfreeze.settings import WORKER_SEED, add_options, is_enabled, settings_of
 from pytest_circuitfreeze.summary import header, versions, write_summary
 from pytest_circuitfreeze.threads import one_thread
@@ -84,6 +84,10 @@ class SuiteRun:
         try:
             with one_thread() if tiny else nullcontext():
                 return (yield)
+        except Exception as error:
+            if is_shipped(item) and (claim := broken_claim(error)) is not None:
+                item.user_properties.extend(broken(claim))
+            raise
         finally:
             if is_shipped(item):
                 item.user_properties.extend(measured(self._record))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from freeze_core import AttentionCircuitFreezer, InterventionConfig
 from freeze_core.activations import Recording
 from freeze_core.statistics import ActivationStatistics
+from pytest_circuitfreeze.origins import remembered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,7 @@ class Calibrated(ActivationStatistics):
         return f"Calibrated(layers={list(self)}, sources={self.sources})"
 
 
+@remembered
 def recorded(
     model: PreTrainedModel, source: Batch, layers: Sequence[int] | None = None, attn: str | None = None
 ) -> Recorded:
@@ -51,6 +53,7 @@ def recorded(
         return Recorded(AttentionCircuitFreezer().record(model, source.arguments(model), layers), source)
 
 
+@remembered
 def calibrated(model: PreTrainedModel, sources: Sequence[Batch], layers: Sequence[int] | None = None) -> Calibrated:
     """Statistics of `layers` of the unfrozen model over `sources`, in the same way."""
     from pytest_circuitfreeze.suites.judge.passes import attention_implementation

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
+if TYPE_CHECKING:
+    from pytest_circuitfreeze.suites.claims import ClaimBroken
+
 PREFIX = "circuitfreeze."
+FAILURE = "failure."
 
 
 class Margin(Protocol):
@@ -90,6 +94,8 @@ class Result:
     message: str
     refusals: tuple[str, ...] = ()
     """Why the engine refused some of the configs that were drawn."""
+    failure: Mapping[str, Any] | None = None
+    """The claim that broke: :func:`broken`'s facts."""
 
     @property
     def file(self) -> str:
@@ -123,6 +129,21 @@ def measured(record: CircuitRecord) -> list[tuple[str, object]]:
     told = {"silent": record.silent, "refused": record.refused, "refusals": list(record.refusals)}
     facts |= {name: value for name, value in told.items() if value}
     return [(PREFIX + key, value) for key, value in facts.items()]
+
+
+def broken(error: ClaimBroken) -> list[tuple[str, object]]:
+    """How a claim broke, as properties of a report: the example, and the error with its place and its bound."""
+    facts: dict[str, object] = {"claim": error.sentence, "found": error.found, "place": error.place}
+    if error.margin is not None:
+        facts |= {"error": _plain(error.margin.error), "bound": error.margin.bound}
+    if error.call is not None:
+        facts |= {"arguments": error.call.circumstances(), "snippet": error.call.snippet}
+    return [(PREFIX + FAILURE + key, value) for key, value in facts.items()]
+
+
+def _plain(number: float) -> float | str:
+    """A number for strict JSON, which has none that is not finite."""
+    return number if math.isfinite(number) else str(number)
 
 
 class Results:
@@ -167,6 +188,7 @@ def _result(reports: list[pytest.TestReport]) -> Result:
         bound=facts.get("bound", 0.0),
         message=_message(reports) or facts.get("refused", "") or facts.get("silent", ""),
         refusals=tuple(facts.get("refusals", ())),
+        failure={key.removeprefix(FAILURE): facts[key] for key in facts if key.startswith(FAILURE)} or None,
     )
 
 

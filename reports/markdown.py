@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from textwrap import indent
 
 from tabulate import tabulate
 
@@ -42,8 +43,17 @@ def _failures(results: tuple[Result, ...]) -> list[str]:
     failed = [result for result in results if result.outcome in ("failed", "error")]
     if not failed:
         return []
-    lines = [f"- `{result.id}`: {_escape(result.message)}" for result in failed]
-    return ["## What failed", "\n".join(lines)]
+    return ["## What failed", "\n".join(map(_failure, failed))]
+
+
+def _failure(result: Result) -> str:
+    """One failure as a list item, with the snippet that shows it again, if there is one."""
+    line = f"- `{result.id}`: {_escape(result.message)}"
+    snippet = (result.failure or {}).get("snippet")
+    if snippet is None:
+        return line
+    block = f"```python\n{snippet}```\n"
+    return f"{line}\n\n{indent(block, '  ')}"
 
 
 def _reasons(results: tuple[Result, ...]) -> list[str]:

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
 from pytest_circuitfreeze.suites.independence import unshares
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 from pytest_circuitfreeze.suites.judge.decoding import decode, demand_decoding, go_on
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look, of_real_tokens
 from pytest_circuitfreeze.suites.judge.rounding import largest_change
 from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, sites
 from pytest_circuitfreeze.suites.tolerance import nudged
@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 
+@check
 def check_cached_equals_recomputed(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, ends: Sequence[int]
 ) -> Margin:
@@ -51,25 +52,18 @@ def check_cached_equals_recomputed(
         ClaimBroken: it does not, and the unfrozen model does.
         NotApplicable: the unfrozen model does not, or has no cache.
     """
-    claim = Claim(
-        "with a cache a freeze is what it is without one",
-        model=model,
-        engine=engine,
-        config=config,
-        batch=batch,
-        ends=ends,
-    )
+    claim = Claim("with a cache a freeze is what it is without one")
     demand_decoding(engine, model, batch, ends)
     config = _calibrated(model, config, batch)
 
     def both(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
-        want = look(engine, model, which, batch).logits[batch.real]
-        got = decode(engine, model, which, batch, ends)[batch.real]
+        want = of_real_tokens(look(engine, model, which, batch).logits, batch)
+        got = of_real_tokens(decode(engine, model, which, batch, ends), batch)
         other = nudged(model)
-        moved = look(engine, other, which and _carried_over(other, which, batch), batch).logits[batch.real]
-        return got, want, largest_change(want, moved)
+        moved = look(engine, other, which and _carried_over(other, which, batch), batch).logits
+        return got, want, largest_change(want, of_real_tokens(moved, batch))
 
-    claim.compared("logits", both, config, "real word")
+    claim.compared("logits", both, config, "row position word")
     return claim.margin
 
 
@@ -94,6 +88,7 @@ def _carried_over(other: PreTrainedModel, config: InterventionConfig, batch: Bat
     return replace(config, statistics=type(own)(config.statistics, config.statistics.tokens, own.identity))
 
 
+@check
 def check_foreign_caches_are_recognised(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, end: int
 ) -> Margin:
@@ -110,9 +105,7 @@ def check_foreign_caches_are_recognised(
         ClaimBroken: a foreign cache is used without a word, or an own one is not.
         NotApplicable: the unfrozen model has no cache to go on from.
     """
-    claim = Claim(
-        "a cache of another freeze is recognised", model=model, engine=engine, config=config, batch=batch, end=end
-    )
+    claim = Claim("a cache of another freeze is recognised")
     length = batch.input_ids.shape[1]
     demand_decoding(engine, model, batch, [end, length])
     config = _calibrated(model, config, batch)
@@ -168,6 +161,7 @@ def _told(run: Callable[[], object]) -> str:
     return f"StaleCacheWarning: {stale[0]}" if stale else ""
 
 
+@check
 def check_recomputation_is_the_same_pass(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, other: Batch
 ) -> Margin:
@@ -181,13 +175,7 @@ def check_recomputation_is_the_same_pass(
         ClaimBroken: they are not, and the unfrozen model's are.
         NotApplicable: the model has no gradient checkpointing, or the unfrozen model's are not.
     """
-    claim = Claim(
-        "what is run again for its gradient is the same pass",
-        model=model,
-        engine=engine,
-        config=config,
-        batches=[batch, other],
-    )
+    claim = Claim("what is run again for its gradient is the same pass")
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise NotApplicable(f"{type(model).__name__} has no gradient checkpointing")
 

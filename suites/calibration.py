@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.recordings import Calibrated
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check, in_run
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 from pytest_circuitfreeze.suites.judge.material import Clean, clean_pass
 from pytest_circuitfreeze.suites.judge.sites import as_found
@@ -18,6 +18,7 @@ from pytest_circuitfreeze.suites.tolerance import gamma
 __all__ = ["check_statistics_are_of_the_real_tokens"]
 
 
+@check
 def check_statistics_are_of_the_real_tokens(model: PreTrainedModel, statistics: Calibrated) -> Margin:
     """Calibrated means and deviations are the judge's own over the same batches, padding left out, in float64.
 
@@ -27,7 +28,7 @@ def check_statistics_are_of_the_real_tokens(model: PreTrainedModel, statistics: 
     Raises:
         ClaimBroken: they are not.
     """
-    claim = Claim("statistics are of the real tokens", model=model, statistics=statistics)
+    claim = Claim("statistics are of the real tokens")
     passes = [clean_pass(model, source) for source in statistics.sources]
     tokens = sum(int(each.real.sum()) for each in passes)
     claim.demand(statistics.tokens == tokens, f"{statistics.tokens} tokens are said to be in it, not {tokens}")
@@ -36,7 +37,7 @@ def check_statistics_are_of_the_real_tokens(model: PreTrainedModel, statistics: 
         runs = len(passes[0].runs[layer])
         for role in ROLES:
             mean, std = (values[role] if runs > 1 else values[role][None] for values in (held.mean, held.std))
-            claim.demand(len(mean) == len(std) == runs, f"{list(mean.shape)} is calibrated of {runs} runs")
+            claim.demand(len(mean) == len(std) == runs, f"{list(mean.shape)} is calibrated of {runs} runs", layer=layer)
             names = known[layer].parts_of(role)
             for run in range(runs):
                 samples = _samples(passes, layer, names, run, mean.shape[1])
@@ -48,7 +49,7 @@ def check_statistics_are_of_the_real_tokens(model: PreTrainedModel, statistics: 
                     got = got.to(want.device)
                     if len(names) > 1:  # in which order parts are joined is no one's concern
                         got, want = got.sort(-1).values, want.sort(-1).values
-                    claim.within(f"{what} of {role} in layer {layer}", got, want, bound, "head feature")
+                    claim.within(f"{what} of {role}", got, want, bound, "head feature", layer=layer, **in_run(run))
     return claim.margin
 
 

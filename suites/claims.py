@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Claim", "ClaimBroken", "Margin", "NotApplicable"]
+from pytest_circuitfreeze.snippets import Call
+
+__all__ = ["Claim", "ClaimBroken", "Margin", "NotApplicable", "check", "in_run"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ClaimBroken(AssertionError):
-    """An engine did not do what the claim says."""
+    """An engine did not do what the claim says.
+
+    Args:
+        sentence: the claim, in words.
+        found: what was found instead.
+        place: where, by name (layer, head, row, position, ...): that of the largest error, where there is one.
+        margin: the largest error there and the bound that it broke; `None` where nothing was measured.
+
+    Attributes:
+        call: the call of the check that found it, from when it has left the check.
+    """
+
+    def __init__(self, sentence: str, found: str, place: Mapping[str, int], margin: Margin | None = None) -> None:
+        super().__init__(sentence, found, place, margin)
+        self.sentence = sentence
+        self.found = found
+        self.place = dict(place)
+        self.margin = margin
+        self.call: Call | None = None
+
+    @property
+    def headline(self) -> str:
+        """Claim, finding and place in one line."""
+        return f"{self.sentence}: {self.found}" + (f", at {self._where}" if self.place else "")
+
+    @property
+    def _where(self) -> str:
+        return ", ".join(f"{name} {at}" for name, at in self.place.items())
+
+    def __str__(self) -> str:
+        told = {"found": self.found, "at": self._where}
+        if self.margin is not None:
+            told["bound"] = f"{self.margin.bound:.3g}" if self.margin.bound else "0, bit for bit"
+        lines = [f"  {name}: {text}" for name, text in told.items() if text]
+        return "\n".join([self.sentence, *lines, *(self.call.lines() if self.call else ())])
 
 
 class NotApplicable(Exception):
@@ -36,35 +77,34 @@ class Claim:
 
     Args:
         sentence: the claim, in words; opens every message.
-        circumstances: what it is claimed about (model, config, batch), by name; shown in every message.
     """
 
-    def __init__(self, sentence: str, **circumstances: object) -> None:
+    def __init__(self, sentence: str) -> None:
         self.sentence = sentence
-        self.circumstances = circumstances
         self.margin = Margin(0.0, 0.0)
 
-    def same(self, what: str, got: Tensor, want: Tensor, axes: str = "") -> None:
+    def same(self, what: str, got: Tensor, want: Tensor, axes: str = "", **where: int) -> None:
         """Demands that two tensors are equal bit for bit (nan equals nan, 0.0 equals -0.0).
 
         Args:
             what: names the tensor in the message.
             got, want: what the engine gave and what it should have given, of one shape.
-            axes: names of the dimensions, such as `"batch token head feature"`.
+            axes: names of the dimensions, such as `"row position head feature"`.
+            where: what is known of the place besides, such as `layer=0`.
 
         Raises:
             ClaimBroken: they differ.
         """
-        self.within(what, got, want, 0.0, axes)
+        self.within(what, got, want, 0.0, axes, **where)
 
-    def within(self, what: str, got: Tensor, want: Tensor, bound: float | Tensor, axes: str = "") -> None:
+    def within(self, what: str, got: Tensor, want: Tensor, bound: float | Tensor, axes: str = "", **where: int) -> None:
         """Demands that no element differs by more than `bound` (a number, or a tensor that broadcasts).
 
         Raises:
             ClaimBroken: one does, or the shapes differ, or one is nan and the other is not.
         """
         if got.shape != want.shape:
-            self.broken(f"{what} has shape {list(got.shape)}, not {list(want.shape)}")
+            self.broken(f"{what} has shape {list(got.shape)}, not {list(want.shape)}", **where)
         if got.numel() == 0:
             return
         got, want = got.detach().double(), want.detach().double()
@@ -75,15 +115,22 @@ class Claim:
         excess = torch.where(alike, -torch.inf, error - bounds).flatten()
         worst = int(excess.argmax())
         if excess[worst] > 0:
-            place = _place(worst, got.shape, axes)
-            largest, allowed = float(error.flatten()[worst]), float(bounds.flatten()[worst])
-            rule = "bit for bit" if allowed == 0 else f"within {allowed:.3g}"
-            self.broken(
-                f"{what} differs by {largest:.3g} at {place}: {float(got.flatten()[worst]):.9g} where "
-                f"{float(want.flatten()[worst]):.9g} was due, {rule}"
-            )
+            margin = Margin(float(error.flatten()[worst]), float(bounds.flatten()[worst]))
+            one, due = float(got.flatten()[worst]), float(want.flatten()[worst])
+            found = f"{what} off by {margin.error:.3g}: {one:.9g} where {due:.9g} was due"
+            raise ClaimBroken(self.sentence, found, {**where, **_place(worst, got.shape, axes)}, margin)
         closest = int((error / bounds.clamp_min(1e-300)).flatten().argmax())
         self.observe(float(error.flatten()[closest]), float(bounds.flatten()[closest]))
+
+    def at_most(self, what: str, error: float, bound: float, **where: int) -> None:
+        """Demands that what was measured is no larger than `bound`.
+
+        Raises:
+            ClaimBroken: it is, or is nan.
+        """
+        if not error <= bound:
+            raise ClaimBroken(self.sentence, f"{what}: {error:.3g}", where, Margin(error, bound))
+        self.observe(error, bound)
 
     def compared(
         self, what: str, pair: Callable[[Any], tuple[Tensor, Tensor, float | Tensor]], config: object, axes: str = ""
@@ -104,7 +151,7 @@ class Claim:
             try:
                 clean.within(what, *pair(None), axes)
             except ClaimBroken as own:
-                raise NotApplicable(f"not even of the unfrozen model: {own}") from None
+                raise NotApplicable(f"not even of the unfrozen model: {own.headline}") from None
             raise
 
     def observe(self, error: float, bound: float) -> None:
@@ -112,36 +159,55 @@ class Claim:
         if _ratio(error, bound) >= _ratio(*self.margin):
             self.margin = Margin(error, bound)
 
-    def demand(self, truth: bool, otherwise: str) -> None:
+    def demand(self, truth: bool, otherwise: str, **where: int) -> None:
         """Demands a plain fact.
 
         Raises:
-            ClaimBroken: it is false; `otherwise` says what was found.
+            ClaimBroken: it is false; `otherwise` says what was found, and `where` in which place.
         """
         if not truth:
-            self.broken(otherwise)
+            self.broken(otherwise, **where)
 
-    def broken(self, finding: str) -> None:
+    def broken(self, found: str, **where: int) -> None:
         """Refuses the engine.
 
         Raises:
             ClaimBroken: always.
         """
-        lines = [f"{name}: {_shown(value)}" for name, value in self.circumstances.items()]
-        raise ClaimBroken("\n  ".join([f"{self.sentence}: {finding}", *lines]))
+        raise ClaimBroken(self.sentence, found, where)
 
 
 def _ratio(error: float, bound: float) -> float:
     return 0.0 if error == 0 else error / max(bound, 1e-300)
 
 
-def _place(flat: int, shape: torch.Size, axes: str) -> str:
+def _place(flat: int, shape: torch.Size, axes: str) -> dict[str, int]:
     names = axes.split() or [f"axis {number}" for number in range(len(shape))]
     index = torch.unravel_index(torch.tensor(flat), shape) if shape else ()
-    return ", ".join(f"{name} {int(at)}" for name, at in zip(names, index, strict=True)) or "its only element"
+    return {name: int(at) for name, at in zip(names, index, strict=True)}
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, torch.nn.Module):
-        return type(value).__name__
-    return str(getattr(value, "name", value))
+def in_run(run: int) -> dict[str, int]:
+    """A part of a place: which run of a layer, where a model loops over its layers and it is not the first."""
+    return {"run": run} if run else {}
+
+
+def check(function: Callable[P, T]) -> Callable[P, T]:
+    """Marks a check, whose failure then tells how it was called, and shows a snippet that calls it so again.
+
+    Of a check that another one calls, it is the inner call that is told.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        call = Call(function, signature.bind(*args, **kwargs).arguments)
+        try:
+            return function(*args, **kwargs)
+        except ClaimBroken as broken:
+            if broken.call is None:
+                broken.call = call
+                broken.add_note(f"\nWithout pytest:\n\n{call.snippet}")
+            raise
+
+    return called

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
 from pytest_circuitfreeze.suites.judge.anatomy import Site
 from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import Gradients, judged_layers, pulled_back
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, observe
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, observe, of_real_tokens
 from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, as_found, implementations, sites
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 
+@check
 def check_gradients_are_the_estimators(
     engine: Engine, model: PreTrainedModel, configs: Sequence[InterventionConfig], batch: Batch
 ) -> Margin:
@@ -53,7 +54,7 @@ def check_gradients_are_the_estimators(
     Raises:
         ClaimBroken: they are not.
     """
-    claim = Claim("gradients are the estimators'", model=model, engine=engine, configs=configs, batch=batch)
+    claim = Claim("gradients are the estimators'")
     known: Mapping[int, AnySite] = sites(model)
     if any(str(config.backward_mode) == "circuit_ste" for config in configs):
         known = as_found(model)  # attention may run twice: what it was given and what came of it counts
@@ -87,6 +88,7 @@ def check_gradients_are_the_estimators(
     return claim.margin
 
 
+@check
 def check_backward_modes_share_the_forward(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -97,23 +99,24 @@ def check_backward_modes_share_the_forward(
     Raises:
         ClaimBroken: they are not.
     """
-    claim = Claim("backward modes share the forward", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("backward modes share the forward")
     logits = {}
     for mode in ("stopgrad", "ste", "circuit_ste"):
         with torch.enable_grad(), engine.freeze(model, replace(config, backward_mode=mode)) as frozen:
-            logits[mode] = logits_of(frozen, model, batch)[batch.real]
+            logits[mode] = of_real_tokens(logits_of(frozen, model, batch), batch)
     want, bound = logits.pop("stopgrad"), 0.0
     if config.strength < 1:
-        bound = largest_change(want, nudged_look(engine, model, config, batch).logits[batch.real])
+        moved = nudged_look(engine, model, config, batch).logits
+        bound = largest_change(want, of_real_tokens(moved, batch))
     for mode, got in logits.items():
-        claim.within(f"logits under {mode}", got, want, bound, "real word")
+        claim.within(f"logits under {mode}", got, want, bound, "row position word")
     return claim.margin
 
 
 def _compare(claim: Claim, site: Site, of_input: Tensor, exact: Gradients, moved: Gradients) -> None:
     """Demands that a layer's gradients are the `exact` ones, as closely as `moved` says that rounding allows."""
     bound = float((exact.hidden - moved.hidden).abs().max())
-    claim.within(f"gradient of layer {site.layer}'s input", of_input, exact.hidden, bound, "batch token feature")
+    claim.within("gradient of the input", of_input, exact.hidden, bound, "row position feature", layer=site.layer)
     for kind, got, due, other, axes in (
         ("weight", site.weights(_gradient), exact.weights, moved.weights, "head feature input"),
         ("bias", site.biases(_gradient), exact.biases, moved.biases, "head feature"),
@@ -121,7 +124,7 @@ def _compare(claim: Claim, site: Site, of_input: Tensor, exact: Gradients, moved
         for role, gradient in got.items():
             of_head = (due[role] - other[role]).abs().flatten(1).amax(1)
             bounds = of_head.reshape(-1, *[1] * (gradient.ndim - 1))
-            claim.within(f"gradient of layer {site.layer}'s {role} {kind}", gradient, due[role], bounds, axes)
+            claim.within(f"gradient of {role}'s {kind}", gradient, due[role], bounds, axes, layer=site.layer)
 
 
 def weighted_sum(logits: Tensor, batch: Batch) -> Tensor:

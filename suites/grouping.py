@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen, patterns, unshares
 from pytest_circuitfreeze.suites.judge.passes import look
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["check_frozen_queries_and_keys_reach_their_readers", "check_frozen_values_reach_their_readers"]
 
 
+@check
 def check_frozen_values_reach_their_readers(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -37,16 +38,17 @@ def check_frozen_values_reach_their_readers(
     Raises:
         ClaimBroken: other heads were reached.
     """
-    claim = Claim("frozen values reach their readers alone", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("frozen values reach their readers alone")
     _demand_zeroing(claim, config, {"v", "ov"})
     site = first_frozen(model, config)
     z = look(engine, model, config, batch).layers[site.layer].mixed()
     reached = [head for head in range(site.heads) if not z[:, :, head].any()]
     due = _readers(site, config)
-    claim.demand(reached == due, f"z of layer {site.layer} is zero in heads {reached}, not in {due}")
+    claim.demand(reached == due, f"z is zero in heads {reached}, not in {due}", layer=site.layer)
     return claim.margin
 
 
+@check
 def check_frozen_queries_and_keys_reach_their_readers(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -59,9 +61,7 @@ def check_frozen_queries_and_keys_reach_their_readers(
     Raises:
         ClaimBroken: other heads were reached.
     """
-    claim = Claim(
-        "frozen queries and keys reach their readers alone", model=model, engine=engine, config=config, batch=batch
-    )
+    claim = Claim("frozen queries and keys reach their readers alone")
     _demand_zeroing(claim, config, {"q", "k", "qk"})
     claim.demand(batch.input_ids.shape[1] > 1 and bool(batch.real.all()), "asked about a batch that shows no pattern")
     site = first_frozen(model, config)
@@ -78,7 +78,7 @@ def check_frozen_queries_and_keys_reach_their_readers(
     own = str(config.circuit) == "q"
     due = sorted(_chosen(site, config)) if own else _readers(site, config)
     what = "moved" if isinstance(site, FoundSite) else "uniform"
-    claim.demand(reached == due, f"patterns of layer {site.layer} are {what} in heads {reached}, not in {due}")
+    claim.demand(reached == due, f"patterns are {what} in heads {reached}, not in {due}", layer=site.layer)
     return claim.margin
 
 

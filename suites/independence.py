@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, Site
 from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.passes import Pass, attention_implementation, look
+from pytest_circuitfreeze.suites.judge.passes import Pass, attention_implementation, look, of_real_tokens
 from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, sites
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["check_order_does_not_matter", "check_ov_leaves_qk", "check_qk_leaves_ov"]
 
 
+@check
 def check_qk_leaves_ov(engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> Margin:
     """In the first frozen layer, freezing q or k leaves v, and the pattern of every head that reads none of it.
 
@@ -35,7 +36,7 @@ def check_qk_leaves_ov(engine: Engine, model: PreTrainedModel, config: Intervent
     Raises:
         ClaimBroken: something else moved.
     """
-    claim = Claim("freezing QK leaves OV and other patterns", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("freezing QK leaves OV and other patterns")
     site = first_frozen(model, config)
     frozen = {*chosen_heads(site, config, "q"), *chosen_heads(site, config, "k")}
     spared = [head for head in range(site.heads) if head not in frozen]
@@ -43,6 +44,7 @@ def check_qk_leaves_ov(engine: Engine, model: PreTrainedModel, config: Intervent
     return claim.margin
 
 
+@check
 def check_ov_leaves_qk(engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> Margin:
     """In the first frozen layer, freezing v leaves q, k and every pattern.
 
@@ -51,7 +53,7 @@ def check_ov_leaves_qk(engine: Engine, model: PreTrainedModel, config: Intervent
     Raises:
         ClaimBroken: something else moved.
     """
-    claim = Claim("freezing OV leaves QK", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("freezing OV leaves QK")
     site = first_frozen(model, config)
     _compare(claim, engine, model, config, batch, site, roles=("q", "k"), heads=list(range(site.heads)))
     return claim.margin
@@ -71,14 +73,14 @@ def _compare(
     moved = nudged_look if unshares(site, config) else look  # the same pass again leaves no room: bit for bit
     clean, frozen = (look(engine, model, which, batch) for which in (None, config))
     other = moved(engine, model, None, batch)
-    for what, want, got, near in _views(clean, frozen, other, site, roles):
-        claim.within(f"{what} of layer {site.layer}", got, want, largest_change(want, near))
+    for what, want, got, near, axes in _views(clean, frozen, other, site, roles):
+        claim.within(what, got, want, largest_change(want, near), axes, layer=site.layer)
     clean, frozen = (look(engine, model, which, batch, attn="eager", patterns=True) for which in (None, config))
     other = moved(engine, model, None, batch, attn="eager", patterns=True)
     for head in heads:
         want, got = patterns(clean, site)[:, head], patterns(frozen, site)[:, head]
         bound = largest_change(want, patterns(other, site)[:, head])
-        claim.within(f"pattern of head {head} in layer {site.layer}", got, want, bound, "batch query key")
+        claim.within("pattern", got, want, bound, "row query key", layer=site.layer, head=head)
     if isinstance(site, FoundSite) and unshares(site, config):
         # Where the un-shared heads lie is the engine's own choice: what they are shows in z.
         material = material_of(engine, model, [config], batch)
@@ -89,20 +91,22 @@ def _compare(
 
 def _views(
     clean: Pass, frozen: Pass, other: Pass, site: AnySite, roles: tuple[Role, ...]
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What is read of `roles` in three passes, by name: one view a query head, or the features that hold them."""
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor, str]]:
+    """What is read of `roles` in three passes: its name, one view a query head or KV head of each pass, the axes."""
     for role in roles:
         if not isinstance(site, FoundSite):
             want, got, near = (own_view(found, site, role) for found in (clean, frozen, other))
-            yield role, want, got, near
+            yield role, want, got, near, "row head position feature"
             continue
         for name in site.parts_of(role):
             want, got, near = (found.layers[site.layer].parts[name] for found in (clean, frozen, other))
             if got.shape == want.shape:  # else the KV heads are un-shared
-                features = site.parts[name].features.flatten().to(want.device)
-                yield name, want[..., features], got[..., features], near[..., features]
+                features = site.parts[name].features.to(want.device)
+                want, got, near = (found[..., features] for found in (want, got, near))
+                yield name, want, got, near, "row position head feature"
 
 
+@check
 def check_order_does_not_matter(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -114,17 +118,17 @@ def check_order_does_not_matter(
     Raises:
         ClaimBroken: the logits differ (by more than rounding, where KV heads are un-shared).
     """
-    claim = Claim("QK and OV commute", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("QK and OV commute")
     qk, ov, both = (replace(config, circuit=circuit) for circuit in ("qk", "ov", "both"))
-    want = look(engine, model, both, batch).logits[batch.real]
+    want = of_real_tokens(look(engine, model, both, batch).logits, batch)
     bound = 0.0
     if any(unshares(site, config) for site in sites(model).values()):
-        bound = largest_change(want, nudged_look(engine, model, both, batch).logits[batch.real])
+        moved = nudged_look(engine, model, both, batch).logits
+        bound = largest_change(want, of_real_tokens(moved, batch))
     for order in ([qk, ov], [ov, qk]):
         name = " then ".join(str(part.circuit) for part in order)
-        claim.within(
-            f"logits of {name}", look(engine, model, order, batch).logits[batch.real], want, bound, "real word"
-        )
+        got = of_real_tokens(look(engine, model, order, batch).logits, batch)
+        claim.within(f"logits of {name}", got, want, bound, "row position word")
     return claim.margin
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch, vocabulary
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen, unshares
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.passes import look
+from pytest_circuitfreeze.suites.judge.passes import look, of_real_tokens
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 
+@check
 def check_other_heads_are_untouched(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -38,9 +39,7 @@ def check_other_heads_are_untouched(
     Raises:
         ClaimBroken: such a head's z moved.
     """
-    claim = Claim(
-        "heads that read nothing frozen are untouched", model=model, engine=engine, config=config, batch=batch
-    )
+    claim = Claim("heads that read nothing frozen are untouched")
     site = first_frozen(model, config)
     frozen = {head for role in ROLES for head in chosen_heads(site, config, role)}
     clean, seen = (look(engine, model, which, batch).layers[site.layer].mixed() for which in (None, config))
@@ -49,11 +48,12 @@ def check_other_heads_are_untouched(
         moved = nudged_look(engine, model, None, batch).layers[site.layer].mixed()
     for head in sorted(set(range(site.heads)) - frozen):
         bound = largest_change(clean[:, :, head], moved[:, :, head])
-        what = f"z of head {head} in layer {site.layer}"
-        claim.within(what, seen[:, :, head], clean[:, :, head], bound, "batch token feature")
+        got, want = seen[:, :, head], clean[:, :, head]
+        claim.within("z", got, want, bound, "row position feature", layer=site.layer, head=head)
     return claim.margin
 
 
+@check
 def check_earlier_layers_are_untouched(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -62,19 +62,21 @@ def check_earlier_layers_are_untouched(
     Raises:
         ClaimBroken: something moved.
     """
-    claim = Claim("layers before the frozen one are untouched", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("layers before the frozen one are untouched")
     first = first_frozen(model, config)
     clean, seen = (look(engine, model, which, batch) for which in (None, config))
     for layer in (layer for layer in clean.layers if layer <= first.layer):
         before, after = clean.layers[layer], seen.layers[layer]
-        claim.same(f"input of layer {layer}", after.hidden, before.hidden, "batch token feature")
+        claim.same("input", after.hidden, before.hidden, "row position feature", layer=layer)
         if layer < first.layer:
-            claim.same(f"z of layer {layer}", after.mixed(), before.mixed(), "batch token head feature")
+            claim.same("z", after.mixed(), before.mixed(), "row position head feature", layer=layer)
             for what, used in before.consumed().items():
-                claim.same(f"{what} of layer {layer}", after.consumed()[what], used)
+                axes = "row head position feature" if used.ndim == 4 else "row position feature"
+                claim.same(what, after.consumed()[what], used, axes, layer=layer)
     return claim.margin
 
 
+@check
 def check_later_tokens_do_not_matter(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, column: int
 ) -> Margin:
@@ -86,24 +88,24 @@ def check_later_tokens_do_not_matter(
     Raises:
         ClaimBroken: they move.
     """
-    claim = Claim(
-        "no position depends on later tokens", model=model, engine=engine, config=config, batch=batch, column=column
-    )
+    claim = Claim("no position depends on later tokens")
     _demand_no_statistics(claim, config)
     ids = batch.input_ids.clone()
     ids[:, column:] = (ids[:, column:] + 1) % vocabulary(model)
     other = Batch(ids, batch.attention_mask)
-    real = batch.real[:, :column]
+    first = Batch(batch.input_ids[:, :column], batch.real[:, :column])
 
     def before(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
-        want, got = (look(engine, model, which, each).logits[:, :column][real] for each in (batch, other))
-        moved = nudged_look(engine, model, which, batch).logits[:, :column][real]
+        passes = [look(engine, model, which, batch), look(engine, model, which, other)]
+        passes.append(nudged_look(engine, model, which, batch))
+        want, got, moved = (of_real_tokens(each.logits[:, :column], first) for each in passes)
         return got, want, largest_change(want, moved)
 
-    claim.compared("logits", before, config, "real word")
+    claim.compared("logits", before, config, "row position word")
     return claim.margin
 
 
+@check
 def check_rows_do_not_matter(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -115,23 +117,19 @@ def check_rows_do_not_matter(
     Raises:
         ClaimBroken: they are not.
     """
-    claim = Claim("no row depends on the others", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("no row depends on the others")
     _demand_no_statistics(claim, config)
     masks = [None if batch.attention_mask is None else mask[None] for mask in batch.real.long()]
     alone = [Batch(ids[None], mask) for ids, mask in zip(batch.input_ids, masks, strict=True)]
 
     def rows(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
-        got = [look(engine, model, which, row).logits[0] for row in alone]
-        want, moved = look(engine, model, which, batch).logits, nudged_look(engine, model, which, batch).logits
-        real = list(batch.real)
-        bounds = [
-            want.new_full((int(at.sum()), 1), largest_change(one[at], off[at]))
-            for one, off, at in zip(want, moved, real, strict=True)
-        ]
-        own = torch.cat([one[at] for one, at in zip(got, real, strict=True)])
-        return own, want[batch.real], torch.cat(bounds)
+        found = torch.cat([look(engine, model, which, row).logits for row in alone])
+        passes = [found, look(engine, model, which, batch).logits, nudged_look(engine, model, which, batch).logits]
+        got, want, moved = (of_real_tokens(logits, batch) for logits in passes)
+        bounds = [largest_change(one, off) for one, off in zip(want, moved, strict=True)]
+        return got, want, want.new_tensor(bounds)[:, None, None]
 
-    claim.compared("logits", rows, config, "real word")
+    claim.compared("logits", rows, config, "row position word")
     return claim.margin
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.judge.noise import engine_noise, read_noise
 from pytest_circuitfreeze.suites.judge.oracle import frozen_roles
 from pytest_circuitfreeze.suites.judge.sites import sites
@@ -27,6 +27,7 @@ DOUBT = 1e-9
 """How often one comparison may refuse draws that are as they should be."""
 
 
+@check
 def check_noise_is_standard_normal(engine: Engine, model: PreTrainedModel, seed: int, columns: int = 64) -> Margin:
     """Draws are standard normal, and uncorrelated across seed, layer, activation, column and head.
 
@@ -36,7 +37,7 @@ def check_noise_is_standard_normal(engine: Engine, model: PreTrainedModel, seed:
     Raises:
         ClaimBroken: less likely than `DOUBT` if the draws were as claimed.
     """
-    claim = Claim("noise is standard normal and independent", model=model, engine=engine, seed=seed)
+    claim = Claim("noise is standard normal and independent")
     draws = engine_noise(engine, model, seed, columns)
     others = engine_noise(engine, model, seed + 1, columns)
     values = torch.cat([draw.flatten() for draw in draws.values()]).sort().values
@@ -44,32 +45,32 @@ def check_noise_is_standard_normal(engine: Engine, model: PreTrainedModel, seed:
     steps = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device) / len(values)
     distance = float(torch.maximum((steps - normal).abs(), (normal - steps + 1 / len(values)).abs()).max())
     bound = math.sqrt(math.log(2 / DOUBT) / (2 * len(values)))
-    claim.demand(distance <= bound, f"the distribution is {distance:.3g} from normal, where {bound:.3g} is chance")
-    claim.observe(distance, bound)
+    claim.at_most("distance of the distribution from the normal one", distance, bound)
     for (_, layer, role), draw in draws.items():
-        where = f"{role} of layer {layer}"
-        _demand_unrelated(claim, f"{where}, seeds {seed} and {seed + 1}", draw, others[seed + 1, layer, role])
-        _demand_unrelated(claim, f"{where}, neighbouring columns", draw[1:], draw[:-1])
-        _demand_unrelated(claim, f"{where}, neighbouring heads", draw[:, 1:], draw[:, :-1])
-        _demand_unrelated(claim, f"{where}, neighbouring features", draw[..., 1:], draw[..., :-1])
+        for what, one, other in (
+            (f"under seeds {seed} and {seed + 1}", draw, others[seed + 1, layer, role]),
+            ("at neighbouring positions", draw[1:], draw[:-1]),
+            ("at neighbouring heads", draw[:, 1:], draw[:, :-1]),
+            ("at neighbouring features", draw[..., 1:], draw[..., :-1]),
+        ):
+            _demand_unrelated(claim, f"for {role} {what}", one, other, layer=layer)
     for (first, one), (second, other) in combinations(draws.items(), 2):
         heads, features = (min(one.shape[axis], other.shape[axis]) for axis in (1, 2))
-        where = f"{first[2]} of layer {first[1]} and {second[2]} of layer {second[1]}"
-        _demand_unrelated(claim, where, one[:, :heads, :features], other[:, :heads, :features])
+        what = f"for {first[2]} of layer {first[1]} and {second[2]} of layer {second[1]}"
+        _demand_unrelated(claim, what, one[:, :heads, :features], other[:, :heads, :features])
     return claim.margin
 
 
-def _demand_unrelated(claim: Claim, where: str, one: Tensor, other: Tensor) -> None:
+def _demand_unrelated(claim: Claim, what: str, one: Tensor, other: Tensor, **where: int) -> None:
     if one.numel() == 0:  # one head has no neighbour
         return
     likeness = float((one * other).sum().abs() / other.square().sum().sqrt())
     # Phi(-6.2) is 3e-10, so both tails together are below DOUBT.
     bound = float(-torch.special.ndtri(torch.tensor(DOUBT / 2, dtype=torch.float64)))
-    claim.demand(
-        likeness <= bound, f"{where} are related: {likeness:.3g} standard deviations, chance gives {bound:.2g}"
-    )
+    claim.at_most(f"likeness of draws {what}, in standard deviations of chance", likeness, bound, **where)
 
 
+@check
 def check_noise_depends_on_its_place_alone(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -84,7 +85,7 @@ def check_noise_depends_on_its_place_alone(
     """
     from freeze_core import InterventionConfig
 
-    claim = Claim("noise depends on its place alone", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("noise depends on its place alone")
     known = sites(model)
     alone = InterventionConfig(
         layer_indices=config.layer_indices, circuit=config.circuit, freeze_type="noise", noise_std=1.0, seed=config.seed
@@ -97,6 +98,6 @@ def check_noise_depends_on_its_place_alone(
             for part in (part for role in frozen_roles(alone) for part in known[layer].parts_of(role)):
                 key = (config.seed, layer, part)
                 bound = gamma(8, model.dtype) * float(want[key].abs().max())
-                what = f"draws of {part} in layer {layer}, row {row}"
-                claim.within(what, got[key], want[key][:columns], bound, "column head feature")
+                due = want[key][:columns]
+                claim.within(f"draws of {part}", got[key], due, bound, "position head feature", layer=layer, row=row)
     return claim.margin

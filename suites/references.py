@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.recordings import Recorded, recorded
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotApplicable
+from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotApplicable, check, in_run
 from pytest_circuitfreeze.suites.independence import patterns
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 from pytest_circuitfreeze.suites.judge.material import Clean, clean_pass
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["check_patterns_are_the_recorded", "check_recordings_are_what_attention_saw"]
 
 
+@check
 def check_recordings_are_what_attention_saw(model: PreTrainedModel, recording: Recorded) -> Margin:
     """Recorded q, k, v and z, and the mask, are what the judge's own recorder sees on the same input, bit for bit.
 
@@ -36,7 +37,7 @@ def check_recordings_are_what_attention_saw(model: PreTrainedModel, recording: R
     Raises:
         ClaimBroken: they are not.
     """
-    claim = Claim("a recording is what attention saw", model=model, recording=recording)
+    claim = Claim("a recording is what attention saw")
     mask, given = recording.attention_mask, recording.source.attention_mask
     alike = mask is given is None or (mask is not None and given is not None and torch.equal(mask.cpu(), given))
     claim.demand(alike, f"the mask kept is {mask}, the one given was {given}")
@@ -44,15 +45,16 @@ def check_recordings_are_what_attention_saw(model: PreTrainedModel, recording: R
     known = as_found(model)
     for layer, held in recording.items():
         for seen in clean.runs[layer]:
+            where = {"layer": layer, **in_run(seen.run)}
             for role in ROLES:
                 names = known[layer].parts_of(role)
                 got = _of_run(claim, getattr(held, role), seen.run, len(clean.runs[layer]))
                 want = _whole(clean, layer, seen.run, names, got.shape[2])
                 if len(names) > 1:  # in which order parts are joined is no one's concern
                     got, want = got.sort(-1).values, want.sort(-1).values
-                claim.same(f"{role} of layer {layer}", got, want, "batch token head feature")
+                claim.same(role, got, want, "row position head feature", **where)
             z = _of_run(claim, held.z, seen.run, len(clean.runs[layer]))
-            claim.same(f"z of layer {layer}", z, seen.mixed(), "batch token head feature")
+            claim.same("z", z, seen.mixed(), "row position head feature", **where)
     return claim.margin
 
 
@@ -81,6 +83,7 @@ def _whole(clean: Clean, layer: int, run: int, names: list[str], heads: int) -> 
     return torch.cat([part.repeat_interleave(max(1, heads // part.shape[2]), dim=2) for part in parts], dim=-1)
 
 
+@check
 def check_patterns_are_the_recorded(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -92,7 +95,7 @@ def check_patterns_are_the_recorded(
     Raises:
         ClaimBroken: it is another.
     """
-    claim = Claim("held patterns are the recorded ones", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("held patterns are the recorded ones")
     held = config.reference
     claim.demand(
         isinstance(held, Recorded) and config.strength == 1 and str(config.circuit) in ("qk", "both"),
@@ -116,9 +119,9 @@ def check_patterns_are_the_recorded(
         # Of all heads together: one pattern of two tokens is a single number, which a nudge may miss by chance.
         bound = largest_change(due, Nudge(rounding)(moved.double(), moved.shape[-1]))
         for head in sorted(set(queries) & set(keys)):
-            what = f"pattern of head {head} in layer {site.layer}"
+            place = {"layer": site.layer, **in_run(run), "head": head}
             try:
-                claim.within(what, seen[:, head], due[:, head], bound, "batch query key")
+                claim.within("pattern", seen[:, head], due[:, head], bound, "row query key", **place)
             except ClaimBroken:
                 _demand_same_keys(
                     model, site, recorded=want, clean=look(engine, model, None, batch, attn="eager", patterns=True)

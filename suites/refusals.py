@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.engines import Engine
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.origins import stands_for
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.judge.state import changes, visible_state
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Refusing:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.name = engine.name
+        stands_for(self, engine)
 
     @contextmanager
     def freeze(
@@ -50,7 +52,7 @@ class Refusing:
                 reason = _reason(self.engine, model, config, error)
                 if reason is None:
                     raise
-                _demand_refusal(self.engine, model, config)
+                check_refusal(self.engine, model, config)
                 raise Refused(reason) from error
             yield frozen
 
@@ -66,15 +68,32 @@ def refusal(engine: Engine, model: PreTrainedModel) -> str | None:
     return known[model]
 
 
-def check_refusal(engine: Engine, model: PreTrainedModel) -> Margin:
-    """A model that `engine` says it cannot serve is refused when it is frozen, with a reason and without a trace.
+@check
+def check_refusal(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig | Sequence[InterventionConfig] | None = None
+) -> Margin:
+    """A freeze that `engine` says it cannot serve is refused, with a reason and without a trace.
+
+    Args:
+        config: what is refused; by default the model is, whatever is asked of it.
 
     Raises:
         ClaimBroken: it is not.
     """
     from freeze_core import InterventionConfig
 
-    return _demand_refusal(engine, model, InterventionConfig())
+    claim = Claim("a refusal names its reason and installs nothing")
+    before = visible_state(model)
+    try:
+        with engine.freeze(model, InterventionConfig() if config is None else config):
+            pass
+    except Exception as error:  # whatever an engine refuses with
+        claim.demand(len(str(error).split()) > 2, f"the reason given is {str(error)!r}")
+    else:
+        claim.broken("it was not refused")
+    found = changes(before, visible_state(model))
+    claim.demand(not found, f"{len(found)} traces, such as: {'; '.join(found[:3])}")
+    return claim.margin
 
 
 def _reason(engine: Engine, model: PreTrainedModel, config: Any, error: Exception) -> str | None:
@@ -85,18 +104,3 @@ def _reason(engine: Engine, model: PreTrainedModel, config: Any, error: Exceptio
     supports = getattr(engine, "supports", None)
     found: str | None = supports(model, config) if supports else None
     return found
-
-
-def _demand_refusal(engine: Engine, model: PreTrainedModel, config: Any) -> Margin:
-    claim = Claim("a refusal names its reason and installs nothing", model=model, engine=engine, config=config)
-    before = visible_state(model)
-    try:
-        with engine.freeze(model, config):
-            pass
-    except Exception as error:  # whatever an engine refuses with
-        claim.demand(len(str(error).split()) > 2, f"the reason given is {str(error)!r}")
-    else:
-        claim.broken("it was not refused")
-    found = changes(before, visible_state(model))
-    claim.demand(not found, f"{len(found)} traces, such as: {'; '.join(found[:3])}")
-    return claim.margin

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen
 from pytest_circuitfreeze.suites.judge.passes import logits_of, look
 from pytest_circuitfreeze.suites.judge.state import changes, moving, visible_state
@@ -32,6 +32,7 @@ class _Interruption(Exception):
     """Raised on purpose."""
 
 
+@check
 def check_removal_leaves_no_trace(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -40,14 +41,15 @@ def check_removal_leaves_no_trace(
     Raises:
         ClaimBroken: an output, hook, attribute, parameter, buffer or class is not what it was.
     """
-    claim = Claim("removal leaves no trace", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("removal leaves no trace")
     clean, before = _unfrozen(engine, model, batch)
     look(engine, model, config, batch)
     _demand_no_trace(claim, model, before)
-    claim.same("logits", look(engine, model, None, batch).logits, clean, "batch token word")
+    claim.same("logits", look(engine, model, None, batch).logits, clean, "row position word")
     return claim.margin
 
 
+@check
 def check_error_in_body_leaves_no_trace(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -56,7 +58,7 @@ def check_error_in_body_leaves_no_trace(
     Raises:
         ClaimBroken: it is not, or the error was swallowed.
     """
-    claim = Claim("an error under a freeze leaves no trace", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("an error under a freeze leaves no trace")
     clean, before = _unfrozen(engine, model, batch)
     try:
         with engine.freeze(model, config):
@@ -66,10 +68,11 @@ def check_error_in_body_leaves_no_trace(
     else:
         claim.broken("the error was swallowed")
     _demand_no_trace(claim, model, before)
-    claim.same("logits", look(engine, model, None, batch).logits, clean, "batch token word")
+    claim.same("logits", look(engine, model, None, batch).logits, clean, "row position word")
     return claim.margin
 
 
+@check
 def check_error_in_forward_leaves_no_trace(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -78,9 +81,7 @@ def check_error_in_forward_leaves_no_trace(
     Raises:
         ClaimBroken: the failed pass is felt later, or its error was swallowed.
     """
-    claim = Claim(
-        "an error in a frozen forward leaves no trace", model=model, engine=engine, config=config, batch=batch
-    )
+    claim = Claim("an error in a frozen forward leaves no trace")
     clean, before = _unfrozen(engine, model, batch)
     want = look(engine, model, config, batch).logits
     interrupted = first_frozen(model, config).output
@@ -95,9 +96,9 @@ def check_error_in_forward_leaves_no_trace(
         finally:
             handle.remove()
         got = logits_of(frozen, model, batch)
-    claim.same("logits of the next frozen pass", got, want, "batch token word")
+    claim.same("logits of the next frozen pass", got, want, "row position word")
     _demand_no_trace(claim, model, before)
-    claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "batch token word")
+    claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "row position word")
     return claim.margin
 
 
@@ -105,6 +106,7 @@ def _interrupt(module: nn.Module, args: Any) -> None:
     raise _Interruption
 
 
+@check
 def check_freezes_can_be_repeated(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, other: Batch
 ) -> Margin:
@@ -113,16 +115,17 @@ def check_freezes_can_be_repeated(
     Raises:
         ClaimBroken: it does not.
     """
-    claim = Claim("a freeze can be repeated", model=model, engine=engine, config=config, batch=batch, other=other)
+    claim = Claim("a freeze can be repeated")
     want = look(engine, model, config, batch).logits
     with engine.freeze(model, config) as frozen:
         logits_of(frozen, model, other)
         again = logits_of(frozen, model, batch)
-    claim.same("logits after another batch", again, want, "batch token word")
-    claim.same("logits when installed anew", look(engine, model, config, batch).logits, want, "batch token word")
+    claim.same("logits after another batch", again, want, "row position word")
+    claim.same("logits when installed anew", look(engine, model, config, batch).logits, want, "row position word")
     return claim.margin
 
 
+@check
 def check_nesting_is_a_list(
     engine: Engine, model: PreTrainedModel, configs: Sequence[InterventionConfig], batch: Batch
 ) -> Margin:
@@ -133,7 +136,7 @@ def check_nesting_is_a_list(
     Raises:
         ClaimBroken: they do not, bit for bit.
     """
-    claim = Claim("nested freezes are one list in order", model=model, engine=engine, configs=configs, batch=batch)
+    claim = Claim("nested freezes are one list in order")
     clean, before = _unfrozen(engine, model, batch)
     want = [look(engine, model, configs[start:], batch).logits for start in range(len(configs))]
     entered: list[AbstractContextManager[Any]] = []
@@ -143,13 +146,13 @@ def check_nesting_is_a_list(
             frozen = entered[-1].__enter__()
         for start in range(len(configs)):
             got = logits_of(frozen, model, batch)
-            claim.same(f"logits under freezes {start} to {len(configs) - 1}", got, want[start], "batch token word")
+            claim.same(f"logits under freezes {start} to {len(configs) - 1}", got, want[start], "row position word")
             entered.pop(0).__exit__(None, None, None)
     finally:
         for context in reversed(entered):
             context.__exit__(None, None, None)
     _demand_no_trace(claim, model, before)
-    claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "batch token word")
+    claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "row position word")
     return claim.margin
 
 

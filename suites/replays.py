@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pytest_circuitfreeze.suites.claims import Claim
+from pytest_circuitfreeze.suites.claims import Claim, in_run
 from pytest_circuitfreeze.suites.judge.replay import Replay
 
 __all__ = ["compare_gradients_with_replay", "compare_with_replay"]
@@ -16,18 +16,18 @@ __all__ = ["compare_gradients_with_replay", "compare_with_replay"]
 
 def compare_with_replay(claim: Claim, replay: Replay) -> None:
     """Demands that z of a layer, and its pattern if it was seen, are what the clean attention gives when run again."""
-    layer, real, seen = replay.site.layer, replay.real, replay.seen
+    real, seen = replay.real, replay.seen
+    place = {"layer": replay.site.layer, **in_run(seen.run)}
     (z, pattern), (other, moved) = replay.values(), replace(replay, rounding=True).values()
     where = real[:, :, None, None]  # a padded query attends to nothing
     want, off = z.where(where, 0.0), other.where(where, 0.0)
     bound = (want.double() - off.double()).abs().amax((0, 1, 3), keepdim=True)
-    claim.within(f"z of layer {layer}", seen.mixed().where(where, 0.0), want, bound, "batch token head feature")
+    claim.within("z", seen.mixed().where(where, 0.0), want, bound, "row position head feature", **place)
     if seen.pattern is not None and pattern is not None and moved is not None:
         where = real[:, None, :, None]
         want, off = pattern.where(where, 0.0), moved.where(where, 0.0)
         bound = (want.double() - off.double()).abs().amax((0, 2, 3), keepdim=True)
-        what = f"pattern of layer {layer}"
-        claim.within(what, seen.pattern.where(where, 0.0), want, bound, "batch head query key")
+        claim.within("pattern", seen.pattern.where(where, 0.0), want, bound, "row head query key", **place)
 
 
 def compare_gradients_with_replay(claim: Claim, runs: Sequence[Replay]) -> None:
@@ -38,7 +38,7 @@ def compare_gradients_with_replay(claim: Claim, runs: Sequence[Replay]) -> None:
     """
     due, moved = ([one.gradients() for one in each] for each in (runs, [replace(run, rounding=True) for run in runs]))
     for run, want, off in zip(runs, due, moved, strict=True):
-        _compare_gradient(claim, run, "input", run.seen.hidden.grad, want.pop(""), off.pop(""))
+        _compare_gradient(claim, run, "the input", run.seen.hidden.grad, want.pop(""), off.pop(""))
     for name, parameter in runs[0].site.module.named_parameters() if runs else ():
         wants, offs = ([one[name] for one in each if name in one] for each in (due, moved))
         if wants:
@@ -50,4 +50,10 @@ def _compare_gradient(claim: Claim, replay: Replay, what: str, got: Tensor | Non
     # What is due to be zero, whatever the rounding, is zero.
     bounds = torch.where((want == 0) & (off == 0), 0.0, bound)
     got = torch.zeros_like(want) if got is None else got
-    claim.within(f"gradient of layer {replay.site.layer}'s {what}", got, want, bounds)
+    place = {"layer": replay.site.layer}
+    if what == "the input":
+        claim.within(
+            "gradient of the input", got, want, bounds, "row position feature", **place, **in_run(replay.seen.run)
+        )
+    else:  # the sum over all runs
+        claim.within(f"gradient of {what}", got, want, bounds, **place)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.judge.passes import logits_of
 from pytest_circuitfreeze.suites.judge.resampling import distinct_rows, read_orders
 from pytest_circuitfreeze.suites.tolerance import gamma
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["check_resampling_takes_other_rows"]
 
 
+@check
 def check_resampling_takes_other_rows(engine: Engine, model: PreTrainedModel, seed: int, rows: int) -> Margin:
     """Each row has the same columns of one other row, no row is taken twice, and which is which stays.
 
@@ -29,21 +30,22 @@ def check_resampling_takes_other_rows(engine: Engine, model: PreTrainedModel, se
     """
     from freeze_core import InterventionConfig
 
-    claim = Claim("resampling takes other rows", model=model, engine=engine, seed=seed, rows=rows)
+    claim = Claim("resampling takes other rows")
     batch = distinct_rows(model, rows, 4)
     first = read_orders(engine, model, seed, batch)
     again = read_orders(engine, model, seed, distinct_rows(model, rows, 6, start=40))
     for (layer, name), order in first.items():
-        where = f"{name} of layer {layer}"
         bound = gamma(8, model.dtype) * order.size
-        claim.within(f"{where}, as far as it is another row's,", order.error, torch.zeros_like(order.error), bound)
+        due = torch.zeros_like(order.error)
+        claim.within(f"distance of {name} from another row's", order.error, due, bound, "head row", layer=layer)
         for head, taken in enumerate(order.rows.tolist()):
-            claim.demand(sorted(taken) == list(range(rows)), f"{where}, head {head}, takes rows {taken}")
-            claim.demand(all(own != at for at, own in enumerate(taken)), f"{where}, head {head}, keeps one of {taken}")
-        other = again[layer, name].rows
-        claim.demand(torch.equal(order.rows, other), f"{where} takes rows {order.rows.tolist()}, then {other.tolist()}")
+            claim.demand(sorted(taken) == list(range(rows)), f"{name} takes rows {taken}", layer=layer, head=head)
+            kept = [row for row, own in enumerate(taken) if own == row]
+            claim.demand(not kept, f"{name} keeps rows {kept}", layer=layer, head=head)
+        took, takes = order.rows.tolist(), again[layer, name].rows.tolist()
+        claim.demand(took == takes, f"{name} takes rows {took}, then {takes}", layer=layer)
     config = InterventionConfig(layer_indices=sorted({layer for layer, _ in first}), freeze_type="resample", seed=seed)
     with torch.no_grad(), engine.freeze(model, config) as frozen:
         one, two = (logits_of(frozen, model, batch) for _ in range(2))
-    claim.same("logits of a repeated pass", two, one, "batch token word")
+    claim.same("logits of a repeated pass", two, one, "row position word")
     return claim.margin

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.judge.passes import logits_of
 from pytest_circuitfreeze.suites.judge.recorder import hidden_of
 from pytest_circuitfreeze.suites.judge.sites import AnySite, sites
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["check_generators_are_untouched", "check_inputs_are_not_written_to", "check_parameters_are_untouched"]
 
 
+@check
 def check_parameters_are_untouched(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, training: bool = False
 ) -> Margin:
@@ -34,7 +35,7 @@ def check_parameters_are_untouched(
     Raises:
         ClaimBroken: a parameter or flag is not what it was.
     """
-    claim = Claim("a freeze touches no parameter and no flag", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("a freeze touches no parameter and no flag")
     was = [(module, module.training) for module in model.modules()]
     try:
         model.train(training)
@@ -56,6 +57,7 @@ def _demand_unchanged(claim: Claim, before: dict[str, object], model: PreTrained
     claim.demand(not found, f"{when}: {'; '.join(found[:3])}")
 
 
+@check
 def check_generators_are_untouched(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -64,7 +66,7 @@ def check_generators_are_untouched(
     Raises:
         ClaimBroken: it moved, or they do.
     """
-    claim = Claim("torch's generators are untouched", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("torch's generators are untouched")
     logits = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for seed in (0, 1):
@@ -74,10 +76,11 @@ def check_generators_are_untouched(
                 claim.demand(torch.equal(torch.get_rng_state(), before), "the CPU's generator moved when installed")
                 logits.append(logits_of(frozen, model, batch))
             claim.demand(torch.equal(torch.get_rng_state(), before), "the CPU's generator moved in the pass")
-    claim.same("logits after another manual_seed", logits[1], logits[0], "batch token word")
+    claim.same("logits after another manual_seed", logits[1], logits[0], "row position word")
     return claim.margin
 
 
+@check
 def check_inputs_are_not_written_to(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -86,22 +89,27 @@ def check_inputs_are_not_written_to(
     Raises:
         ClaimBroken: a tensor was written to, by its version counter or its values.
     """
-    claim = Claim("a freeze writes to no one's tensors", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("a freeze writes to no one's tensors")
     known = sites(model)
-    own = {one.what for one in _held(model, model, batch, known) if one.tensor._version != one.version}
+    own = {(one.what, one.layer) for one in _held(model, model, batch, known) if one.tensor._version != one.version}
     with engine.freeze(model, config) as frozen:
         held = _held(frozen, model, batch, known)
     for one in held:
-        if one.what not in own:  # what the unfrozen model writes to itself is no claim about a freeze
-            claim.same(one.what, one.tensor, one.values)
-            claim.demand(one.tensor._version == one.version, f"{one.what} was written to")
+        if (one.what, one.layer) in own:  # what the unfrozen model writes to itself is no claim about a freeze
+            continue
+        where = {} if one.layer is None else {"layer": one.layer}
+        claim.same(
+            one.what, one.tensor, one.values, "row position" if one.layer is None else "row position feature", **where
+        )
+        claim.demand(one.tensor._version == one.version, f"{one.what} was written to", **where)
     return claim.margin
 
 
 class _Held(NamedTuple):
-    """A tensor that was handed over, and what it was then."""
+    """A tensor that was handed over, to which layer if not to the model, and what it was then."""
 
     what: str
+    layer: int | None
     tensor: Tensor
     values: Tensor
     version: int
@@ -111,11 +119,11 @@ def _held(call: Callable[..., Any], model: PreTrainedModel, batch: Batch, known:
     """What `call` and the attention layers of `model` were handed in one pass."""
     held: list[_Held] = []
 
-    def hold(what: str, tensor: Tensor) -> None:
-        held.append(_Held(what, tensor, tensor.clone(), tensor._version))
+    def hold(what: str, tensor: Tensor, layer: int | None = None) -> None:
+        held.append(_Held(what, layer, tensor, tensor.clone(), tensor._version))
 
     def hold_hidden(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hold(f"input of layer {layer}", hidden_of(args, kwargs))
+        hold("input", hidden_of(args, kwargs), layer)
 
     arguments = batch.arguments(model)
     for name, value in arguments.items():

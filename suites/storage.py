@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.recordings import moved_to
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.gradients import weighted_sum, without_gradients
 from pytest_circuitfreeze.suites.judge.anatomy import Role
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, of_real_tokens
 from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention, largest_change
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, implementations, sites
 from pytest_circuitfreeze.suites.judge.twins import Twin
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["check_storage_does_not_matter"]
 
 
+@check
 def check_storage_does_not_matter(
     engine: Engine, model: PreTrainedModel, twin: Twin, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -36,32 +37,46 @@ def check_storage_does_not_matter(
     Raises:
         ClaimBroken: they do not.
     """
-    claim = Claim("storage does not matter", model=model, twin=twin.name, engine=engine, config=config, batch=batch)
+    claim = Claim("storage does not matter")
     got = _results(engine, model, config, batch)
     want = _results(engine, twin.model, moved_to(config, twin.model), batch)
     with NudgedAttention():
         near = nudged(twin.model)
         moved = _results(engine, near, moved_to(config, near), batch)
-    claim.demand(set(got) == set(want), f"the one has gradients of {sorted(got)}, the other of {sorted(want)}")
-    for what, value in got.items():
-        claim.within(what, value, want[what], largest_change(want[what], moved[what]))
+    for key in sorted({*got} ^ {*want}, key=str):
+        claim.broken(f"only one of the two has a {key.what}", **key.where)
+    for key, value in got.items():
+        bound = largest_change(want[key], moved[key])
+        claim.within(key.what, value, want[key], bound, key.axes, **key.where)
     return claim.margin
 
 
-def _results(engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> dict[str, Tensor]:
+class _Key(NamedTuple):
+    """What was found, the names of its axes, and in which layer."""
+
+    what: str
+    axes: str
+    layer: int | None = None
+
+    @property
+    def where(self) -> dict[str, int]:
+        return {} if self.layer is None else {"layer": self.layer}
+
+
+def _results(engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> dict[_Key, Tensor]:
     """Logits of real tokens and gradients, by names that do not depend on the storage."""
     known = sites(model)
     with without_gradients(model), attention_implementation(model, implementations(model)[0]), torch.enable_grad():
         with engine.freeze(model, config) as frozen:
             logits = frozen(**batch.arguments(model)).logits
             weighted_sum(logits, batch).backward()
-        found = {"logits": logits.detach()[batch.real]}
+        found = {_Key("logits", "row position word"): of_real_tokens(logits.detach(), batch)}
         embeddings = model.get_input_embeddings().weight.grad
         if embeddings is not None:
-            found["gradient of the embeddings"] = embeddings
+            found[_Key("gradient of the embeddings", "word feature")] = embeddings
         for layer, site in known.items():
             for role, gradient in _projection_gradients(site).items():
-                found[f"gradient of layer {layer}'s {role}"] = gradient
+                found[_Key(f"gradient of {role}'s weight and bias", "head feature input", layer)] = gradient
     return found
 
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pytest_circuitfreeze.origins import remembered
+
 __all__ = ["Exact", "Nudge", "gamma", "nudged", "original"]
 
 CONFIDENCE = 6.0
@@ -64,6 +66,7 @@ _COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDic
 _ORIGINALS: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
 
 
+@remembered
 def nudged(model: PreTrainedModel, rounding: torch.dtype | None = None) -> PreTrainedModel:
     """A copy of `model` that is off by as much as rounding in a dtype, by default its own, could put it off.
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation
 from pytest_circuitfreeze.suites.judge.sites import implementations
 from pytest_circuitfreeze.suites.judge.state import changes, moving, visible_state
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["check_what_cannot_be_served_is_an_error"]
 
 
+@check
 def check_what_cannot_be_served_is_an_error(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, cached: int = 0
 ) -> Margin:
@@ -37,9 +38,7 @@ def check_what_cannot_be_served_is_an_error(
     """
     from freeze_core import InterventionError
 
-    claim = Claim(
-        "what cannot be served is an error", model=model, engine=engine, config=config, batch=batch, cached=cached
-    )
+    claim = Claim("what cannot be served is an error")
     with attention_implementation(model, implementations(model)[0]), torch.no_grad():
         try:
             own = moving(model, lambda: model(**_after(model, model, batch, cached)))

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role
 from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due, judged_layers
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look, of_real_tokens
 from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, implementations, made_by, sites, tied
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+@check
 def check_values_are_the_oracles(
     engine: Engine,
     model: PreTrainedModel,
@@ -54,7 +55,7 @@ def check_values_are_the_oracles(
         ClaimBroken: they are not, beyond what rounding in the model's dtype explains.
     """
     attn = attn or implementations(model)[0]
-    claim = Claim("frozen values are the oracle's", model=model, engine=engine, configs=configs, batch=batch, attn=attn)
+    claim = Claim("frozen values are the oracle's")
     known = sites(model)
     material = material_of(engine, model, configs, batch)
     found = look(engine, model, configs, batch, attn=attn, patterns=attn == "eager")
@@ -73,7 +74,7 @@ def check_values_are_the_oracles(
         for role in ROLES if attn == "sdpa" else ():
             used = seen.qkv[role].repeat_interleave(site.heads // seen.qkv[role].shape[1], dim=1)
             bound = (exact.used[role] - moved.used[role]).abs().amax((0, 2, 3), keepdim=True)
-            claim.within(f"{role} of layer {layer}", used, exact.used[role], bound, "batch head token feature")
+            claim.within(role, used, exact.used[role], bound, "row head position feature", layer=layer)
         _compare_z(claim, layer, seen.mixed(), exact, moved, real)
     return claim.margin
 
@@ -82,9 +83,10 @@ def _compare_z(claim: Claim, layer: int, got: Tensor, exact: Answer, moved: Answ
     where = real[:, :, None, None]  # a padded query attends to nothing
     want, other = exact.z.where(where, 0.0), moved.z.where(where, 0.0)
     bound = (want - other).abs().amax((0, 1, 3), keepdim=True)
-    claim.within(f"z of layer {layer}", got.double().where(where, 0.0), want, bound, "batch token head feature")
+    claim.within("z", got.double().where(where, 0.0), want, bound, "row position head feature", layer=layer)
 
 
+@check
 def check_zero_strength_is_unfrozen(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -93,13 +95,14 @@ def check_zero_strength_is_unfrozen(
     Raises:
         ClaimBroken: they are not.
     """
-    claim = Claim("strength 0 is the unfrozen model", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("strength 0 is the unfrozen model")
     claim.demand(config.strength == 0, f"asked about strength {config.strength}; the claim is about 0")
     clean = look(engine, model, None, batch).logits
-    claim.same("logits", look(engine, model, config, batch).logits, clean, "batch token word")
+    claim.same("logits", look(engine, model, config, batch).logits, clean, "row position word")
     return claim.margin
 
 
+@check
 def check_full_strength_replaces_anything(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, poison: float = torch.nan
 ) -> Margin:
@@ -114,14 +117,7 @@ def check_full_strength_replaces_anything(
     Raises:
         ClaimBroken: they do.
     """
-    claim = Claim(
-        "full strength replaces whatever was there",
-        model=model,
-        engine=engine,
-        config=config,
-        batch=batch,
-        poison=poison,
-    )
+    claim = Claim("full strength replaces whatever was there")
     free = config.freeze_type == "zero" or (config.freeze_type == "noise" and config.noise_std is not None)
     claim.demand(config.strength == 1 and free, "asked about a replacement that depends on the activation")
     shared = tied(model)
@@ -130,7 +126,7 @@ def check_full_strength_replaces_anything(
     want = look(engine, model, config, batch).logits
     with _poisoned(model, config, poison):
         got = look(engine, model, config, batch).logits
-    claim.same("logits", got, want, "batch token word")
+    claim.same("logits", got, want, "row position word")
     return claim.margin
 
 
@@ -166,6 +162,7 @@ def _rows(site: AnySite) -> Iterator[tuple[Role, Sequence[int], Tensor]]:
             yield role, range(head * count, (head + 1) * count), weight[head]
 
 
+@check
 def check_implementations_agree(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -174,17 +171,17 @@ def check_implementations_agree(
     Raises:
         ClaimBroken: they do not.
     """
-    claim = Claim("a freeze is the same under eager and sdpa", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("a freeze is the same under eager and sdpa")
     if len(implementations(model)) < 2:
         raise NotApplicable(f"{type(model).__name__} runs under {implementations(model)[0]} attention alone")
 
     def both(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
-        sdpa = look(engine, model, which, batch).logits[batch.real]
-        eager = look(engine, model, which, batch, attn="eager").logits[batch.real]
+        passes = [look(engine, model, which, batch), look(engine, model, which, batch, attn="eager")]
         # Several families take the eager softmax in float32 whatever the model's dtype.
         rounding = torch.float32 if model.dtype == torch.float64 else None
-        moved = nudged_look(engine, model, which, batch, rounding=rounding).logits[batch.real]
+        passes.append(nudged_look(engine, model, which, batch, rounding=rounding))
+        sdpa, eager, moved = (of_real_tokens(each.logits, batch) for each in passes)
         return eager, sdpa, largest_change(sdpa, moved)
 
-    claim.compared("logits", both, config, "real word")
+    claim.compared("logits", both, config, "row position word")
     return claim.margin

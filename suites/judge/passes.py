@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["Pass", "Seen", "attention_implementation", "logits_of", "look", "observe", "pads_under_eager"]
+__all__ = [
+    "Pass",
+    "Seen",
+    "attention_implementation",
+    "logits_of",
+    "look",
+    "observe",
+    "of_real_tokens",
+    "pads_under_eager",
+]
 
 
 @dataclass
@@ -101,6 +110,11 @@ def logits_of(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) ->
     with attention_implementation(model, implementations(model)[0]):
         logits: Tensor = call(**batch.arguments(model)).logits
     return logits.detach()
+
+
+def of_real_tokens(logits: Tensor, batch: Batch) -> Tensor:
+    """`logits [batch, token, vocabulary]` with zeros where `batch` is padded, which is left to the model."""
+    return logits.where(batch.real[..., None].to(logits.device), 0.0)
 
 
 def pads_under_eager(model: PreTrainedModel) -> bool:

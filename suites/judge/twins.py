@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pytest_circuitfreeze.origins import remembered
 from pytest_circuitfreeze.suites.claims import NotApplicable
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Site, is_known, sites
 from pytest_circuitfreeze.suites.judge.splitting import put_together, split_found
@@ -45,6 +46,7 @@ class Twin:
 _TWINS: WeakKeyDictionary[PreTrainedModel, list[Twin]] = WeakKeyDictionary()
 
 
+@remembered
 def twins(model: PreTrainedModel) -> list[Twin]:
     """All twins that are known for `model`, made once and kept as long as it.
 

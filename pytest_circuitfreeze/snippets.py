@@ -1,0 +1,163 @@
+"""A call of a check as a Python program of its own, which needs no pytest."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from freeze_core import InterventionConfig
+from pytest_circuitfreeze.layout import WIDTH, Brackets, Code, abridged, laid_out, prefixed
+from pytest_circuitfreeze.origins import origin_of
+from pytest_circuitfreeze.strategies import Batch
+
+__all__ = ["Call"]
+
+UNKNOWN = "..."
+"""Stands in a snippet for what cannot be written as code."""
+
+
+class Call:
+    """A call of a function, written down when it is made: what an engine writes to its arguments does not show.
+
+    Args:
+        function: what is called, by its place in a module.
+        arguments: those given, by name; of what is not remembered by its origin nothing but the type is told.
+    """
+
+    def __init__(self, function: Callable[..., object], arguments: Mapping[str, object]) -> None:
+        self._writer = _Writer()
+        self._values: list[tuple[str, Code, str]] = []
+        for name, value in arguments.items():
+            self._writer.unknown.clear()
+            code = self._writer.code(value)
+            self._values.append((name, code, ", ".join(self._writer.unknown)))
+            if _has_a_line(code):
+                self._writer.names[id(value)] = name
+        self._call = self._writer.call(function, arguments)
+
+    def lines(self) -> list[str]:
+        """Each argument for a person, long lists abridged, indented by two."""
+        return [f"  {name}: {text}" for name, text in self.circumstances(indent=2).items()]
+
+    def circumstances(self, indent: int = 0) -> dict[str, str]:
+        """Each argument for a person by its name, long lists abridged; of what is unknown its type.
+
+        Args:
+            indent: of the lines that they will stand on.
+        """
+        return {
+            name: unknown if code == UNKNOWN else laid_out(abridged(code), indent, len(name) + 2)
+            for name, code, unknown in self._values
+        }
+
+    @property
+    def snippet(self) -> str:
+        """The program. What cannot be written as code is `...`, and the line says `# yours` and of which type it is."""
+        assignments = [
+            laid_out(prefixed(f"{name} = ", code)) + (f"  # yours: {unknown}" if unknown else "")
+            for name, code, unknown in self._values
+            if _has_a_line(code)
+        ]
+        return "\n".join([*self._writer.imports(), "", *assignments, "", laid_out(self._call), ""])
+
+
+class _Writer:
+    """Writes values as code, and keeps what the code needs.
+
+    Attributes:
+        names: variables that hold values, by the values' identity.
+        unknown: the types of what could not be written.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+        self.unknown: list[str] = []
+        self._imported: dict[str, set[str]] = {}
+
+    def imports(self) -> list[str]:
+        """The lines that import what the code uses, this project's own last."""
+        lines = ["import torch", ""] if "torch" in self._imported else []
+        own = sorted(module for module in self._imported if module != "torch")
+        return lines + [_import(module, sorted(self._imported[module])) for module in own]
+
+    def code(self, value: object) -> Code:
+        """An expression that gives `value`."""
+        if isinstance(value, str):
+            return json.dumps(str(value))  # in double quotes; an enum's member is its string
+        if value is None or isinstance(value, bool):
+            return repr(value)
+        if isinstance(value, Integral):
+            return repr(int(value))
+        if isinstance(value, float):
+            return repr(float(value)) if math.isfinite(value) else f'float("{value}")'
+        if id(value) in self.names:
+            return self.names[id(value)]
+        origin = origin_of(value)
+        if origin is not None:
+            made = self.call(origin.maker, origin.arguments())
+            return made if origin.place is None else Brackets(made.start, made.items, f"{made.end}[{origin.place}]")
+        return self._built(value)
+
+    def _built(self, value: object) -> Code:
+        """An expression for a value that says itself what it consists of."""
+        if isinstance(value, list | tuple | range):
+            return Brackets("[", tuple(map(self.code, value)), "]")
+        if isinstance(value, torch.dtype):
+            self._imported["torch"] = set()
+            return repr(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, Batch):
+            fields = {"input_ids": value.input_ids, "attention_mask": value.attention_mask}
+            return self.call(Batch, fields)
+        if isinstance(value, InterventionConfig):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return self.call(InterventionConfig, fields, "freeze_core")
+        self.unknown.append(type(value).__name__)
+        return UNKNOWN
+
+    def call(self, function: Callable[..., object], arguments: Mapping[str, object], module: str = "") -> Brackets:
+        """A call of what a module holds; arguments that are the defaults are left out."""
+        self._imported.setdefault(module or function.__module__, set()).add(function.__name__)
+        items = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name not in arguments:
+                continue
+            value = arguments[name]
+            optional = parameter.default is not parameter.empty
+            if optional and _same(value, parameter.default):
+                continue
+            items.append(prefixed(f"{name}=" if optional else "", self.code(value)))
+        return Brackets(f"{function.__name__}(", tuple(items), ")")
+
+    def _tensor(self, tensor: Tensor) -> Code:
+        self._imported["torch"] = set()
+        items = [self.code(tensor.tolist())]
+        if tensor.dtype != torch.int64:
+            items.append(f"dtype={tensor.dtype}")
+        if tensor.device.type != "cpu":
+            items.append(f'device="{tensor.device}"')
+        return Brackets("torch.tensor(", tuple(items), ")")
+
+
+def _has_a_line(code: Code) -> bool:
+    """Whether an argument gets a name of its own; plain values, and what has a name, stand in the call."""
+    return isinstance(code, Brackets) or code == UNKNOWN
+
+
+def _import(module: str, names: list[str]) -> str:
+    line = f"from {module} import {', '.join(names)}"
+    return line if len(line) <= WIDTH else laid_out(Brackets(f"from {module} import (", tuple(names), ")"))
+
+
+def _same(value: object, default: object) -> bool:
+    """Whether a plain value is the default; no other is compared, since not everything can be."""
+    plain = isinstance(value, str | int | float | None)
+    return value is default or (plain and value == default)
