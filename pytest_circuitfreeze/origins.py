@@ -41,9 +41,9 @@ _ORIGINS: dict[int, Origin] = {}
 
 
 def remembered(maker: Callable[P, T]) -> Callable[P, T]:
-    """Remembers of all that `maker` gives, or of each value of a list that it gives, the call that gave it first.
+    """Remembers of all that `maker` gives, or of each value of a list that it gives, the call that gave it last.
 
-    What cannot be weakly referenced is not remembered.
+    So a factory's call counts, and not those that it makes itself. What cannot be weakly referenced is not remembered.
     """
     signature = inspect.signature(maker)
 
@@ -75,10 +75,9 @@ def origin_of(value: object) -> Origin | None:
 
 
 def _remember(value: object, origin: Origin) -> None:
-    if id(value) in _ORIGINS:
-        return
-    try:
-        finalize(value, _ORIGINS.pop, id(value)).atexit = False
-    except TypeError:  # it has no place for a weak reference
-        return
+    if id(value) not in _ORIGINS:
+        try:
+            finalize(value, _ORIGINS.pop, id(value)).atexit = False
+        except TypeError:  # it has no place for a weak reference
+            return
     _ORIGINS[id(value)] = origin

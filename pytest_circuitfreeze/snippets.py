@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from numbers import Integral
 
 import torch
@@ -28,13 +29,13 @@ class Call:
 
     Args:
         function: what is called, by its place in a module.
-        arguments: those given, by name; of what is not remembered by its origin nothing but the type is told.
+        arguments: by name; those that are the defaults are left out.
     """
 
     def __init__(self, function: Callable[..., object], arguments: Mapping[str, object]) -> None:
         self._writer = _Writer()
         self._values: list[tuple[str, Code, str]] = []
-        for name, value in arguments.items():
+        for name, value in _given(function, arguments).items():
             self._writer.unknown.clear()
             code = self._writer.code(value)
             self._values.append((name, code, ", ".join(self._writer.unknown)))
@@ -124,17 +125,13 @@ class _Writer:
         return UNKNOWN
 
     def call(self, function: Callable[..., object], arguments: Mapping[str, object], module: str = "") -> Brackets:
-        """A call of what a module holds; arguments that are the defaults are left out."""
+        """A call of what `module` holds, by default the function's own; optional arguments are named."""
         self._imported.setdefault(module or function.__module__, set()).add(function.__name__)
-        items = []
-        for name, parameter in inspect.signature(function).parameters.items():
-            if name not in arguments:
-                continue
-            value = arguments[name]
-            optional = parameter.default is not parameter.empty
-            if optional and _same(value, parameter.default):
-                continue
-            items.append(prefixed(f"{name}=" if optional else "", self.code(value)))
+        required = [name for name, default in _defaults(function).items() if default is inspect.Parameter.empty]
+        items = [
+            prefixed("" if name in required else f"{name}=", self.code(value))
+            for name, value in _given(function, arguments).items()
+        ]
         return Brackets(f"{function.__name__}(", tuple(items), ")")
 
     def _tensor(self, tensor: Tensor) -> Code:
@@ -157,7 +154,18 @@ def _import(module: str, names: list[str]) -> str:
     return line if len(line) <= WIDTH else laid_out(Brackets(f"from {module} import (", tuple(names), ")"))
 
 
-def _same(value: object, default: object) -> bool:
-    """Whether a plain value is the default; no other is compared, since not everything can be."""
-    plain = isinstance(value, str | int | float | None)
-    return value is default or (plain and value == default)
+def _given(function: Callable[..., object], arguments: Mapping[str, object]) -> dict[str, object]:
+    """The arguments that are not the defaults, in the order of the parameters."""
+    known = {name: default for name, default in _defaults(function).items() if name in arguments}
+    return {name: arguments[name] for name, default in known.items() if not _is_default(arguments[name], default)}
+
+
+@cache
+def _defaults(function: Callable[..., object]) -> dict[str, object]:
+    """Each parameter's default, `Parameter.empty` where it has none."""
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def _is_default(value: object, default: object) -> bool:
+    """Only plain values are compared, since not everything can be."""
+    return value is default or (isinstance(value, str | int | float) and value == default)

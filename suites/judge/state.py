@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -60,10 +61,15 @@ def training_flags(model: nn.Module) -> dict[str, object]:
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
     """What was added, removed or changed, in words."""
-    found = [f"{name} is new" for name in after if name not in before]
-    found += [f"{name} is gone" for name in before if name not in after]
-    found += [f"{name} changed" for name in before if name in after and before[name] != after[name]]
+    found = [f"{_called(name)} is new" for name in after if name not in before]
+    found += [f"{_called(name)} is gone" for name in before if name not in after]
+    found += [f"{_called(name)} changed" for name in before if name in after and before[name] != after[name]]
     return found
+
+
+def _called(name: str) -> str:
+    """Without the number of a hook, which counts all hooks that were ever made."""
+    return re.sub(r"\[\d+\]$", "[...]", name)
 
 
 def _mark(value: object) -> object:

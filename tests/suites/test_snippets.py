@@ -1,0 +1,233 @@
+"""The snippet that a broken claim shows breaks it again in the same way, without pytest."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from weakref import ref
+
+import pytest
+import torch
+from broken_engines import BROKEN
+from broken_engines.reach import LooksAcross, TouchesEverything
+from broken_engines.references import ColumnBefore
+from broken_engines.storage import CutsInThree
+from honest_engine import HookEngine
+from test_checks import CASES, model
+
+from freeze_core import AttentionCircuitFreezer, InterventionConfig
+from pytest_circuitfreeze import recordings
+from pytest_circuitfreeze.engines import load_engine
+from pytest_circuitfreeze.loading import load_model
+from pytest_circuitfreeze.models import tiny_model
+from pytest_circuitfreeze.origins import origin_of, remembered
+from pytest_circuitfreeze.recordings import recorded
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.claims import ClaimBroken
+from pytest_circuitfreeze.suites.judge.twins import twins
+from pytest_circuitfreeze.suites.locality import check_other_heads_are_untouched, check_rows_do_not_matter
+from pytest_circuitfreeze.suites.refusals import Refusing
+from pytest_circuitfreeze.suites.removal import check_removal_leaves_no_trace
+from pytest_circuitfreeze.suites.tolerance import nudged
+
+IDS = torch.tensor([[7, 3, 11], [4, 19, 6]])
+WIDTH = 79
+OF_THE_LIBRARY = {
+    "check_recordings_are_what_attention_saw": "recorded",
+    "check_statistics_are_of_the_real_tokens": "calibrated",
+}
+"""Checks that ask nothing of an engine, and what their broken engines do in its place."""
+
+
+def failure(case: Callable[[Any], object], engine: object) -> ClaimBroken | None:
+    """How a case breaks its claim, if it does, on models that no other case has had."""
+    model.cache_clear()
+    try:
+        case(engine)
+    except ClaimBroken as broken:
+        return broken
+    return None
+
+
+def first_failure(check: str, engine: Callable[[], object]) -> ClaimBroken:
+    return next(found for case in CASES[check] if (found := failure(case, engine())) is not None)
+
+
+def snippet_of(broken: ClaimBroken) -> str:
+    assert broken.call is not None
+    return broken.call.snippet
+
+
+def run(snippet: str, **names: object) -> ClaimBroken:
+    """What a snippet ends in, in a namespace of its own."""
+    with pytest.raises(ClaimBroken) as caught:
+        exec(compile(snippet, "snippet.py", "exec"), dict(names))
+    return caught.value
+
+
+def demand_the_same(found: ClaimBroken, known: ClaimBroken) -> None:
+    assert (found.sentence, found.found, found.place, found.margin) == (
+        known.sentence,
+        known.found,
+        known.place,
+        known.margin,
+    )
+    assert str(found) == str(known)
+    assert snippet_of(found) == snippet_of(known)
+
+
+def in_the_place_of(name: str, engine: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """An engine's own way to record or calibrate, put where a snippet imports it from."""
+
+    def maker(model: Any, given: Any) -> object:
+        return getattr(engine, name)(model, given)
+
+    maker.__name__, maker.__module__ = name, recordings.__name__
+    broken = remembered(maker)
+    monkeypatch.setattr(recordings, name, broken)
+    return SimpleNamespace(**{name: broken})
+
+
+@pytest.mark.parametrize(
+    ("check", "broken"), [(check, broken) for check, several in BROKEN.items() for broken in several]
+)
+def test_snippet_breaks_the_claim_alike(check: str, broken: type[HookEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine() -> object:
+        made = load_engine(f"{broken.__module__}:{broken.__name__}")
+        return in_the_place_of(OF_THE_LIBRARY[check], made, monkeypatch) if check in OF_THE_LIBRARY else made
+
+    known = first_failure(check, engine)
+    assert known.__notes__ == [f"\nWithout pytest:\n\n{snippet_of(known)}"]
+    assert all(len(line) <= WIDTH for line in snippet_of(known).splitlines())
+    demand_the_same(run(snippet_of(known)), known)
+
+
+@pytest.mark.parametrize(
+    ("check", "broken"),
+    [
+        ("check_rows_do_not_matter", LooksAcross),
+        ("check_values_are_the_oracles", ColumnBefore),
+        ("check_storage_does_not_matter", CutsInThree),
+    ],
+)
+def test_snippet_is_a_program(check: str, broken: type[HookEngine], tmp_path: Path) -> None:
+    known = first_failure(check, lambda: load_engine(f"{broken.__module__}:{broken.__name__}"))
+    program = tmp_path / "snippet.py"
+    program.write_text(snippet_of(known))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, program], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    # Torch and the packages beside it may warn before; nothing comes after.
+    assert done.stderr.endswith(f"ClaimBroken: {known}\n\nWithout pytest:\n\n{snippet_of(known)}\n")
+
+
+def test_snippet_as_a_person_reads_it() -> None:
+    engine, small = load_engine("broken_engines.reach:LooksAcross"), tiny_model("gpt2", dtype=torch.float64)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(ClaimBroken) as caught:
+        check_rows_do_not_matter(engine, small, InterventionConfig([1], [0, 3], strength=0.5), batch=Batch(IDS, mask))
+    assert snippet_of(caught.value) == (
+        """\
+import torch
+
+from freeze_core import InterventionConfig
+from pytest_circuitfreeze.engines import load_engine
+from pytest_circuitfreeze.models import tiny_model
+from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.locality import check_rows_do_not_matter
+
+engine = load_engine("broken_engines.reach:LooksAcross")
+model = tiny_model("gpt2", dtype=torch.float64)
+config = InterventionConfig(
+    layer_indices=[1],
+    head_indices=[0, 3],
+    strength=0.5,
+)
+batch = Batch(
+    torch.tensor([[7, 3, 11], [4, 19, 6]]),
+    attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]),
+)
+
+check_rows_do_not_matter(engine, model, config, batch)
+"""
+    )
+
+
+def test_what_cannot_be_written_as_code_is_yours() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    own = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
+    own.eval()
+    freeze = {"layer_indices": [0], "head_indices": [1], "circuit": "ov"}
+    statistics = AttentionCircuitFreezer().calibrate(own, [IDS], progress=False)
+    config = InterventionConfig(**freeze, freeze_type="mean", statistics=statistics)
+    with pytest.raises(ClaimBroken) as caught:
+        check_other_heads_are_untouched(TouchesEverything(), own, config, Batch(IDS))
+    known = caught.value
+    assert "\n  engine: TouchesEverything\n  model: GPT2LMHeadModel\n" in str(known)
+    snippet = snippet_of(known)
+    assert "\nengine = ...  # yours: TouchesEverything\nmodel = ...  # yours: GPT2LMHeadModel\n" in snippet
+    assert "    statistics=...,\n)  # yours: ActivationStatistics\n" in snippet
+    for name, start in (("engine", "engine = "), ("model", "model = "), ("statistics", "statistics=")):
+        snippet = snippet.replace(f"{start}...", f"{start}my_{name}")
+    again = run(snippet, my_engine=TouchesEverything(), my_model=own, my_statistics=statistics)
+    demand_the_same(again, known)
+
+
+def test_a_recording_of_a_model_that_is_yours_is_made_of_it() -> None:
+    small = tiny_model("gpt2")
+    own = type(small)(small.config).eval()
+    held = recorded(own, Batch(IDS), [0])
+    config = InterventionConfig([0], [1], circuit="ov", freeze_type="reference", reference=held)
+    with pytest.raises(ClaimBroken) as caught:
+        check_other_heads_are_untouched(TouchesEverything(), own, config, Batch(IDS))
+    assert "reference=recorded(\n        model,\n" in snippet_of(caught.value)
+
+
+def test_a_refusal_is_reproduced_by_the_check_of_refusals() -> None:
+    with pytest.raises(ClaimBroken) as caught:
+        check_removal_leaves_no_trace(
+            Refusing(load_engine(f"{__name__}:Mute")), tiny_model("gpt2"), InterventionConfig([0]), Batch(IDS)
+        )
+    known = caught.value
+    assert known.sentence == "a refusal names its reason and installs nothing"
+    assert f'engine = load_engine("{__name__}:Mute")\n' in snippet_of(known)
+    demand_the_same(run(snippet_of(known)), known)
+
+
+class Mute:
+    """Refuses without a reason."""
+
+    name = "mute"
+
+    def supports(self, model: object, config: object) -> str:
+        return "not today"
+
+    def freeze(self, model: object, config: object) -> Any:
+        raise NotImplementedError
+
+
+def test_a_loaded_model_is_loaded_again() -> None:
+    origin = origin_of(load_model("test_snippets:factory", dtype=torch.bfloat16, attn="eager"))
+    assert origin is not None
+    assert origin.arguments() == {"spec": "test_snippets:factory", "dtype": torch.bfloat16, "attn": "eager"}
+
+
+def factory() -> torch.nn.Module:
+    return tiny_model("gpt2")
+
+
+def test_what_is_remembered_keeps_no_model_alive() -> None:
+    small = tiny_model("gpt2")
+    origins = [origin_of(one) for one in (nudged(small), *twins(small))]
+    assert [origin.arguments()["model"] for origin in origins if origin] == [small] * 3
+    gone = ref(small)
+    del small
+    gc.collect()
+    assert gone() is None
