@@ -24,24 +24,28 @@ _CONDITIONS = ("engine", "profile", "seed", "device", "dtype", "attn")
 
 def shorten(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport, settings: Settings) -> None:
     """Rewrites the report of a test that failed, unless the user chose a style of traceback with ``--tb``."""
-    error = None if call.excinfo is None else call.excinfo.value
-    broken = broken_claim(error)
-    if broken is not None and broken is not error:
-        report.sections.append(("not again", NOT_AGAIN))
-    if broken is not None and broken.call is not None:
-        report.sections.append(("without pytest", broken.call.snippet))
+    if call.excinfo is not None and item.config.getoption("tbstyle") == "auto":
+        error = call.excinfo.value
+        broken = broken_claim(error)
+        if broken is not None:
+            _show(broken, report)
+            if broken is not error:
+                report.sections.append(("not again", NOT_AGAIN))
+        elif getattr(error, "__notes__", None):
+            error.__notes__ = [_FIXTURE_ARGUMENT.sub("", note) for note in error.__notes__]
+            report.longrepr = item.repr_failure(call.excinfo)
     report.sections.append(("run it again", command(item, settings)))
-    if call.excinfo is None or item.config.getoption("tbstyle") != "auto":
-        return
-    if broken is not None:
-        shown = pytest.ExceptionInfo.from_exception(broken).getrepr(style="value")
-        if shown.reprcrash is not None:
-            # pytest's last lines show as much of it as fits: the finding, not the name of the class.
-            shown.reprcrash.message = broken.headline
-        report.longrepr = shown
-    elif error is not None and getattr(error, "__notes__", None):
-        error.__notes__ = [_FIXTURE_ARGUMENT.sub("", note) for note in error.__notes__]
-        report.longrepr = item.repr_failure(call.excinfo)
+
+
+def _show(broken: ClaimBroken, report: pytest.TestReport) -> None:
+    """Puts the claim's own words in the place of a traceback, and the snippet below, where it can be copied."""
+    shown = pytest.ExceptionInfo.from_exception(broken).getrepr(style="value")
+    if shown.reprcrash is not None:
+        # pytest's last lines show as much of it as fits: the finding, not the name of the class.
+        shown.reprcrash.message = broken.headline
+    report.longrepr = shown
+    if broken.call is not None:
+        report.sections.append(("without pytest", broken.call.snippet))
 
 
 def broken_claim(error: BaseException | None) -> ClaimBroken | None:

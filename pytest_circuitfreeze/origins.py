@@ -33,7 +33,14 @@ class Origin:
 
     def arguments(self) -> dict[str, object]:
         """All arguments, by name."""
-        return {**({} if self.model is None else {"model": self.model()}), **self.given}
+        if self.model is None:
+            return dict(self.given)
+        model = self.model()
+        return {"model": Gone() if model is None else model, **self.given}
+
+
+class Gone:
+    """Stands for a model that is no more."""
 
 
 # By identity: a recording compares by what is in it, and an engine may compare as it likes.

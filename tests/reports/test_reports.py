@@ -99,6 +99,17 @@ def test_what_was_written_is_what_is_read(document: dict[str, object], tmp_path:
     assert json.loads(source.read_text()) == document
 
 
+def test_snippet_of_a_failure_is_code_in_markdown_and_its_facts_are_kept(tmp_path: Path) -> None:
+    place = {"layer": 1, "head": 2}
+    failure = {"claim": "v stays", "place": place, "error": "inf", "bound": 0.0, "snippet": "x = [1]\ncheck_v(x)\n"}
+    told = replace(BREAKS, failure=failure)
+    source, shown = reports.write(reports.build(SETTINGS, {}, [told, BREAKS], 1), tmp_path)
+    assert reports.read(source).results == (told, BREAKS)
+    assert (
+        "at \\<token> 0\n\n  ```python\n  x = [1]\n  check_v(x)\n  ```\n\n- `circuitfreeze/" in shown.read_text("utf-8")
+    )
+
+
 def test_place_of_the_report_is_not_in_it(document: dict[str, object]) -> None:
     assert "secret" not in json.dumps(document)
 

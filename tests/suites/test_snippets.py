@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from weakref import ref
 import pytest
 import torch
 from broken_engines import BROKEN
-from broken_engines.reach import LooksAcross, TouchesEverything
+from broken_engines.reach import TouchesEverything
 from broken_engines.references import ColumnBefore
 from broken_engines.storage import CutsInThree
 from honest_engine import HookEngine
@@ -28,12 +29,15 @@ from pytest_circuitfreeze.loading import load_model
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.origins import origin_of, remembered
 from pytest_circuitfreeze.recordings import recorded
+from pytest_circuitfreeze.snippets import Call
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import ClaimBroken
 from pytest_circuitfreeze.suites.judge.twins import twins
 from pytest_circuitfreeze.suites.locality import check_other_heads_are_untouched, check_rows_do_not_matter
+from pytest_circuitfreeze.suites.references import check_recordings_are_what_attention_saw
 from pytest_circuitfreeze.suites.refusals import Refusing
 from pytest_circuitfreeze.suites.removal import check_removal_leaves_no_trace
+from pytest_circuitfreeze.suites.storage import check_storage_does_not_matter
 from pytest_circuitfreeze.suites.tolerance import nudged
 
 IDS = torch.tensor([[7, 3, 11], [4, 19, 6]])
@@ -111,7 +115,6 @@ def test_snippet_breaks_the_claim_alike(check: str, broken: type[HookEngine], mo
 @pytest.mark.parametrize(
     ("check", "broken"),
     [
-        ("check_rows_do_not_matter", LooksAcross),
         ("check_values_are_the_oracles", ColumnBefore),
         ("check_storage_does_not_matter", CutsInThree),
     ],
@@ -157,6 +160,29 @@ batch = Batch(
 check_rows_do_not_matter(engine, model, config, batch)
 """
     )
+
+
+def test_snippet_of_a_run_is_of_its_smallest_example_under_its_conditions(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    words = "--circuitfreeze --circuitfreeze-arch llama_gqa --circuitfreeze-dtype float64 --circuitfreeze-attn eager"
+    engine = ("--circuitfreeze-engine", "broken_engines:NextHead", "--circuitfreeze-report", "out")
+    result = pytester.runpytest_subprocess(*words.split(), *engine, "-k", "other_heads", "circuitfreeze")
+    failed = json.loads((pytester.path / "out" / "report.json").read_text())["results"][0]["failure"]
+    assert failed["snippet"].endswith(
+        """\
+engine = load_engine("broken_engines:NextHead")
+model = tiny_model("llama_gqa", dtype=torch.float64, attn="eager")
+config = InterventionConfig(layer_indices=[0], head_indices=[0], circuit="ov")
+batch = Batch(torch.tensor([[45]]))
+
+check_other_heads_are_untouched(engine, model, config, batch)
+"""
+    )
+    assert result.stdout.str().count(failed["snippet"]) == 1
+    again = run(failed["snippet"])
+    assert (again.found, again.place) == (failed["found"], failed["place"])
 
 
 def test_what_cannot_be_written_as_code_is_yours() -> None:
@@ -221,6 +247,21 @@ def test_a_loaded_model_is_loaded_again() -> None:
 
 def factory() -> torch.nn.Module:
     return tiny_model("gpt2")
+
+
+def test_each_of_several_values_is_the_one_in_its_place() -> None:
+    small = tiny_model("gpt2")
+    own = twins(small)
+    assert [origin.place for twin in own if (origin := origin_of(twin)) is not None] == [0, 1]
+    snippet = Call(check_storage_does_not_matter, {"twin": own[1]}).snippet
+    assert '\ntwin = twins(tiny_model("gpt2"))[1]\n' in snippet
+
+
+def test_what_was_made_of_a_model_that_is_gone_is_yours() -> None:
+    held = recorded(tiny_model("gpt2"), Batch(IDS[:1, :2]))
+    gc.collect()
+    snippet = Call(check_recordings_are_what_attention_saw, {"recording": held}).snippet
+    assert "\nrecording = recorded(..., Batch(torch.tensor([[7, 3]])))  # yours: Gone\n" in snippet
 
 
 def test_what_is_remembered_keeps_no_model_alive() -> None:
