@@ -34,6 +34,7 @@ class Call:
 
     def __init__(self, function: Callable[..., object], arguments: Mapping[str, object]) -> None:
         self._writer = _Writer()
+        self._threads = torch.get_num_threads()
         self._values: list[tuple[str, Code, str]] = []
         for name, value in _given(function, arguments).items():
             self._writer.unknown.clear()
@@ -66,7 +67,8 @@ class Call:
             for name, code, unknown in self._values
             if _has_a_line(code)
         ]
-        return "\n".join([*self._writer.imports(), "", *assignments, "", laid_out(self._call), ""])
+        threads = f"torch.set_num_threads({self._threads})  # sums are rounded otherwise in more or fewer"
+        return "\n".join([*self._writer.imports(), "", threads, *assignments, "", laid_out(self._call), ""])
 
 
 class _Writer:
@@ -83,10 +85,9 @@ class _Writer:
         self._imported: dict[str, set[str]] = {}
 
     def imports(self) -> list[str]:
-        """The lines that import what the code uses, this project's own last."""
-        lines = ["import torch", ""] if "torch" in self._imported else []
-        own = sorted(module for module in self._imported if module != "torch")
-        return lines + [_import(module, sorted(self._imported[module])) for module in own]
+        """The lines that import torch and what the code uses."""
+        own = [_import(module, sorted(names)) for module, names in sorted(self._imported.items())]
+        return ["import torch", "", *own]
 
     def code(self, value: object) -> Code:
         """An expression that gives `value`."""
@@ -111,7 +112,6 @@ class _Writer:
         if isinstance(value, list | tuple | range):
             return Brackets("[", tuple(map(self.code, value)), "]")
         if isinstance(value, torch.dtype):
-            self._imported["torch"] = set()
             return repr(value)
         if isinstance(value, Tensor):
             return self._tensor(value)
@@ -135,7 +135,6 @@ class _Writer:
         return Brackets(f"{function.__name__}(", tuple(items), ")")
 
     def _tensor(self, tensor: Tensor) -> Code:
-        self._imported["torch"] = set()
         items = [self.code(tensor.tolist())]
         if tensor.dtype != torch.int64:
             items.append(f"dtype={tensor.dtype}")

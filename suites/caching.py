@@ -56,14 +56,15 @@ def check_cached_equals_recomputed(
     demand_decoding(engine, model, batch, ends)
     config = _calibrated(model, config, batch)
 
-    def both(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
+    def compare(claim: Claim, which: InterventionConfig | None) -> None:
         want = of_real_tokens(look(engine, model, which, batch).logits, batch)
         got = of_real_tokens(decode(engine, model, which, batch, ends), batch)
         other = nudged(model)
         moved = look(engine, other, which and _carried_over(other, which, batch), batch).logits
-        return got, want, largest_change(want, of_real_tokens(moved, batch))
+        bound = largest_change(want, of_real_tokens(moved, batch))
+        claim.within("logits", got, want, bound, "row position word")
 
-    claim.compared("logits", both, config, "row position word")
+    claim.compared(compare, config)
     return claim.margin
 
 
@@ -179,31 +180,30 @@ def check_recomputation_is_the_same_pass(
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise NotApplicable(f"{type(model).__name__} has no gradient checkpointing")
 
-    def both(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float]:
+    def compare(claim: Claim, which: InterventionConfig | None) -> None:
         want = _gradients(engine, model, which, [batch, other])
         with _checkpointing(model):
             got = _gradients(engine, model, which, [batch, other])
-        return got, want, 0.0
+        for name, gradient in got.items():
+            claim.same(f"gradient of {name}", gradient, want[name])
 
-    claim.compared("gradients of the parameters", both, config, "entry")
+    claim.compared(compare, config)
     return claim.margin
 
 
 def _gradients(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig | None, several: Sequence[Batch]
-) -> Tensor:
-    """The gradients of all parameters, in a row, of the mean squares of the logits of `several` batches."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+) -> dict[str, Tensor]:
+    """The parameters' gradients, by name, of the mean squares of the logits of `several` batches."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    def run(call: Callable[..., Any]) -> Tensor:
+    def run(call: Callable[..., Any]) -> dict[str, Tensor]:
         squares = [call(**batch.arguments(model)).logits[batch.real].square().mean() for batch in several]
-        found = torch.autograd.grad(torch.stack(squares).sum(), parameters, allow_unused=True)
-        return torch.cat(
-            [
-                torch.zeros_like(one).flatten() if grad is None else grad.flatten()
-                for one, grad in zip(parameters, found, strict=True)
-            ]
-        )
+        found = torch.autograd.grad(torch.stack(squares).sum(), list(parameters.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(one) if grad is None else grad
+            for (name, one), grad in zip(parameters.items(), found, strict=True)
+        }
 
     with attention_implementation(model, implementations(model)[0]), _training(model):
         if config is None:

@@ -132,24 +132,21 @@ class Claim:
             raise ClaimBroken(self.sentence, f"{what}: {error:.3g}", where, Margin(error, bound))
         self.observe(error, bound)
 
-    def compared(
-        self, what: str, pair: Callable[[Any], tuple[Tensor, Tensor, float | Tensor]], config: object, axes: str = ""
-    ) -> None:
-        """Demands, where the unfrozen model keeps to it, that what `pair` gives for a config is `within` its bound.
+    def compared(self, compare: Callable[[Claim, Any], None], config: object) -> None:
+        """Demands what `compare` demands of a config, where the unfrozen model keeps to it.
 
         Args:
-            pair: makes what the engine gave, what it should have given, and the bound; of `None`, unfrozen.
+            compare: makes its demands of the claim that it is handed, about a config; about `None`, unfrozen.
 
         Raises:
             ClaimBroken: it is broken under the freeze alone.
             NotApplicable: the unfrozen model breaks it, too.
         """
         try:
-            self.within(what, *pair(config), axes)
+            compare(self, config)
         except ClaimBroken:
-            clean = Claim(self.sentence)
             try:
-                clean.within(what, *pair(None), axes)
+                compare(Claim(self.sentence), None)
             except ClaimBroken as own:
                 raise NotApplicable(f"not even of the unfrozen model: {own.headline}") from None
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch, vocabulary
@@ -95,13 +94,13 @@ def check_later_tokens_do_not_matter(
     other = Batch(ids, batch.attention_mask)
     first = Batch(batch.input_ids[:, :column], batch.real[:, :column])
 
-    def before(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
+    def compare(claim: Claim, which: InterventionConfig | None) -> None:
         passes = [look(engine, model, which, batch), look(engine, model, which, other)]
         passes.append(nudged_look(engine, model, which, batch))
         want, got, moved = (of_real_tokens(each.logits[:, :column], first) for each in passes)
-        return got, want, largest_change(want, moved)
+        claim.within("logits", got, want, largest_change(want, moved), "row position word")
 
-    claim.compared("logits", before, config, "row position word")
+    claim.compared(compare, config)
     return claim.margin
 
 
@@ -122,14 +121,14 @@ def check_rows_do_not_matter(
     masks = [None if batch.attention_mask is None else mask[None] for mask in batch.real.long()]
     alone = [Batch(ids[None], mask) for ids, mask in zip(batch.input_ids, masks, strict=True)]
 
-    def rows(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
+    def compare(claim: Claim, which: InterventionConfig | None) -> None:
         found = torch.cat([look(engine, model, which, row).logits for row in alone])
         passes = [found, look(engine, model, which, batch).logits, nudged_look(engine, model, which, batch).logits]
         got, want, moved = (of_real_tokens(logits, batch) for logits in passes)
         bounds = [largest_change(one, off) for one, off in zip(want, moved, strict=True)]
-        return got, want, want.new_tensor(bounds)[:, None, None]
+        claim.within("logits", got, want, want.new_tensor(bounds)[:, None, None], "row position word")
 
-    claim.compared("logits", rows, config, "row position word")
+    claim.compared(compare, config)
     return claim.margin
 
 

@@ -175,13 +175,13 @@ def check_implementations_agree(
     if len(implementations(model)) < 2:
         raise NotApplicable(f"{type(model).__name__} runs under {implementations(model)[0]} attention alone")
 
-    def both(which: InterventionConfig | None) -> tuple[Tensor, Tensor, float | Tensor]:
+    def compare(claim: Claim, which: InterventionConfig | None) -> None:
         passes = [look(engine, model, which, batch), look(engine, model, which, batch, attn="eager")]
         # Several families take the eager softmax in float32 whatever the model's dtype.
         rounding = torch.float32 if model.dtype == torch.float64 else None
         passes.append(nudged_look(engine, model, which, batch, rounding=rounding))
         sdpa, eager, moved = (of_real_tokens(each.logits, batch) for each in passes)
-        return eager, sdpa, largest_change(sdpa, moved)
+        claim.within("logits", eager, sdpa, largest_change(sdpa, moved), "row position word")
 
-    claim.compared("logits", both, config, "row position word")
+    claim.compared(compare, config)
     return claim.margin

@@ -62,6 +62,7 @@ def test_broken_claim_shows_its_finding_and_how_to_run_it_again(stand_in: Run) -
             "from pytest_circuitfreeze.strategies import Batch",
             "from stand_in.test_gamma import check_small",
             "",
+            "torch.set_num_threads(1)*",
             "batch = Batch(torch.tensor(??30??))",
             "",
             'check_small("phi3", batch, most=29)',

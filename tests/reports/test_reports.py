@@ -105,8 +105,8 @@ def test_snippet_of_a_failure_is_code_in_markdown_and_its_facts_are_kept(tmp_pat
     told = replace(BREAKS, failure=failure)
     source, shown = reports.write(reports.build(SETTINGS, {}, [told, BREAKS], 1), tmp_path)
     assert reports.read(source).results == (told, BREAKS)
-    assert (
-        "at \\<token> 0\n\n  ```python\n  x = [1]\n  check_v(x)\n  ```\n\n- `circuitfreeze/" in shown.read_text("utf-8")
+    assert "at \\<token> 0\n\n  ```python\n  x = [1]\n  check_v(x)\n  ```\n\n- `circuitfreeze/" in shown.read_text(
+        "utf-8"
     )
 
 

@@ -145,6 +145,7 @@ from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.locality import check_rows_do_not_matter
 
+torch.set_num_threads(1)  # sums are rounded otherwise in more or fewer
 engine = load_engine("broken_engines.reach:LooksAcross")
 model = tiny_model("gpt2", dtype=torch.float64)
 config = InterventionConfig(
