@@ -56,4 +56,4 @@ def _compare_gradient(claim: Claim, replay: Replay, what: str, got: Tensor | Non
             "gradient of the input", got, want, bounds, "row position feature", **place, **in_run(replay.seen.run)
         )
     else:  # the sum over all runs
-        claim.within(f"gradient of {what}", got, want, bounds, **place)
+        claim.within(f"gradient of {what}", got, want, bounds, "", **place)
