@@ -14,6 +14,9 @@ from pytest_circuitfreeze.snippets import Call
 
 __all__ = ["Claim", "ClaimBroken", "Margin", "NotApplicable", "check", "in_run"]
 
+# pytest leaves the frames of this module out of a traceback: the check that made the demand is the last one shown.
+__tracebackhide__ = True
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
