@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pytest_circuitfreeze.origins import remembered
@@ -27,7 +28,14 @@ class EngineError(Exception):
 class Engine(Protocol):
     """What the suites need of an implementation.
 
-    An engine may also have ``supports(model, config) -> str | None``: a reason where it cannot do one.
+    An engine may also say what it does not do. What it does not claim is reported as not offered, never as passed:
+
+    - ``supports(model, config) -> str | None``: a reason where it does not offer to freeze a model as one config, or
+      several together, say;
+    - ``not_offered``, a mapping: for each claim that it does not make (a shipped test's name without ``test_``), why.
+
+    What it must refuse is reported as refused, and tested to be: an ``UnsupportedModelError`` when it is to freeze so,
+    and for all of a model a reason from ``refuses(model) -> str | None``.
     """
 
     @property
@@ -37,7 +45,11 @@ class Engine(Protocol):
     def freeze(
         self, model: torch.nn.Module, config: InterventionConfig | Sequence[InterventionConfig]
     ) -> AbstractContextManager[Callable[..., Any]]:
-        """A context manager that yields a callable with the model's own call signature, frozen as asked."""
+        """A context manager that yields a callable with the model's own call signature, frozen as asked.
+
+        Where another model runs than ``model``, with modules at the same paths, it is the callable's attribute
+        ``model``: the suites' recorders look into that one.
+        """
 
 
 class FreezeCore:
@@ -58,8 +70,8 @@ class FreezeCore:
         with self._freezer.freeze_circuits(model, config):
             yield model
 
-    def supports(self, model: torch.nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
-        """Refuses models that it cannot serve at all; a config that it must serve is never refused here."""
+    def refuses(self, model: torch.nn.Module) -> str | None:
+        """Why a model cannot be served at all."""
         from freeze_core import UnsupportedModelError
 
         try:
@@ -69,7 +81,22 @@ class FreezeCore:
         return None
 
 
-BUILT_IN: dict[str, Callable[[], Engine]] = {"freeze_core": FreezeCore}
+_ADAPTERS = "pytest_circuitfreeze.adapters"
+BUILT_IN: Mapping[str, str] = MappingProxyType(
+    {
+        "freeze_core": "pytest_circuitfreeze.engines:FreezeCore",
+        "hooks": f"{_ADAPTERS}.hooks:HookEngine",
+        "nnsight": f"{_ADAPTERS}.nnsight:NNsightEngine",
+        "pyvene": f"{_ADAPTERS}.pyvene:PyveneEngine",
+        "transformer_lens": f"{_ADAPTERS}.transformer_lens:TransformerLensEngine",
+    }
+)
+"""Where the built-in engines are; an adapter's library is imported with it, so only when it is chosen."""
+
+EXTRAS: Mapping[str, str] = MappingProxyType(
+    {"nnsight": "nnsight", "pyvene": "pyvene", "transformer_lens": "transformer-lens"}
+)
+"""The optional extra that brings the library of a built-in engine."""
 
 
 def check_engine_name(spec: str) -> None:
@@ -102,19 +129,24 @@ def load_engine(spec: str) -> Engine:
         check_engine_name(spec)
     except ValueError as error:
         raise EngineError(str(error)) from error
-    if spec in BUILT_IN:
-        return BUILT_IN[spec]()
     try:
-        found = _resolve(spec)
+        found = _resolve(BUILT_IN.get(spec, spec))
         if isinstance(found, type) or not _is_engine(found):
             found = found()
     except Exception as error:  # whatever a stranger's module or factory raises
-        raise EngineError(f"engine {spec!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise EngineError(_why_not(spec, error)) from error
     if not _is_engine(found):
         raise EngineError(
             f"engine {spec!r} gave {found!r}, which is no engine: it needs name (a str) and freeze(model, config)"
         )
     return found  # type: ignore[no-any-return]
+
+
+def _why_not(spec: str, error: Exception) -> str:
+    if spec in EXTRAS and isinstance(error, ModuleNotFoundError) and error.name == spec:
+        extra = EXTRAS[spec]
+        return f"engine {spec!r} needs {extra}, which is not installed: pip install 'pytest-circuitfreeze[{extra}]'"
+    return f"engine {spec!r} cannot be loaded: {type(error).__name__}: {error}"
 
 
 def _resolve(spec: str) -> Any:

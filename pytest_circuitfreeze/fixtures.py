@@ -44,13 +44,11 @@ def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> tor
 
 def _refusal(engine: Engine, model: torch.nn.Module) -> str | None:
     """Why an engine cannot serve a model at all, if it says so."""
-    supports = getattr(engine, "supports", None)
-    if supports is None:
-        return None
     from freeze_core import InterventionConfig
 
-    reason: str | None = supports(model, InterventionConfig())
-    return reason
+    refuses, supports = (getattr(engine, name, None) for name in ("refuses", "supports"))
+    reason: str | None = refuses(model) if refuses else None
+    return reason or (supports(model, InterventionConfig()) if supports else None)
 
 
 def _load(target: str, settings: Settings) -> torch.nn.Module:

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from pytest_circuitfreeze.results import Result, used
 
 # What a cell says, worst first: a cell of several tests says the worst of them.
-WORDS = {"failed": "FAIL", "error": "ERROR", "skipped": "skip", "refused": "refused", "passed": "pass", "n/a": "n/a"}
+WORDS = {
+    "failed": "FAIL",
+    "error": "ERROR",
+    "skipped": "skip",
+    "refused": "refused",
+    "passed": "pass",
+    "not offered": "not offered",
+    "n/a": "n/a",
+}
 PARTLY = "pass*"
 """Passed, but for configs that the engine refuses by name."""
+IN_PART = "in part"
+"""Passed as far as the engine claims to go: other configs it does not offer."""
 NOT_RUN = "-"
 WITHOUT_MODEL = "(none)"
 
@@ -59,12 +69,10 @@ def totals(results: Sequence[Result]) -> str:
     """How many claims on how many models came out how, and the one that came closest to its bound."""
     claims = len({(result.file, result.claim) for result in results})
     models = len({result.model for result in results if result.model})
-    counts = ", ".join(
-        f"{number} {outcome}" for outcome in WORDS if (number := sum(result.outcome == outcome for result in results))
-    )
+    counts = ", ".join(_counted(results, outcome) for outcome in WORDS if _of(results, outcome))
     examples = sum(result.examples for result in results)
     line = f"{_count(claims, 'claim')} on {_count(models, 'model')}: {counts}; {_count(examples, 'example')}"
-    passed = [result for result in results if result.outcome == "passed"]
+    passed = _of(results, "passed")
     tightest = max(passed, key=lambda result: used(result.error, result.bound), default=None)
     if tightest is None or tightest.error == 0.0:
         return line
@@ -72,20 +80,42 @@ def totals(results: Sequence[Result]) -> str:
     return f"{line}\nclosest to its bound: {words(tightest.claim)}, {tightest.model}, {share} of it"
 
 
+def _of(results: Iterable[Result], outcome: str) -> list[Result]:
+    return [result for result in results if result.outcome == outcome]
+
+
+def _counted(results: Iterable[Result], outcome: str) -> str:
+    own = _of(results, outcome)
+    partly = sum(bool(result.not_offered) for result in own) if outcome == "passed" else 0
+    return f"{len(own)} {outcome}" + (f" ({partly} {IN_PART})" if partly else "")
+
+
 def reasons(results: Iterable[Result]) -> list[str]:
-    """A line for each reason for which a claim was refused, refused in part, or is not about a model."""
+    """A line for each reason for which a claim was refused, or not offered, wholly or in part, or is not about a model.
+
+    What is not offered on several models for one reason is one line.
+    """
     found: dict[tuple[str, str, str], set[str]] = {}
+    missing: dict[str, dict[str, set[str]]] = {}
     for result in results:
+        model = result.model or WITHOUT_MODEL
         told = [("refused", result.message)] if result.outcome == "refused" else []
         told += [("n/a", result.message)] if result.outcome == "n/a" else []
         told += [(PARTLY, reason) for reason in result.refusals]
         for word, reason in told:
-            found.setdefault((result.model or WITHOUT_MODEL, word, reason), set()).add(result.claim)
+            found.setdefault((model, word, reason), set()).add(result.claim)
+        for reason in result.not_offered:
+            missing.setdefault(reason, {}).setdefault(model, set()).add(result.claim)
     claims = len({result.claim for result in results})
-    return [
+    lines = [
         f"{model} {word}{'' if len(about) == claims or word == PARTLY else f' ({words(min(about))})'}: {reason}"
         for (model, word, reason), about in found.items()
     ]
+    for reason, about_models in missing.items():
+        named = set.union(*about_models.values())
+        about = f" ({words(min(named))})" if len(named) == 1 < claims else ""
+        lines.append(f"{', '.join(about_models)} not offered{about}: {reason}")
+    return lines
 
 
 def words(claim: str) -> str:
@@ -99,10 +129,12 @@ def subject(file: str) -> str:
 
 
 def cell(results: Iterable[Result], model: str) -> str:
-    """What the table says of some results on one model: the worst of them."""
+    """What the table says of some results on one model: the worst of them; no pass where a part is not offered."""
     own = [result for result in results if (result.model or WITHOUT_MODEL) == model]
     outcomes = {result.outcome for result in own}
     word = next((word for outcome, word in WORDS.items() if outcome in outcomes), NOT_RUN)
+    if word == WORDS["passed"] and any(result.not_offered for result in own):
+        return IN_PART
     return PARTLY if word == WORDS["passed"] and any(result.refusals for result in own) else word
 
 

@@ -79,11 +79,11 @@ class SuiteRun:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Adds what the test found, also where it failed."""
+        """Adds what the test found, also where it failed. A claim that the engine does not offer is no pass."""
         tiny = is_shipped(item) and model_of(item) in self._settings.architectures
         try:
             with one_thread() if tiny else nullcontext():
-                return (yield)
+                result = yield
         except Exception as error:
             if is_shipped(item) and (claim := broken_claim(error)) is not None:
                 item.user_properties.extend(broken(claim))
@@ -91,6 +91,9 @@ class SuiteRun:
         finally:
             if is_shipped(item):
                 item.user_properties.extend(measured(self._record))
+        if is_shipped(item) and self._record.offers_nothing:
+            pytest.skip(f"not offered: {'; '.join(self._record.not_offered)}")
+        return result
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(

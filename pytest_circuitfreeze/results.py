@@ -42,6 +42,8 @@ class CircuitRecord:
         self.silent = ""
         self.refused = ""
         self.refusals: list[str] = []
+        self.not_offered: list[str] = []
+        self.drawn_anew = 0
 
     def not_applicable(self, reason: str) -> None:
         """The claim says nothing about the model (in this example), and why."""
@@ -53,8 +55,20 @@ class CircuitRecord:
 
     def refused_config(self, reason: str) -> None:
         """The engine refuses to freeze the model in one way, and why."""
+        self.drawn_anew += 1
         if reason not in self.refusals:
             self.refusals.append(reason)
+
+    def not_offered_config(self, reason: str) -> None:
+        """The engine does not claim to freeze the model in one way, or at all, and why."""
+        self.drawn_anew += 1
+        if reason not in self.not_offered:
+            self.not_offered.append(reason)
+
+    @property
+    def offers_nothing(self) -> bool:
+        """Whether the engine claimed nothing of what it was to be asked."""
+        return bool(self.not_offered) and self.examples == 0
 
     def observe(self, margin: Margin) -> None:
         """Counts one example and keeps the margin that came closest to its bound.
@@ -86,7 +100,7 @@ class Result:
     sentence: str
     model: str | None
     engine: str
-    outcome: str  # "passed", "failed", "error" (in set-up or tear-down), "skipped", "refused" or "n/a"
+    outcome: str  # "passed", "failed", "error" (in set-up or tear-down), "skipped", "refused", "not offered" or "n/a"
     seconds: float
     examples: int
     error: float
@@ -94,6 +108,8 @@ class Result:
     message: str
     refusals: tuple[str, ...] = ()
     """Why the engine refused some of the configs that were drawn."""
+    not_offered: tuple[str, ...] = ()
+    """Why the engine does not claim to serve some of them, or any."""
     failure: Mapping[str, Any] | None = None
     """The claim that broke: :func:`broken`'s facts."""
 
@@ -126,8 +142,9 @@ def model_of(item: pytest.Item) -> str | None:
 def measured(record: CircuitRecord) -> list[tuple[str, object]]:
     """What a test found, as properties of its report."""
     facts: dict[str, object] = {"examples": record.examples, "error": record.error, "bound": record.bound}
-    told = {"silent": record.silent, "refused": record.refused, "refusals": list(record.refusals)}
-    facts |= {name: value for name, value in told.items() if value}
+    told = {"silent": record.silent, "refused": record.refused}
+    several = {"refusals": list(record.refusals), "not_offered": list(record.not_offered)}
+    facts |= {name: value for name, value in {**told, **several}.items() if value}
     return [(PREFIX + key, value) for key, value in facts.items()]
 
 
@@ -188,6 +205,7 @@ def _result(reports: list[pytest.TestReport]) -> Result:
         bound=facts.get("bound", 0.0),
         message=_message(reports) or facts.get("refused", "") or facts.get("silent", ""),
         refusals=tuple(facts.get("refusals", ())),
+        not_offered=tuple(facts.get("not_offered", ())),
         failure={key.removeprefix(FAILURE): facts[key] for key in facts if key.startswith(FAILURE)} or None,
     )
 
@@ -199,7 +217,7 @@ def _outcome(reports: Iterable[pytest.TestReport], facts: Mapping[str, Any]) -> 
     if "failed" in by_phase.values():
         return "error"
     if "skipped" in by_phase.values():
-        return "skipped"
+        return "not offered" if facts.get("not_offered") and not facts.get("examples") else "skipped"
     if by_phase.get("call") != "passed":  # a worker that died leaves no report of the call
         return "error"
     if facts.get("refused"):

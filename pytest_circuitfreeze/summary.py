@@ -17,7 +17,11 @@ from pytest_circuitfreeze.settings import Settings
 if TYPE_CHECKING:
     from _pytest._io import TerminalWriter
 
-_COLOURS = {"FAIL": "red", "ERROR": "red", "skip": "yellow", "refused": "yellow", "pass*": "green", "pass": "green"}
+_COLOURS = {
+    **dict.fromkeys(("FAIL", "ERROR"), "red"),
+    **dict.fromkeys(("skip", "refused", "not offered", "in part"), "yellow"),
+    **dict.fromkeys(("pass*", "pass"), "green"),
+}
 _LAST_HEAD = ("of", "bound")
 _GAP = "  "
 _NARROWEST_LABEL = 24

@@ -13,6 +13,8 @@ from pytest_circuitfreeze.results import Result
 from pytest_circuitfreeze.settings import Settings
 
 SCHEMA = 1
+LISTS = ("refusals", "not_offered")
+"""The fields of a result that hold several texts."""
 
 
 class ReportError(Exception):
@@ -50,7 +52,7 @@ def build(settings: Settings, versions: Mapping[str, str], results: Iterable[Res
         "exit_status": status,
         "environment": {**versions, "python": platform.python_version(), "platform": platform.platform()},
         "settings": {**chosen, "architectures": list(chosen["architectures"]), "models": list(chosen["models"])},
-        "results": [asdict(result) | {"refusals": list(result.refusals)} for result in results],
+        "results": [asdict(result) | {name: list(getattr(result, name)) for name in LISTS} for result in results],
     }
 
 
@@ -67,7 +69,7 @@ def read(path: Path) -> Report:
             raise ReportError(f"{path} has schema {schema!r}; this version reads {SCHEMA}")
         # JSON has lists alone.
         results = tuple(
-            Result(**{**entry, "refusals": tuple(entry.get("refusals", ()))}) for entry in document["results"]
+            Result(**{**entry, **{name: tuple(entry.get(name, ())) for name in LISTS}}) for entry in document["results"]
         )
         return Report(document["settings"], document["environment"], results)
     except (ValueError, KeyError, TypeError) as error:

@@ -59,7 +59,10 @@ def _failure(result: Result) -> str:
 def _reasons(results: tuple[Result, ...]) -> list[str]:
     told = matrix.reasons(results)
     return (
-        ["## What was refused, and what does not apply", "\n".join(f"- {_escape(line)}" for line in told)]
+        [
+            "## What was refused, what is not offered, and what does not apply",
+            "\n".join(f"- {_escape(line)}" for line in told),
+        ]
         if told
         else []
     )

@@ -14,18 +14,29 @@ from pytest_circuitfreeze.architectures import Unbuilt
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.suites.claims import NotApplicable
-from pytest_circuitfreeze.suites.refusals import Refused, Refusing, check_refusal, refusal
+from pytest_circuitfreeze.suites.refusals import (
+    NotOffered,
+    Refused,
+    Refusing,
+    check_refusal,
+    claim_not_offered,
+    refusal,
+)
 
 __all__ = ["proven"]
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
+PATIENCE = 40
+"""Examples of one test that are drawn anew because the engine does not serve them; Hypothesis loses its own at 50."""
+
 
 def proven(test: Test) -> Callable[..., None]:
     """Runs `test` on examples that it draws itself from its argument `data`, as many as the chosen profile says.
 
-    What the engine refuses by name is written down with its reason and another example is drawn; where it refuses the
-    whole model, the refusal is what is tested. A claim that says nothing about the model is written down as such.
+    What the engine refuses by name, or does not offer, is written down with its reason and another example is drawn;
+    where it refuses the whole model, the refusal is what is tested. A claim that says nothing about the model is
+    written down as such.
     """
 
     drawn: Any = given(data=st.data())(test)
@@ -40,6 +51,10 @@ def proven(test: Test) -> Callable[..., None]:
         if isinstance(circuit_model, Unbuilt):
             circuit_record.not_applicable(circuit_model.reason)
             return
+        reason = claim_not_offered(circuit_engine, test.__name__.removeprefix("test_"))
+        if reason is not None:
+            circuit_record.not_offered_config(reason)
+            return
         reason = refusal(circuit_engine, circuit_model)
         if reason is not None:
             check_refusal(circuit_engine, circuit_model)
@@ -50,8 +65,13 @@ def proven(test: Test) -> Callable[..., None]:
         except NotApplicable as silent:
             circuit_record.not_applicable(str(silent))
         except Refused as refused:
-            circuit_record.refused_config(str(refused))
-            reject()
+            note = (
+                circuit_record.not_offered_config if isinstance(refused, NotOffered) else circuit_record.refused_config
+            )
+            note(str(refused))
+            # Past that the example ends without a word, since an engine may serve none at all.
+            if circuit_record.drawn_anew <= PATIENCE:
+                reject()
 
     # Hypothesis's own place for what stands around a test, so that the test stays what is collected and shown.
     drawn.hypothesis.inner_test = example

@@ -1,8 +1,13 @@
-"""What an engine refuses, it refuses by name: with a reason, and before anything is installed."""
+"""What an engine does not do: what it refuses by name, before anything is installed, and what it does not offer at all.
+
+A refusal is an `UnsupportedModelError` when a model is to be frozen, of some configs or, if the engine's `refuses`
+says so, of all; it is judged: it has a reason and leaves no trace. What is not offered is what `supports` gives a
+reason for, or `not_offered` for a whole claim: the engine is not asked for it, and it is no pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,13 +23,17 @@ from pytest_circuitfreeze.suites.judge.state import changes, visible_state
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
 
-__all__ = ["Refused", "Refusing", "check_refusal", "refusal"]
+__all__ = ["NotOffered", "Refused", "Refusing", "check_refusal", "claim_not_offered", "not_offered", "refusal"]
 
 _REFUSALS: WeakKeyDictionary[Engine, WeakKeyDictionary[nn.Module, str | None]] = WeakKeyDictionary()
 
 
 class Refused(Exception):
     """The engine refuses to freeze a model in one way; the message is its reason."""
+
+
+class NotOffered(Refused):
+    """The engine does not claim to freeze a model in this way, so it was not asked to; the message is its reason."""
 
 
 class Refusing:
@@ -42,29 +51,43 @@ class Refusing:
         """Freezes as the engine does.
 
         Raises:
+            NotOffered: the engine does not claim to.
             Refused: the engine refuses.
             ClaimBroken: it refuses, and has already done something to the model.
         """
+        from freeze_core import UnsupportedModelError
+
+        reason = not_offered(self.engine, model, config)
+        if reason is not None:
+            raise NotOffered(reason)
         with ExitStack() as stack:
             try:
                 frozen = stack.enter_context(self.engine.freeze(model, config))
-            except Exception as error:
-                reason = _reason(self.engine, model, config, error)
-                if reason is None:
-                    raise
+            except UnsupportedModelError as error:
                 check_refusal(self.engine, model, config)
-                raise Refused(reason) from error
+                raise Refused(str(error)) from error
             yield frozen
 
 
+def not_offered(engine: Engine, model: PreTrainedModel, config: Any) -> str | None:
+    """Why `engine` does not claim to freeze `model` as `config`, one or several, says, if `supports` has a reason."""
+    supports = getattr(engine, "supports", None)
+    reason: str | None = None if supports is None else supports(model, config)
+    return reason
+
+
+def claim_not_offered(engine: Engine, claim: str) -> str | None:
+    """Why `engine` does not make a claim, whatever the config, if it has a reason in `not_offered`."""
+    reasons: Mapping[str, str] = getattr(engine, "not_offered", {})
+    return reasons.get(claim)
+
+
 def refusal(engine: Engine, model: PreTrainedModel) -> str | None:
-    """Why `engine` cannot serve `model` at all, if it says so; asked once for each pair."""
+    """Why `engine` refuses `model` whatever the config, if it says so; asked once for each pair."""
     known = _REFUSALS.setdefault(engine, WeakKeyDictionary())
     if model not in known:
-        from freeze_core import InterventionConfig
-
-        supports = getattr(engine, "supports", None)
-        known[model] = None if supports is None else supports(model, InterventionConfig())
+        refuses = getattr(engine, "refuses", None)
+        known[model] = None if refuses is None else refuses(model)
     return known[model]
 
 
@@ -94,13 +117,3 @@ def check_refusal(
     found = changes(before, visible_state(model))
     claim.demand(not found, f"{len(found)} traces, such as: {'; '.join(found[:3])}")
     return claim.margin
-
-
-def _reason(engine: Engine, model: PreTrainedModel, config: Any, error: Exception) -> str | None:
-    from freeze_core import UnsupportedModelError
-
-    if isinstance(error, UnsupportedModelError):
-        return str(error)
-    supports = getattr(engine, "supports", None)
-    found: str | None = supports(model, config) if supports else None
-    return found

@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.engines import Engine, FreezeCore
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.strategies import batches, configs, references
+from pytest_circuitfreeze.suites.claims import NotApplicable
 from pytest_circuitfreeze.suites.judge.passes import pads_under_eager
 from pytest_circuitfreeze.suites.judge.sites import sites
 from pytest_circuitfreeze.suites.properties import proven
@@ -22,6 +23,8 @@ def test_recordings_are_what_attention_saw(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """What is recorded, for a reference, is what attention saw, bit for bit."""
+    if circuit_engine.name != FreezeCore.name:
+        raise NotApplicable("recordings are freeze_core's, whichever engine holds activations at them")
     batch = data.draw(batches(circuit_model), label="batch")
     layer = data.draw(st.sampled_from(sorted(sites(circuit_model))), label="layer")
     recording = data.draw(references(circuit_model, batch, [layer]), label="recording")

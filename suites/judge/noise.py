@@ -40,13 +40,15 @@ def engine_noise(engine: Engine, model: PreTrainedModel, seed: int, columns: int
     config = InterventionConfig(freeze_type="noise", noise_std=1.0, seed=seed)
     try:
         return read_noise(engine, model, config, batch)
-    except Refused:
+    except Refused as refused:
         # Some layer is refused by name: those that are not.
         draws: dict[tuple[int, int, str], Tensor] = {}
         for layer in sites(model):
             with suppress(Refused):
                 own = read_noise(engine, model, replace(config, layer_indices=[layer]), batch)
                 draws |= {place: draw for place, draw in own.items() if place[1] == layer}
+        if not draws:
+            raise refused
         return draws
 
 

@@ -48,17 +48,22 @@ def read_orders(
 
     Layers are frozen one at a time: up to its own activations each is the unfrozen one. One that the engine refuses
     to freeze is left out.
+
+    Raises:
+        Refused: the engine refuses all of them.
     """
     from freeze_core import InterventionConfig
 
     known = sites(model)
     clean = look(engine, model, None, batch).layers
     orders = {}
+    refusal = None
     for layer in known if layers is None else layers:
         config = InterventionConfig(layer_indices=[layer], freeze_type="resample", seed=seed)
         try:
             frozen = look(engine, model, config, batch).layers[layer]
-        except Refused:
+        except Refused as refused:
+            refusal = refused
             continue
         for role in ROLES:
             for name in known[layer].parts_of(role):
@@ -66,6 +71,8 @@ def read_orders(
                 apart = (got[:, :, None] - own[:, None, :]).abs().flatten(3).amax(-1)  # [head, row, other row]
                 error, rows = apart.min(-1)
                 orders[layer, name] = Order(rows, error, float(own.abs().max()))
+    if refusal is not None and not orders:
+        raise refusal
     return orders
 
 

@@ -54,7 +54,7 @@ def test_a_refusal_that_is_none_is_refused(pytester: pytest.Pytester) -> None:
         class Engine(FreezeCore):
             name = "shy"
 
-            def supports(self, model, config):
+            def refuses(self, model):
                 return "it is too hard for me"
         """
     )

@@ -1,4 +1,4 @@
-"""Where q, k and v of a few families lie: what the honest engine of hooks knows of them."""
+"""Where q, k and v of a few families lie, as one looks them up before one hooks them by hand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ import torch
 from torch import Tensor, nn
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+SEPARATE = ("opt", "llama", "mistral", "qwen2", "qwen3", "qwen3_next")
+FUSED = {
+    "gpt2": "c_attn",
+    "phi3": "qkv_proj",
+    "falcon": "query_key_value",
+    "bloom": "query_key_value",
+    "gpt_bigcode": "c_attn",
+}
+LATENT = ("deepseek_v3",)
+KNOWN = (*SEPARATE, *FUSED, *LATENT)
+"""The types of models whose places are right here."""
 
 
 @dataclass(eq=False)
@@ -28,7 +39,7 @@ class Layer:
 
 
 def layers(model: nn.Module) -> list[Layer]:
-    """The attention layers of GPT-2, OPT, LLaMA-like models, Phi-3, Falcon and a few others, or of split ones."""
+    """The attention layers of a model of one of the `KNOWN` types; a fused projection may have been split."""
     config: Any = model.config
     heads = config.num_attention_heads
     features = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -58,15 +69,6 @@ def layers(model: nn.Module) -> list[Layer]:
         number = next(int(part) for part in path.split(".") if part.isdecimal())
         found.append(Layer(number, module, places, heads, kv_heads))
     return found
-
-
-FUSED = {
-    "gpt2": "c_attn",
-    "phi3": "qkv_proj",
-    "falcon": "query_key_value",
-    "bloom": "query_key_value",
-    "gpt_bigcode": "c_attn",
-}
 
 
 def latent_places(config: Any) -> dict[str, tuple[str, Tensor]]:
