@@ -36,6 +36,10 @@ class Engine(Protocol):
 
     What it must refuse is reported as refused, and tested to be: an ``UnsupportedModelError`` when it is to freeze so,
     and for all of a model a reason from ``refuses(model) -> str | None``.
+
+    An engine that runs another model in place of the one that it is given, with modules at the same paths, gives it as
+    the attribute ``stand_in`` of what it yields, and as that of what ``unfrozen(model)`` gives: a callable that runs it
+    without a freeze. The suites' recorders look into that one, and compare frozen with unfrozen there.
     """
 
     @property
@@ -45,11 +49,7 @@ class Engine(Protocol):
     def freeze(
         self, model: torch.nn.Module, config: InterventionConfig | Sequence[InterventionConfig]
     ) -> AbstractContextManager[Callable[..., Any]]:
-        """A context manager that yields a callable with the model's own call signature, frozen as asked.
-
-        Where another model runs than ``model``, with modules at the same paths, it is the callable's attribute
-        ``model``: the suites' recorders look into that one.
-        """
+        """A context manager that yields a callable with the model's own call signature, frozen as asked."""
 
 
 class FreezeCore:

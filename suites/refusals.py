@@ -43,6 +43,8 @@ class Refusing:
         self.engine = engine
         self.name = engine.name
         stands_for(self, engine)
+        if hasattr(engine, "unfrozen"):
+            self.unfrozen = engine.unfrozen
 
     @contextmanager
     def freeze(

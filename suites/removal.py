@@ -13,7 +13,8 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen
 from pytest_circuitfreeze.suites.judge.passes import logits_of, look
-from pytest_circuitfreeze.suites.judge.state import changes, moving, visible_state
+from pytest_circuitfreeze.suites.judge.sites import standing_in
+from pytest_circuitfreeze.suites.judge.state import added, changes, moving, visible_state
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -84,9 +85,11 @@ def check_error_in_forward_leaves_no_trace(
     claim = Claim("an error in a frozen forward leaves no trace")
     clean, before = _unfrozen(engine, model, batch)
     want = look(engine, model, config, batch).logits
-    interrupted = first_frozen(model, config).output
+    interrupted = first_frozen(model, config)
     with engine.freeze(model, config) as frozen:
-        handle = interrupted.register_forward_pre_hook(_interrupt)
+        if hasattr(frozen, "stand_in"):
+            interrupted = standing_in({0: interrupted}, model, frozen.stand_in)[0]
+        handle = interrupted.output.register_forward_pre_hook(_interrupt)
         try:
             frozen(**batch.arguments(model))
         except _Interruption:
@@ -172,4 +175,6 @@ def _unfrozen(engine: Engine, model: PreTrainedModel, batch: Batch) -> tuple[Ten
 def _demand_no_trace(claim: Claim, model: PreTrainedModel, before: _State) -> None:
     own = (before.visible, visible_state(model))
     found = changes(*({name: one for name, one in state.items() if name not in before.moving} for state in own))
+    # What is left by the first freeze of all is there before any later one.
+    found += [f"{name} is there since an earlier freeze" for name in added(model) if name in before.visible]
     claim.demand(not found, f"{len(found)} traces, such as: {'; '.join(found[:3])}")

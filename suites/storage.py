@@ -38,11 +38,11 @@ def check_storage_does_not_matter(
         ClaimBroken: they do not.
     """
     claim = Claim("storage does not matter")
-    got = _results(engine, model, config, batch)
-    want = _results(engine, twin.model, moved_to(config, twin.model), batch)
+    got = _results(engine, model, config, batch, claim)
+    want = _results(engine, twin.model, moved_to(config, twin.model), batch, claim)
     with NudgedAttention():
         near = nudged(twin.model)
-        moved = _results(engine, near, moved_to(config, near), batch)
+        moved = _results(engine, near, moved_to(config, near), batch, claim)
     for key in sorted({*got} ^ {*want}, key=str):
         claim.broken(f"only one of the two has a {key.what}", **key.where)
     for key, value in got.items():
@@ -63,7 +63,9 @@ class _Key(NamedTuple):
         return {} if self.layer is None else {"layer": self.layer}
 
 
-def _results(engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch) -> dict[_Key, Tensor]:
+def _results(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, claim: Claim
+) -> dict[_Key, Tensor]:
     """Logits of real tokens and gradients, by names that do not depend on the storage."""
     known = sites(model)
     with without_gradients(model), attention_implementation(model, implementations(model)[0]), torch.enable_grad():
@@ -75,9 +77,18 @@ def _results(engine: Engine, model: PreTrainedModel, config: InterventionConfig,
         if embeddings is not None:
             found[_Key("gradient of the embeddings", "word feature")] = embeddings
         for layer, site in known.items():
+            lost = [name for name in _made_by(site) if site.module.get_parameter(name).grad is None]
+            claim.demand(not lost, f"no gradient of {', '.join(lost)} in {type(model).__name__}", layer=layer)
             for role, gradient in _projection_gradients(site).items():
                 found[_Key(f"gradient of {role}'s weight and bias", "head feature input", layer)] = gradient
     return found
+
+
+def _made_by(site: AnySite) -> list[str]:
+    """The weights of the projections, by their names in the attention module."""
+    if isinstance(site, FoundSite):
+        return [f"{part.place}.weight" for part in site.parts.values()]
+    return [f"{place}.weight" for place, _ in site.places().values()]
 
 
 def _projection_gradients(site: AnySite) -> dict[Role, Tensor]:

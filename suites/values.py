@@ -15,7 +15,7 @@ from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, che
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role
 from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due, judged_layers
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look, of_real_tokens
+from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, look, of_real_tokens
 from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, implementations, made_by, sites, tied
@@ -97,7 +97,8 @@ def check_zero_strength_is_unfrozen(
     """
     claim = Claim("strength 0 is the unfrozen model")
     claim.demand(config.strength == 0, f"asked about strength {config.strength}; the claim is about 0")
-    clean = look(engine, model, None, batch).logits
+    with torch.no_grad():
+        clean = logits_of(model, model, batch)
     claim.same("logits", look(engine, model, config, batch).logits, clean, "row position word")
     return claim.margin
 

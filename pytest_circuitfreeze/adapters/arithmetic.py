@@ -7,6 +7,7 @@ backwards, is no library's business. An adapter derives from `Arithmetic` and ha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,18 @@ class Blend(torch.autograd.Function):
         return grad * ctx.factor, None, None
 
 
-def several(config: InterventionConfig | Sequence[InterventionConfig]) -> list[InterventionConfig]:
-    """One config or several, as a list."""
-    return [config] if isinstance(config, InterventionConfig) else list(config)
+def several(model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> list[InterventionConfig]:
+    """Copies of one config or several, which may be changed later, with layers and heads counted from the front."""
+    sizes: Any = model.config
+    layers, heads = sizes.num_hidden_layers, sizes.num_attention_heads
+    return [
+        replace(
+            one,
+            layer_indices=[at % layers for at in (range(layers) if one.layer_indices is None else one.layer_indices)],
+            head_indices=[at % heads for at in (range(heads) if one.head_indices is None else one.head_indices)],
+        )
+        for one in ([config] if isinstance(config, InterventionConfig) else config)
+    ]
 
 
 def unshares(layer: Layer, config: InterventionConfig) -> bool:
@@ -68,6 +78,16 @@ class Arithmetic:
 
     def in_layer(self, config: InterventionConfig, layer: Layer) -> bool:
         return config.layer_indices is None or layer.number in config.layer_indices
+
+    def edited(
+        self, layer: Layer, role: str, features: Tensor, output: Tensor, configs: list[InterventionConfig]
+    ) -> Tensor:
+        """The output of a projection with all freezes of the heads that its `features` `[head, feature]` hold."""
+        whole = output.flatten(1, -2)  # [batch, token, feature], some families have a dimension more
+        result = whole.clone()
+        readers = layer.heads // len(features)
+        result[..., features] = self.frozen(layer, role, whole[..., features], configs, readers)
+        return result.view(output.shape)
 
     def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[InterventionConfig], readers: int) -> Tensor:
         """All freezes of an activation `[batch, token, head, feature]`; `readers` query heads read each head."""

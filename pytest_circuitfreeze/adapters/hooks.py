@@ -34,7 +34,7 @@ class HookEngine(Arithmetic):
         for layer in layers(model):
             apart = len({name for name, _ in layer.places.values()}) == 3
             repeats = hasattr(layer.module, "num_key_value_groups")
-            unshared = any(unshares(layer, one) and self.in_layer(one, layer) for one in several(config))
+            unshared = any(unshares(layer, one) and self.in_layer(one, layer) for one in several(model, config))
             if unshared and not (apart and repeats):
                 return (
                     "kv_scope 'head' takes projections of their own and an attention that repeats KV heads by a number"
@@ -54,7 +54,7 @@ class HookEngine(Arithmetic):
         if reason is not None:
             raise InterventionError(reason)
         token = object()
-        configs = several(config)
+        configs = several(model, config)
         self.refuse_foreign_statistics(model, configs)
         self.on.append((token, configs))
         self.install(model)
@@ -138,13 +138,9 @@ class HookEngine(Arithmetic):
         self, layer: Layer, role: str, features: Tensor, configs: list[InterventionConfig], wide: bool
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def edit(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            whole = output.flatten(1, -2)  # [batch, token, feature], some families have a dimension more
-            x = whole[..., features]
             if not wide:
-                result = whole.clone()
-                result[..., features] = self.frozen(layer, role, x, configs, layer.heads // features.shape[0])
-                return result.view(output.shape)
-            x = x.repeat_interleave(layer.heads // layer.kv_heads, dim=2)
+                return self.edited(layer, role, features, output, configs)
+            x = output.flatten(1, -2)[..., features].repeat_interleave(layer.heads // layer.kv_heads, dim=2)
             return self.frozen(layer, role, x, configs, 1).flatten(2)
 
         return edit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, Site
 from pytest_circuitfreeze.suites.judge.recorder import Recorder, Seen
-from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, sites
+from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, sites, standing_in
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -29,6 +29,7 @@ __all__ = [
     "observe",
     "of_real_tokens",
     "pads_under_eager",
+    "unfrozen",
 ]
 
 
@@ -37,12 +38,13 @@ class Pass:
     """One pass: logits `[batch, token, vocabulary]` and what each attention layer consumed, run by run."""
 
     logits: Tensor
-    runs: Mapping[int, Sequence[Seen]]
+    runs: dict[int, list[Seen]]
 
     @property
     def layers(self) -> dict[int, Seen]:
         """The first run of each layer, which in most models is the only one."""
-        return {layer: seen[0] for layer, seen in self.runs.items()}
+        found = {layer: seen[0] for layer, seen in self.runs.items()}
+        return _Watched(found) if isinstance(self.runs, _Watched) else found
 
 
 def look(
@@ -56,14 +58,22 @@ def look(
 ) -> Pass:
     """One pass without gradients of `model` frozen by `engine` as `config` says; `None` is the unfrozen model.
 
+    Where the engine runs another model in its place, that one is looked at, unfrozen, too.
     `attn` is the attention implementation, by default the first of `implementations`.
     """
     with attention_implementation(model, attn or implementations(model)[0]), torch.no_grad():
-        if config is None:
-            return observe(model, model, batch, sites(model), patterns=patterns)
         known = sites(model)
+        if config is None:
+            return observe(unfrozen(engine, model), model, batch, known, patterns=patterns)
         with engine.freeze(model, config) as frozen:
             return observe(frozen, model, batch, known, patterns=patterns)
+
+
+def unfrozen(engine: Engine, model: PreTrainedModel) -> Callable[..., Any]:
+    """What `engine` runs of `model` without a freeze: itself, where the engine does not say otherwise."""
+    stands_in = getattr(engine, "unfrozen", None)
+    call: Callable[..., Any] = model if stands_in is None else stands_in(model)
+    return call
 
 
 def observe(
@@ -78,7 +88,7 @@ def observe(
     """Calls `call` on `batch` and keeps what the attention layers of `model` consumed.
 
     Args:
-        call: the model or what an engine yields for it.
+        call: the model or what an engine yields for it; where hooks are lost on its way, it is called again.
         known: the layers, as `sites` gave them before any freeze.
         patterns: keep patterns, too; under eager attention.
         gradients: make gradients with respect to `qkv` and `hidden` available after a backward pass.
@@ -86,19 +96,37 @@ def observe(
     Raises:
         CannotJudge: under sdpa, attention did not run through `scaled_dot_product_attention` once a layer.
     """
-    recorder = Recorder(gradients, patterns)
+    stand_in: PreTrainedModel | None = getattr(call, "stand_in", None)
+    if stand_in is not None:
+        known = standing_in(known, model, stand_in)
     by_heart = any(isinstance(site, Site) for site in known.values())
     tapped = by_heart and model.config._attn_implementation == "sdpa" and not patterns
-    with ExitStack() as stack:
-        for site in known.values():
-            stack.enter_context(recorder.attached(site))
-        if tapped:
-            recorder.tap_attention()
-        stack.callback(recorder.untap)
-        output = call(**batch.arguments(model))
+
+    def run(watch: Callable[[Recorder, AnySite], AbstractContextManager[None]]) -> tuple[Any, Recorder]:
+        recorder = Recorder(gradients, patterns)
+        with ExitStack() as stack:
+            for site in known.values():
+                stack.enter_context(watch(recorder, site))
+            if tapped:
+                recorder.tap_attention()
+            stack.callback(recorder.untap)
+            return call(**batch.arguments(model)), recorder
+
+    output, recorder = run(Recorder.attached)
+    if recorder.lost:
+        output, recorder = run(Recorder.wrapped)
+    if stand_in is not None:  # its attention may be another: what cannot be seen is missed by those who ask for it
+        return Pass(output.logits, _Watched(recorder.runs))
     if tapped:
         _demand_all_tapped(known, recorder.runs)
     return Pass(output.logits, recorder.runs)
+
+
+class _Watched(dict[int, Any]):
+    """What was seen of a model that runs in place of another, by layer."""
+
+    def __missing__(self, layer: int) -> Any:
+        raise CannotJudge(f"attention of layer {layer} did not run in the model that runs in place of this one")
 
 
 def logits_of(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> Tensor:

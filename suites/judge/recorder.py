@@ -22,7 +22,7 @@ from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, Role
 from pytest_circuitfreeze.suites.judge.discovery import SOFTMAX
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite
 
-__all__ = ["Call", "PatternTap", "Recorder", "Seen", "hidden_of"]
+__all__ = ["Call", "PatternTap", "Recorder", "Seen", "Used", "hidden_of"]
 
 
 @dataclass
@@ -50,6 +50,13 @@ class Call:
         return call if keep is None else call.given(keep)
 
 
+class Used(dict[Any, Tensor]):
+    """What attention read, by role or part."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise CannotJudge(f"{name} was not seen: the model that ran has no such module, or attends in another way")
+
+
 @dataclass
 class Seen:
     """What one attention layer consumed and gave in one pass.
@@ -71,9 +78,9 @@ class Seen:
 
     hidden: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
-    qkv: dict[Role, Tensor] = field(default_factory=dict)
+    qkv: dict[Role, Tensor] = field(default_factory=Used)
     probes: dict[Role, Tensor] = field(default_factory=dict)
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=Used)
     call: Call | None = None
     answer: Tensor | None = None
     run: int = 0
@@ -109,6 +116,8 @@ class Recorder:
         self.patterns = patterns
         self.runs: dict[int, list[Seen]] = {}
         self.running: AnySite | None = None
+        self.lost = False
+        """Whether somebody else has removed the hooks that watched a layer."""
         self.mode: TorchFunctionMode | None = PatternTap(self.keep_pattern) if patterns else None
         self.tapping: TorchFunctionMode | None = None
 
@@ -119,16 +128,31 @@ class Recorder:
     @contextmanager
     def attached(self, site: AnySite) -> Iterator[None]:
         """Watches one layer."""
+        handles = [
+            site.module.register_forward_pre_hook(self._enter(site), with_kwargs=True),
+            site.module.register_forward_hook(self._leave(site), with_kwargs=True),
+            site.output.register_forward_pre_hook(self._mix(site)),
+        ]
+        if isinstance(site, FoundSite):
+            handles += [site.read_at(name).register_forward_hook(self._keep(site, name)) for name in site.parts]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                self.lost |= handle.id not in (handle.hooks_dict_ref() or ())
+                handle.remove()
+
+    @contextmanager
+    def wrapped(self, site: AnySite) -> Iterator[None]:
+        """Watches one layer where hooks are removed: around the modules' own forwards."""
+        enter, leave, mix = self._enter(site), self._leave(site), self._mix(site)
         with ExitStack() as stack:
-            for handle in (
-                site.module.register_forward_pre_hook(self._enter(site), with_kwargs=True),
-                site.module.register_forward_hook(self._leave(site), with_kwargs=True),
-                site.output.register_forward_pre_hook(self._mix(site)),
-            ):
-                stack.callback(handle.remove)
-            if isinstance(site, FoundSite):
-                for name in site.parts:
-                    stack.callback(site.read_at(name).register_forward_hook(self._keep(site, name)).remove)
+            stack.enter_context(_around(site.module, enter, leave))
+            stack.enter_context(_around(site.output, lambda module, args, _: mix(module, args)))
+            for name in site.parts if isinstance(site, FoundSite) else ():
+                keep = self._keep(site, name)
+                after = lambda module, args, _, result, keep=keep: keep(module, args, result)  # noqa: E731
+                stack.enter_context(_around(site.read_at(name), after=after))
             yield
 
     def _enter(self, site: AnySite) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -212,6 +236,28 @@ class Recorder:
             used = used + seen.probes[role]
         seen.qkv[role] = used
         return used
+
+
+@contextmanager
+def _around(
+    module: nn.Module, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """Calls `before(module, args, kwargs)` and `after(module, args, kwargs, result)`, as hooks, around a forward."""
+    forward, own = module.forward, vars(module).get("forward")
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = (before and before(module, args, kwargs)) or (args, kwargs)
+        result = forward(*args, **kwargs)
+        changed = after(module, args, kwargs, result) if after else None
+        return result if changed is None else changed
+
+    module.forward = watched
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 class _Tap(TorchFunctionMode):

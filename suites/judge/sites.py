@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -18,7 +20,18 @@ from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, 
 from pytest_circuitfreeze.suites.judge.discovery import Attention, attention_of, features_of
 from pytest_circuitfreeze.suites.tolerance import original
 
-__all__ = ["AnySite", "FoundSite", "Part", "as_found", "implementations", "made_by", "sites", "tied"]
+__all__ = [
+    "AnySite",
+    "FoundSite",
+    "Part",
+    "as_found",
+    "implementations",
+    "made_by",
+    "seen_at_the_ends",
+    "sites",
+    "standing_in",
+    "tied",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +95,7 @@ class FoundSite:
 
 AnySite = Site | FoundSite
 
+_AT_THE_ENDS: ContextVar[bool] = ContextVar("seen at the ends of the attention alone", default=False)
 _FOUND: WeakKeyDictionary[nn.Module, dict[int, FoundSite]] = WeakKeyDictionary()
 
 
@@ -91,11 +105,25 @@ def sites(model: PreTrainedModel) -> dict[int, AnySite]:
     Raises:
         CannotJudge: none can be told, by heart or by differentiation.
     """
+    return dict(as_found(model)) if _AT_THE_ENDS.get() else _known(model)
+
+
+@contextmanager
+def seen_at_the_ends() -> Iterator[None]:
+    """Describes no layer by heart for the length of the block: for an engine that runs an attention of its own."""
+    token = _AT_THE_ENDS.set(True)
+    try:
+        yield
+    finally:
+        _AT_THE_ENDS.reset(token)
+
+
+def _known(model: PreTrainedModel) -> dict[int, AnySite]:
     if anatomy.is_known(model):
         return dict(anatomy.sites(model))
     if model not in _FOUND:
         source = original(model)
-        _FOUND[model] = _find(model) if source is None else _moved(sites(source), model)
+        _FOUND[model] = _find(model) if source is None else _moved(_known(source), model)
     return dict(_FOUND[model])
 
 
@@ -107,8 +135,21 @@ def as_found(model: PreTrainedModel) -> dict[int, FoundSite]:
     names = {module: name for name, module in model.named_modules()}
     return {
         layer: site if isinstance(site, FoundSite) else _by_place(site, names[site.module])
-        for layer, site in sites(model).items()
+        for layer, site in _known(model).items()
     }
+
+
+def standing_in(known: Mapping[int, AnySite], model: nn.Module, other: nn.Module) -> dict[int, AnySite]:
+    """The sites of `model` in another one that runs in its place, with modules at the same paths."""
+    names = {module: name for name, module in model.named_modules()}
+    moved: dict[int, AnySite] = {}
+    for layer, site in known.items():
+        module = other.get_submodule(names[site.module])
+        if isinstance(site, FoundSite):
+            moved[layer] = replace(site, module=module, output=module.get_submodule(site.output_name))
+        else:
+            moved[layer] = replace(site, module=module)
+    return moved
 
 
 def _by_place(site: Site, name: str) -> FoundSite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["changes", "moving", "parameters_state", "training_flags", "visible_state"]
+from pytest_circuitfreeze.strategies import Batch
+
+__all__ = ["added", "changes", "moving", "parameters_state", "remember_untouched", "training_flags", "visible_state"]
+
+_UNTOUCHED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -39,6 +44,19 @@ def visible_state(model: PreTrainedModel) -> dict[str, object]:
         found[f"torch.nn.functional.{name}"] = id(getattr(F, name))
     found |= {f"attention function {name}": id(ALL_ATTENTION_FUNCTIONS[name]) for name in ALL_ATTENTION_FUNCTIONS}
     return found
+
+
+def remember_untouched(model: PreTrainedModel) -> None:
+    """Takes down, once, what there is of a model that no engine has touched, after a pass of its own."""
+    if model not in _UNTOUCHED:
+        with torch.no_grad():
+            model(**Batch(torch.tensor([[1, 2]], device=model.device)).arguments(model))
+        _UNTOUCHED[model] = frozenset(visible_state(model))
+
+
+def added(model: PreTrainedModel) -> list[str]:
+    """What there is of a model that was not there when no engine had touched it, as far as that is remembered."""
+    return sorted(visible_state(model).keys() - _UNTOUCHED[model]) if model in _UNTOUCHED else []
 
 
 def moving(model: PreTrainedModel, run: Callable[[], object]) -> set[str]:

@@ -1,0 +1,108 @@
+"""TransformerLens: its bridge, built on a copy of the model that shares the parameters, with hooks on q, k and v."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from freeze_core import InterventionConfig, InterventionError
+from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, several, unshares
+from pytest_circuitfreeze.adapters.places import KNOWN, Layer, layers
+
+
+class TransformerLensEngine(Arithmetic):
+    """Freezes by the bridge's hooks. A bridge takes its model apart for good, so it is given a copy."""
+
+    name = "transformer_lens"
+    not_offered: Mapping[str, str] = MappingProxyType(
+        {
+            "foreign_caches_are_recognised": "nothing marks under what hooks a cache was filled",
+            "recomputation_is_the_same_pass": "the bridge's blocks are its own, without transformers' checkpointing",
+            "implementations_agree": "the bridge attends by code of its own, whatever implementation is asked for",
+        }
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bridges: WeakKeyDictionary[nn.Module, TransformerBridge | str] = WeakKeyDictionary()
+
+    def supports(self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
+        """Declines models that no bridge can be built of, and what takes more than a hook on q, k and v."""
+        if model.config.model_type not in KNOWN:  # type: ignore[union-attr]
+            return f"head counts are looked up of {', '.join(KNOWN)} alone"
+        bridge = self.bridge(model)
+        if isinstance(bridge, str):
+            return f"no bridge can be built of this {type(model).__name__}: {bridge}"
+        configs = several(model, config)
+        if any(one.backward_mode == "circuit_ste" for one in configs):
+            return "backward_mode 'circuit_ste' takes the untouched attention beside the frozen one"
+        if any(unshares(layer, one) for layer in layers(model) for one in configs):
+            return "kv_scope 'head' takes one query head's keys and values; hook_k and hook_v have what heads share"
+        return None
+
+    @contextmanager
+    def freeze(
+        self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]
+    ) -> Iterator[Callable[..., Any]]:
+        """Yields a callable that runs the bridge under hooks.
+
+        Raises:
+            InterventionError: `supports` has a reason, or statistics are of another model.
+        """
+        reason = self.supports(model, config)
+        if reason is not None:
+            raise InterventionError(reason)
+        configs = [one for one in several(model, config) if one.strength > 0]
+        self.refuse_foreign_statistics(model, configs)
+        bridge = self.bridge(model)
+        hooks = [
+            (f"blocks.{layer.number}.attn.hook_{role}", self.hook(layer, role, configs))
+            for layer in layers(model)
+            for role in layer.places
+            if any(self.in_layer(one, layer) for one in configs)
+        ]
+
+        with bridge.hooks(fwd_hooks=hooks):
+            yield self.unfrozen(model)
+
+    def unfrozen(self, model: nn.Module) -> Callable[..., Any]:
+        """A callable that runs the bridge of `model` as the model is called, under the hooks that are on."""
+        bridge = self.bridge(model)
+
+        def run(input_ids: Tensor, **arguments: Any) -> CausalLMOutputWithPast:
+            self.remember(arguments)
+            bridge.train(model.training)
+            logits, cache = bridge(input_ids, return_type="logits_and_cache", **arguments)
+            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+        run.stand_in = bridge.original_model  # type: ignore[attr-defined]
+        return run
+
+    def hook(self, layer: Layer, role: str, configs: list[InterventionConfig]) -> Callable[..., Tensor]:
+        """A hook on `[batch, token, head, feature]`."""
+        own = [one for one in configs if self.in_layer(one, layer)]
+
+        def edit(x: Tensor, hook: object) -> Tensor:
+            return self.frozen(layer, role, x, own, layer.heads // x.shape[2])
+
+        return edit
+
+    def bridge(self, model: nn.Module) -> TransformerBridge | str:
+        """The bridge of a model, built once, or why there is none."""
+        if model not in self.bridges:
+            twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+            try:
+                made = build_bridge_from_module(twin, type(model).__name__, hf_config=twin.config)
+            except Exception as error:  # whatever a library fails with on a model that it does not know
+                made = f"{type(error).__name__}: {error}"
+            self.bridges[model] = made
+        return self.bridges[model]
