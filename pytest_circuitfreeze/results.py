@@ -67,8 +67,8 @@ class CircuitRecord:
 
     @property
     def offers_nothing(self) -> bool:
-        """Whether the engine claimed nothing of what it was to be asked."""
-        return bool(self.not_offered) and self.examples == 0
+        """Whether the engine claimed nothing of what it was to be asked, and that is all there is to say."""
+        return bool(self.not_offered) and self.examples == 0 and not self.silent
 
     def observe(self, margin: Margin) -> None:
         """Counts one example and keeps the margin that came closest to its bound.

@@ -21,7 +21,7 @@ from typing import Any
 
 from pytest_circuitfreeze import matrix
 from pytest_circuitfreeze.architectures import every_architecture, model_types
-from pytest_circuitfreeze.reports.document import ReportError, read
+from pytest_circuitfreeze.reports.document import Report, ReportError, read
 from pytest_circuitfreeze.results import Result
 from pytest_circuitfreeze.summary import versions
 
@@ -44,22 +44,33 @@ GROUPS = {
 }
 
 
+def run_suites(options: Sequence[str], seconds: float) -> Report | None:
+    """Runs the shipped suites alone, with these options, in a process of its own.
+
+    Returns:
+        its report; `None` where it did not end in time or died.
+    """
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder]
+        command += ["--circuitfreeze", *options, "--circuitfreeze-report", f"{folder}/report", folder]
+        try:
+            subprocess.run(command, cwd=folder, timeout=seconds, capture_output=True, check=False)
+            return read(Path(folder, "report", "report.json"))
+        except (subprocess.TimeoutExpired, ReportError, OSError):
+            return None
+
+
 def run(names: Sequence[str], profile: str, *, seconds: float = SECONDS) -> dict[str, list[Result] | None]:
     """Runs the suites on `names` in one process.
 
     Returns:
         the results of each; `None` for each where the process did not end in time or died.
     """
-    with TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder]
-        command += ["--circuitfreeze", "--circuitfreeze-arch", ",".join(names), "--circuitfreeze-profile", profile]
-        command += ["--circuitfreeze-report", f"{folder}/report", folder]
-        try:
-            subprocess.run(command, cwd=folder, timeout=seconds * len(names), capture_output=True, check=False)
-            results = read(Path(folder, "report", "report.json")).results
-        except (subprocess.TimeoutExpired, ReportError, OSError):
-            return dict.fromkeys(names)
-    return {name: [result for result in results if result.model == name] for name in names}
+    options = ["--circuitfreeze-arch", ",".join(names), "--circuitfreeze-profile", profile]
+    report = run_suites(options, seconds * len(names))
+    if report is None:
+        return dict.fromkeys(names)
+    return {name: [result for result in report.results if result.model == name] for name in names}
 
 
 def run_all(names: Sequence[str], profile: str, chunk: int) -> Iterator[dict[str, list[Result] | None]]:

@@ -100,6 +100,7 @@ class TransformerLensEngine(Arithmetic):
         """The bridge of a model, built once, or why there is none."""
         if model not in self.bridges:
             twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+            twin.config._attn_implementation = "eager"  # as boot_transformers loads one
             try:
                 made = build_bridge_from_module(twin, type(model).__name__, hf_config=twin.config)
             except Exception as error:  # whatever a library fails with on a model that it does not know

@@ -172,8 +172,12 @@ def _by_place(site: Site, name: str) -> FoundSite:
 
 
 def implementations(model: PreTrainedModel) -> tuple[str, ...]:
-    """The attention implementations, of `sdpa` and `eager`, that the model's class has; the one to run first."""
-    return ("sdpa", "eager") if getattr(model, "_supports_sdpa", False) else ("eager",)
+    """The attention implementations, of `sdpa` and `eager`, that the model's class has; the one to run first.
+
+    Where an engine attends by itself, that is compared with eager attention.
+    """
+    several = getattr(model, "_supports_sdpa", False) and not _AT_THE_ENDS.get()
+    return ("sdpa", "eager") if several else ("eager",)
 
 
 def made_by(place: nn.Module) -> Tensor:
