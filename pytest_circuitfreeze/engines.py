@@ -143,7 +143,8 @@ def load_engine(spec: str) -> Engine:
 
 
 def _why_not(spec: str, error: Exception) -> str:
-    if spec in EXTRAS and isinstance(error, ModuleNotFoundError) and error.name == spec:
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if spec in EXTRAS and missing == spec:
         extra = EXTRAS[spec]
         return f"engine {spec!r} needs {extra}, which is not installed: pip install 'pytest-circuitfreeze[{extra}]'"
     return f"engine {spec!r} cannot be loaded: {type(error).__name__}: {error}"

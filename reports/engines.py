@@ -2,9 +2,10 @@
 
     python -m pytest_circuitfreeze.reports.engines docs/engines [engine ...]
 
-runs the shipped suites on the default architectures with each engine, in a process of its own, and writes `engines.json`
-and `engines.md`. Engines that are named replace theirs in a matrix that is there, so that each may be run where its
-library is installed. What a failure comes from is said by hand, in `notes.json`: by engine and claim, one line.
+runs the shipped suites on the default architectures with each engine, in a process of its own, and writes
+`engines.json` and `engines.md`. Engines that are named replace theirs in a matrix that is there, so that each may be
+run where its library is installed. Where a failure comes from is said by hand, in `notes.json`: by engine and claim,
+one line.
 """
 
 from __future__ import annotations
@@ -29,9 +30,14 @@ from pytest_circuitfreeze.results import Result
 COMMAND = "python -m pytest_circuitfreeze.reports.engines"
 SECONDS = 7200
 """Time limit for each engine."""
-MARKS = {"pass": "✓", "pass*": "✓*", "in part": "◐", "not offered": "–", "FAIL": "✗", "ERROR": "✗", "n/a": "n/a"}
+MARKS = {"pass": "✓", "pass*": "✓*", "in part": "◐", "not offered": "-", "FAIL": "✗", "ERROR": "✗", "n/a": "n/a"}
+SHARED = (
+    "What an activation is replaced by is worked out by the same code for all engines but freeze_core. What differs, "
+    "and is judged, is what a library makes of it: whether it is in force, where, in which passes, what it does to "
+    "gradients, and what is left of it."
+)
 LEGEND = (
-    "✓ passes; ◐ passes as far as the engine offers it; – is not offered; ✗ fails; n/a says nothing about this engine "
+    "✓ passes; ◐ passes as far as the engine offers it; - is not offered; ✗ fails; n/a says nothing about this engine "
     "or cannot be judged. One mark stands for all models, several for one each: {models}. Reasons are below."
 )
 
@@ -79,8 +85,14 @@ def render(made: Mapping[str, Any], notes: Mapping[str, Mapping[str, str]]) -> s
     models = next(iter(engines.values()))["models"]
     sentences = {claim: text for one in engines.values() for claim, text in one["sentences"].items()}
     ran = [
-        [name, one["library"] or "-", *(one["environment"][what] for what in ("transformers", "torch", "hypothesis"))]
-        + [f"{one['profile']}, seed {one['seed']}", f"{one['examples']:,}", f"{one['seconds'] / 60:.0f}"]
+        [
+            name,
+            one["library"] or "-",
+            *(one["environment"][what] for what in ("transformers", "torch", "hypothesis")),
+            f"{one['profile']}, seed {one['seed']}",
+            f"{one['examples']:,}",
+            f"{one['seconds'] / 60:.0f}",
+        ]
         for name, one in engines.items()
     ]
     heads = ["engine", "library", "transformers", "torch", "hypothesis", "profile", "examples", "minutes"]
@@ -91,9 +103,7 @@ def render(made: Mapping[str, Any], notes: Mapping[str, Mapping[str, str]]) -> s
         "# Engines by claims",
         f"Made by `{COMMAND} docs/engines`, on {', '.join(models)}.",
         _table(ran, heads),
-        "What an activation is replaced by is worked out by the same code for all engines but freeze_core. What differs, "
-        "and is judged, is what a library makes of it: whether it is in force, where, in which passes, what it does to "
-        "gradients, and what is left of it.",
+        SHARED,
         LEGEND.format(models=", ".join(models)),
         _table(marks, ["claim", *engines]),
     ]

@@ -185,7 +185,8 @@ class Arithmetic:
 
     def blend(self, x: Tensor, r: Tensor, config: InterventionConfig) -> Tensor:
         value = r if config.strength == 1 else (x + config.strength * (r - x)).detach()
-        return Blend.apply(x, value.to(x.dtype), self.gradient_factor(config))
+        blended: Tensor = Blend.apply(x, value.to(x.dtype), self.gradient_factor(config))  # type: ignore[no-untyped-call]
+        return blended
 
     def gradient_factor(self, config: InterventionConfig) -> float:
         return 1.0 if config.backward_mode == "ste" else 1.0 - config.strength

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
 from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, Blend, several, unshares
-from pytest_circuitfreeze.adapters.places import KNOWN, Layer, layers
+from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
 
 
 class HookEngine(Arithmetic):
@@ -29,8 +29,9 @@ class HookEngine(Arithmetic):
 
     def supports(self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
         """Declines what nobody has looked up the places of, and KV heads that cannot be un-shared from outside."""
-        if model.config.model_type not in KNOWN:  # type: ignore[union-attr]
-            return f"where q, k and v lie is known of {', '.join(KNOWN)} alone"
+        reason = unknown(model)
+        if reason is not None:
+            return reason
         for layer in layers(model):
             apart = len({name for name, _ in layer.places.values()}) == 3
             repeats = hasattr(layer.module, "num_key_value_groups")
@@ -107,7 +108,9 @@ class HookEngine(Arithmetic):
                 self.spared = args[0]
                 return None
             spared, self.spared = self.spared, None
-            return None if spared is None else (Blend.apply(spared, args[0], 1.0), *args[1:])
+            if spared is None:
+                return None
+            return (Blend.apply(spared, args[0], 1.0), *args[1:])  # type: ignore[no-untyped-call]
 
         self.undo.append(layer.output.register_forward_pre_hook(splice).remove)
         module.forward = twice

@@ -12,7 +12,7 @@ from torch import nn
 
 from freeze_core import InterventionConfig, InterventionError
 from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, several, unshares
-from pytest_circuitfreeze.adapters.places import KNOWN, layers
+from pytest_circuitfreeze.adapters.places import layers, unknown
 
 
 class NNsightEngine(Arithmetic):
@@ -28,8 +28,9 @@ class NNsightEngine(Arithmetic):
 
     def supports(self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
         """Declines what takes more than a module's output in one run of it."""
-        if model.config.model_type not in KNOWN:  # type: ignore[union-attr]
-            return f"where q, k and v lie is known of {', '.join(KNOWN)} alone"
+        reason = unknown(model)
+        if reason is not None:
+            return reason
         configs = several(model, config)
         if any(one.backward_mode == "circuit_ste" for one in configs):
             return "backward_mode 'circuit_ste' takes the untouched attention beside the frozen one; a trace runs one"

@@ -38,6 +38,12 @@ class Layer:
         return next(child for name, child in self.module.named_children() if name in OUTPUTS)
 
 
+def unknown(model: nn.Module) -> str | None:
+    """Why nothing is known of where q, k and v lie in a model, if nothing is."""
+    config: Any = model.config
+    return None if config.model_type in KNOWN else f"where q, k and v lie is known of {', '.join(KNOWN)} alone"
+
+
 def layers(model: nn.Module) -> list[Layer]:
     """The attention layers of a model of one of the `KNOWN` types; a fused projection may have been split."""
     config: Any = model.config

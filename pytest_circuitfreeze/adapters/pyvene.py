@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from freeze_core import InterventionConfig, InterventionError
 from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, several, unshares
-from pytest_circuitfreeze.adapters.places import KNOWN, Layer, layers
+from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
 
 COMPONENTS = {"q": "head_query_output", "k": "head_key_output", "v": "head_value_output"}
 
@@ -44,8 +44,11 @@ class PyveneEngine(Arithmetic):
     def supports(self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
         """Declines models that pyvene has no components of, and what takes more than a projection's output."""
         known = pyvene.type_to_module_mapping.get(type(model), {})
-        if not set(COMPONENTS.values()) <= known.keys() or model.config.model_type not in KNOWN:
+        if not set(COMPONENTS.values()) <= known.keys():
             return f"pyvene maps no {', '.join(COMPONENTS.values())} of {type(model).__name__}"
+        reason = unknown(model)
+        if reason is not None:
+            return reason
         for layer in layers(model):
             if any(known[COMPONENTS[role]][0].rpartition(".")[2] != name for role, (name, _) in layer.places.items()):
                 return f"pyvene looks for the queries, keys and values of {type(model).__name__} elsewhere"

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from freeze_core import InterventionConfig, InterventionError
 from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, several, unshares
-from pytest_circuitfreeze.adapters.places import KNOWN, Layer, layers
+from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
 
 
 class TransformerLensEngine(Arithmetic):
@@ -33,15 +33,17 @@ class TransformerLensEngine(Arithmetic):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bridges: WeakKeyDictionary[nn.Module, TransformerBridge | str] = WeakKeyDictionary()
+        self.bridges: WeakKeyDictionary[nn.Module, TransformerBridge] = WeakKeyDictionary()
 
     def supports(self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
         """Declines models that no bridge can be built of, and what takes more than a hook on q, k and v."""
-        if model.config.model_type not in KNOWN:  # type: ignore[union-attr]
-            return f"head counts are looked up of {', '.join(KNOWN)} alone"
-        bridge = self.bridge(model)
-        if isinstance(bridge, str):
-            return f"no bridge can be built of this {type(model).__name__}: {bridge}"
+        reason = unknown(model)
+        if reason is not None:
+            return reason
+        try:
+            self.bridge(model)
+        except Exception as error:  # whatever a library fails with on a model that it does not know
+            return f"no bridge can be built of this {type(model).__name__}: {type(error).__name__}: {error}"
         configs = several(model, config)
         if any(one.backward_mode == "circuit_ste" for one in configs):
             return "backward_mode 'circuit_ste' takes the untouched attention beside the frozen one"
@@ -96,14 +98,10 @@ class TransformerLensEngine(Arithmetic):
 
         return edit
 
-    def bridge(self, model: nn.Module) -> TransformerBridge | str:
-        """The bridge of a model, built once, or why there is none."""
+    def bridge(self, model: nn.Module) -> TransformerBridge:
+        """The bridge of a copy of a model, built once."""
         if model not in self.bridges:
-            twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+            twin: Any = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
             twin.config._attn_implementation = "eager"  # as boot_transformers loads one
-            try:
-                made = build_bridge_from_module(twin, type(model).__name__, hf_config=twin.config)
-            except Exception as error:  # whatever a library fails with on a model that it does not know
-                made = f"{type(error).__name__}: {error}"
-            self.bridges[model] = made
+            self.bridges[model] = build_bridge_from_module(twin, type(model).__name__, hf_config=twin.config)
         return self.bridges[model]

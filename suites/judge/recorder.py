@@ -149,10 +149,9 @@ class Recorder:
         with ExitStack() as stack:
             stack.enter_context(_around(site.module, enter, leave))
             stack.enter_context(_around(site.output, lambda module, args, _: mix(module, args)))
-            for name in site.parts if isinstance(site, FoundSite) else ():
-                keep = self._keep(site, name)
-                after = lambda module, args, _, result, keep=keep: keep(module, args, result)  # noqa: E731
-                stack.enter_context(_around(site.read_at(name), after=after))
+            if isinstance(site, FoundSite):
+                for name in site.parts:
+                    stack.enter_context(_around(site.read_at(name), after=self._kept(site, name)))
             yield
 
     def _enter(self, site: AnySite) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -214,6 +213,10 @@ class Recorder:
             seen.parts[name] = result.reshape(*seen.hidden.shape[:2], -1)
 
         return hook
+
+    def _kept(self, site: FoundSite, name: str) -> Callable[..., None]:
+        keep = self._keep(site, name)
+        return lambda module, args, _, result: keep(module, args, result)
 
     def keep_pattern(self, pattern: Tensor) -> None:
         """Keeps a pattern of the layer that runs, `[batch, head, query, key]` or batch and head in one dimension."""

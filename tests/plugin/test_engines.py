@@ -84,6 +84,15 @@ def test_what_is_no_engine_is_refused_by_name(spec: str, reason: str) -> None:
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize("name", engines.EXTRAS)
+def test_a_library_that_is_missing_is_named_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"pytest_circuitfreeze.adapters.{name}", raising=False)
+    extra = engines.EXTRAS[name]
+    with pytest.raises(EngineError, match=rf"needs {extra}, which is not installed: pip install .*\[{extra}\]'"):
+        load_engine(name)
+
+
 def test_entry_points_are_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("theirs", "someones:Good", engines.GROUP)
     monkeypatch.setattr(engines, "entry_points", lambda group: [entry] if group == engines.GROUP else [])

@@ -22,12 +22,15 @@ PASSED = Result("circuitfreeze/test_a.py::test_x[m]", "x", "X holds.", "m", "e",
         (["passed", "n/a"], "pass"),
         (["n/a"], "n/a"),
         (["refused"], "refused"),
+        (["not offered", "n/a"], "not offered"),
+        (["passed", "not offered"], "in part"),
         ([], "-"),
     ],
 )
 def test_cell_of_several_tests_says_the_worst(outcomes: list[str], word: str) -> None:
     others = [replace(PASSED, model="other")]
-    results = others + [replace(PASSED, outcome=outcome) for outcome in outcomes]
+    why = {"not offered": ("no time",)}
+    results = others + [replace(PASSED, outcome=one, not_offered=why.get(one, ())) for one in outcomes]
     (row,) = matrix.rows(results, ["other", "m"])
     assert row.cells == ("pass", word)
 
@@ -72,3 +75,12 @@ def test_refused_configs_put_a_star_on_the_cell_and_their_reasons_below() -> Non
         "m n/a (y): eager alone",
         "r refused: no attention",
     ]
+
+
+def test_what_is_not_offered_is_no_pass_and_its_reason_is_told_once() -> None:
+    partly = replace(PASSED, not_offered=("no ste",))
+    none = replace(PASSED, claim="y", outcome="not offered", not_offered=("no ste", "no y"))
+    results = [partly, none, replace(partly, model="n", refusals=("MLA",)), replace(PASSED, claim="y", model="n")]
+    assert [row.cells for row in matrix.rows(results, ["m", "n"])] == [("in part", "in part"), ("not offered", "pass")]
+    assert matrix.totals(results).startswith("2 claims on 2 models: 3 passed (2 in part), 1 not offered;")
+    assert matrix.reasons(results) == ["n pass*: MLA", "m, n not offered: no ste", "m not offered (y): no y"]

@@ -26,8 +26,8 @@ from pytest_circuitfreeze.suites.judge.twins import twins
 from pytest_circuitfreeze.suites.tolerance import nudged
 
 SUBJECTS = [
-    *("caching", "calibration", "gradients", "grouping", "independence", "locality", "noise", "references", "removal"),
-    *("resampling", "state", "storage", "unservable", "values"),
+    *("caching", "calibration", "gradients", "grouping", "hooks", "independence", "locality", "noise", "references"),
+    *("removal", "resampling", "state", "storage", "unservable", "values"),
 ]
 CHECKS: dict[str, Callable[..., Margin]] = {
     name: check
@@ -246,6 +246,9 @@ CASES: Mapping[str, Sequence[Callable[[Engine], Margin]]] = {
         unservable("llama_gqa", lambda: freeze(freeze_type="noise"), PADDED, 5),
         unservable("llama_gqa", lambda: measured("llama_gqa", foreign=True), PADDED),
     ],
+    "check_hooks_of_others_stay": each(
+        "check_hooks_of_others_stay", "llama_gqa", [freeze(**scope) for scope in BOTH_SCOPES]
+    ),
     "check_removal_leaves_no_trace": each(
         "check_removal_leaves_no_trace", "llama_gqa", [freeze(**s) for s in BOTH_SCOPES]
     ),

@@ -101,6 +101,8 @@ from broken_engines.resampling import (
 )
 from broken_engines.state import (
     DrawsFromTorch,
+    EndsHooksOfOthers,
+    HidesHooksOfOthers,
     SeedsTorch,
     SwitchesToEval,
     WritesToItsInput,
@@ -239,6 +241,7 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         LeavesWhatItRefused,
         RefusesAllCalibrated,
     ],
+    "check_hooks_of_others_stay": [EndsHooksOfOthers, HidesHooksOfOthers],
     "check_removal_leaves_no_trace": [LeavesAHook, LeavesAnAttribute, LeavesAParameterMoved],
     "check_error_in_body_leaves_no_trace": [ForgetsOnError, SwallowsErrors],
     "check_error_in_forward_leaves_no_trace": [OffAfterAnError],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,37 @@ class SwitchesToEval(HookEngine):
     def install_layer(self, layer: Layer, configs: list[Config]) -> None:
         super().install_layer(layer, configs)
         layer.module.eval()
+
+
+class EndsHooksOfOthers(HookEngine):
+    """Removes all hooks of a model, others' too, when a freeze ends."""
+
+    @contextmanager
+    def freeze(self, model: nn.Module, config: Any) -> Iterator[Callable[..., Any]]:
+        with super().freeze(model, config) as frozen:
+            yield frozen
+        for module in model.modules():
+            module._forward_pre_hooks.clear()
+
+
+class HidesHooksOfOthers(HookEngine):
+    """Runs frozen layers without the hooks that others put there after it."""
+
+    @contextmanager
+    def freeze(self, model: nn.Module, config: Any) -> Iterator[Callable[..., Any]]:
+        with super().freeze(model, config) as frozen:
+
+            def run(**arguments: Any) -> Any:
+                kept = [(module, dict(module._forward_pre_hooks)) for module in model.modules() if module is not model]
+                for module, _ in kept:
+                    module._forward_pre_hooks.clear()
+                try:
+                    return frozen(**arguments)
+                finally:
+                    for module, hooks in kept:
+                        module._forward_pre_hooks.update(hooks)
+
+            yield run
 
 
 class DrawsFromTorch(HookEngine):
