@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from tabulate import tabulate
@@ -30,6 +31,8 @@ from pytest_circuitfreeze.results import Result
 COMMAND = "python -m pytest_circuitfreeze.reports.engines"
 SECONDS = 7200
 """Time limit for each engine."""
+FINDING = 300
+"""Characters of a finding that are shown."""
 MARKS = {"pass": "✓", "pass*": "✓*", "in part": "◐", "not offered": "-", "FAIL": "✗", "ERROR": "✗", "n/a": "n/a"}
 SHARED = (
     "What an activation is replaced by is worked out by the same code for all engines but freeze_core. What differs, "
@@ -64,19 +67,18 @@ def entry(engine: str, report: Report) -> dict[str, Any]:
 
 
 def _failure(result: Result) -> dict[str, Any]:
+    arguments: Mapping[str, str] = (result.failure or {}).get("arguments", {})
     return {
         "claim": result.claim,
         "model": result.model,
         "finding": result.message,
-        "example": [_plain(line) for line in result.example if not line.startswith(("model:", "engine:"))],
+        "example": {name: _plain(code) for name, code in arguments.items() if name not in ("model", "engine")},
     }
 
 
-def _plain(line: str) -> str:
-    """An example without what every config has unless it is said."""
-    line = re.sub(r"<\w+\.\w+: ('\w+')>", r"\1", line)
-    usual = r"preserve_gradients=True|strength=1\.0|seed=0|(?:noise_std|statistics|reference)=None|attention='self'"
-    return re.sub(rf", (?:{usual})(?=[,)])", "", line)
+def _plain(code: str) -> str:
+    """An argument in one line."""
+    return " ".join(code.split())
 
 
 def render(made: Mapping[str, Any], notes: Mapping[str, Mapping[str, str]]) -> str:
@@ -126,8 +128,8 @@ def _failures(failures: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -
         own = [failure for failure in failures if failure["claim"] == claim]
         on = ", ".join(str(failure["model"]) for failure in own)
         lines.append(f"- **{matrix.words(claim)}** ({on}): {notes.get(claim, 'not looked into')}")
-        lines.append(f"  - {own[0]['model']}: {_escape(own[0]['finding'])}")
-        lines += [f"    - {_escape(line)}" for line in own[0]["example"]]
+        lines.append(f"  - {own[0]['model']}: {_escape(shorten(own[0]['finding'], FINDING))}")
+        lines += [f"    - {name}: `{code}`" for name, code in own[0]["example"].items()]
     return ["Fails:", "\n".join(lines)] if lines else []
 
 

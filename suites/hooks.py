@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen
 from pytest_circuitfreeze.suites.judge.passes import logits_of
 from pytest_circuitfreeze.suites.judge.sites import standing_in
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["check_hooks_of_others_stay"]
 
 
+@check
 def check_hooks_of_others_stay(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
@@ -33,7 +34,7 @@ def check_hooks_of_others_stay(
     Raises:
         ClaimBroken: one was not called, or is gone.
     """
-    claim = Claim("hooks of others stay", model=model, engine=engine, config=config, batch=batch)
+    claim = Claim("hooks of others stay")
     site = first_frozen(model, config)
     called: list[str] = []
     with ExitStack() as stack, torch.no_grad():

@@ -87,8 +87,8 @@ def _results(
 def _made_by(site: AnySite) -> list[str]:
     """The weights of the projections, by their names in the attention module."""
     if isinstance(site, FoundSite):
-        return [f"{part.place}.weight" for part in site.parts.values()]
-    return [f"{place}.weight" for place, _ in site.places().values()]
+        return [f"{place}.weight" for place in dict.fromkeys(part.place for part in site.parts.values())]
+    return [f"{place}.weight" for place in dict.fromkeys(place for place, _ in site.places().values())]
 
 
 def _projection_gradients(site: AnySite) -> dict[Role, Tensor]:
