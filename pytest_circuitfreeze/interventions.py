@@ -1,0 +1,108 @@
+"""A researcher's own intervention, as an engine that the suites can judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_circuitfreeze.engines import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+    from freeze_core import InterventionConfig
+
+    Freeze = Callable[[torch.nn.Module, InterventionConfig], AbstractContextManager[object]]
+
+__all__ = ["FixedIntervention", "FunctionEngine", "as_engine", "fixed"]
+
+
+class FunctionEngine:
+    """An engine made of a function `freeze(model, config)`, which takes one config.
+
+    Args:
+        freeze: gives a context manager. What that yields is called as the frozen model; where it yields nothing that
+            can be called, the model itself is, which was frozen in place.
+    """
+
+    def __init__(self, freeze: Freeze) -> None:
+        self._freeze = freeze
+        self.name = _name(freeze)
+
+    @contextmanager
+    def freeze(
+        self, model: torch.nn.Module, config: InterventionConfig | Sequence[InterventionConfig]
+    ) -> Iterator[Callable[..., Any]]:
+        """Freezes `model` as the function does.
+
+        Raises:
+            UnsupportedModelError: several configs were given.
+        """
+        with self._freeze(model, self._served(config)) as frozen:
+            yield frozen if callable(frozen) else model
+
+    def _served(self, config: InterventionConfig | Sequence[InterventionConfig]) -> InterventionConfig:
+        from freeze_core import InterventionConfig, UnsupportedModelError
+
+        several = [config] if isinstance(config, InterventionConfig) else list(config)
+        if len(several) != 1:
+            raise UnsupportedModelError(f"{self.name} takes one config at a time, not {len(several)}")
+        return several[0]
+
+
+class FixedIntervention(FunctionEngine):
+    """An engine that does one thing alone, as `config` states it; made by :func:`fixed`."""
+
+    def __init__(
+        self, intervention: Callable[[torch.nn.Module], AbstractContextManager[object]], config: InterventionConfig
+    ) -> None:
+        super().__init__(lambda model, _: intervention(model))
+        self.name = _name(intervention)
+        self.config = config.checked()
+
+    def _served(self, config: InterventionConfig | Sequence[InterventionConfig]) -> InterventionConfig:
+        from freeze_core import UnsupportedModelError
+
+        asked = super()._served(config)
+        if asked != self.config:
+            raise UnsupportedModelError(f"{self.name} is fixed, and does not freeze otherwise than its config says")
+        return asked
+
+
+def _name(function: object) -> str:
+    name: str = getattr(function, "__name__", type(function).__name__)
+    return "the intervention" if name == "<lambda>" else name
+
+
+def fixed(
+    intervention: Callable[[torch.nn.Module], AbstractContextManager[object]], **fields: Any
+) -> FixedIntervention:
+    """An intervention that takes no config, such as `lambda model: my_ablation(model, layer=3, head=5)`.
+
+    Args:
+        intervention: gives a context manager for a model; what it yields is called as under `FunctionEngine`.
+        fields: what it does, in the fields of `InterventionConfig`: at least `layer_indices`, `head_indices` and
+            `circuit`. `freeze_type` and the others are what the claims about values, gradients and noise hold it to.
+
+    Raises:
+        InterventionError: a field is not valid.
+    """
+    from freeze_core import InterventionConfig
+
+    return FixedIntervention(intervention, InterventionConfig(**fields))
+
+
+def as_engine(freeze: Engine | Freeze) -> Engine:
+    """`freeze` itself where it is an engine, an engine made of it where it is a function.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(freeze, type) and isinstance(freeze, Engine):
+        return freeze
+    if callable(freeze):
+        return FunctionEngine(freeze)
+    raise TypeError(
+        f"freeze={freeze!r}: must be a function freeze(model, config) that gives a context manager, or an engine"
+    )
