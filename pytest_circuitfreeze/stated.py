@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 STATED: ContextVar[InterventionConfig | Batch | None] = ContextVar("circuitfreeze_stated", default=None)
-"""What `strategies.configs` or `strategies.batches` are to give; narrower strategies that rule it out end the example."""
+"""What `strategies.configs` or `batches` are to give; narrower strategies that rule it out end the example."""
 
 
 def demand(draw: st.DrawFn, allowed: st.SearchStrategy[T], value: object) -> None:
