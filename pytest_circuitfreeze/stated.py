@@ -6,9 +6,12 @@ import operator
 from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import partial
+from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
+from hypothesis import HealthCheck, Phase, find, settings
 from hypothesis import strategies as st
+from hypothesis.errors import NoSuchExample, Unsatisfiable
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -17,13 +20,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 STATED: ContextVar[InterventionConfig | Batch | None] = ContextVar("circuitfreeze_stated", default=None)
-"""What `strategies.configs` or `batches` are to give; narrower strategies that rule it out end the example."""
+"""What `strategies.configs` or `batches` are to give, if their narrower strategies may."""
 
 
-def demand(draw: st.DrawFn, allowed: st.SearchStrategy[T], value: object) -> None:
-    """Ends the example, as one that does not count, unless `allowed` may give `value`."""
-    # A comparison that Hypothesis understands: it narrows ranges and lists to the one value, and does not search.
-    draw(allowed.filter(partial(operator.eq, value)))
+_LOOK = settings(
+    database=None, max_examples=50, phases=[Phase.generate], suppress_health_check=list(HealthCheck), deadline=None
+)
+
+
+def demand(allowed: st.SearchStrategy[T], name: str, value: object) -> None:
+    """Demands that `allowed` may give `value`, which is stated for what is called `name`.
+
+    Raises:
+        NotApplicable: it may not, so the claim that draws from it says nothing about what is stated.
+    """
+    from pytest_circuitfreeze.suites.claims import NotApplicable
+
+    # A comparison that Hypothesis understands: it narrows ranges and lists to the one value. Drawn aside, since a draw
+    # of the example's own would count as a choice, and the one example be run again for each.
+    narrowed = allowed.filter(partial(operator.eq, value))
+    try:
+        find(narrowed, lambda _: True, settings=_LOOK, random=Random(0))
+    except (NoSuchExample, Unsatisfiable):
+        raise NotApplicable(f"it is not about {name}={value}") from None
 
 
 class StatedData:

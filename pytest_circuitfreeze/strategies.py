@@ -224,7 +224,7 @@ def configs(
 
     stated = STATED.get()
     if isinstance(stated, InterventionConfig):
-        demand(draw, _or(freeze_type, freeze_types(batch)), stated.freeze_type)
+        demand(_or(freeze_type, freeze_types(batch)), "freeze_type", stated.freeze_type)
         narrower: dict[str, st.SearchStrategy[Any] | None] = {
             "circuit": circuit,
             "backward_mode": backward_mode,
@@ -233,7 +233,8 @@ def configs(
             "noise_std": noise_std if stated.freeze_type == "noise" else None,
         }
         for field, allowed in narrower.items():
-            demand(draw, _or(allowed, st.just(getattr(stated, field))), getattr(stated, field))
+            if allowed is not None:
+                demand(allowed, field, getattr(stated, field))
         return stated
     kind = draw(_or(freeze_type, freeze_types(batch)))
     noisy = kind == "noise"
@@ -285,9 +286,10 @@ def batches(
     """
     stated = STATED.get()
     if isinstance(stated, Batch):
-        for allowed, size in zip((rows, tokens), stated.input_ids.shape, strict=True):
-            demand(draw, _or(allowed, st.just(size)), size)
-        demand(draw, st.just(padding) | st.just(False), not bool(stated.real.all()))
+        for name, allowed, size in zip(("rows", "tokens"), (rows, tokens), stated.input_ids.shape, strict=True):
+            if allowed is not None:
+                demand(allowed, name, size)
+        demand(st.sampled_from([False, padding]), "padding", not bool(stated.real.all()))
         return stated
     batch = draw(_or(rows, st.integers(1, 3)))
     length = draw(_or(tokens, st.integers(1, LONGEST)))
