@@ -49,8 +49,9 @@ class Finding(NamedTuple):
     Args:
         claim: its name.
         sentence: what it says.
-        outcome: `passed`, `refused` (the intervention refuses what the claim is about) or `n/a` (the claim says nothing
-            about this model, config or batch).
+        outcome: `passed`, `refused` (by an `UnsupportedModelError` of the intervention's, whatever was drawn) or `n/a`
+            (the claim says nothing about this model, config or batch, or asks for what such an intervention is not
+            made for).
         examples: how many it was tried on.
         error, bound: the largest error beside what was allowed there, the two that were closest; 0.0 is bit for bit.
         reasons: why it was not tried, or not on every example.

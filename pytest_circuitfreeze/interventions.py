@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.origins import remembered
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     Freeze = Callable[[torch.nn.Module, InterventionConfig], AbstractContextManager[object]]
 
-__all__ = ["FixedIntervention", "FunctionEngine", "as_engine", "fixed"]
+__all__ = ["FixedIntervention", "FunctionEngine", "as_engine", "engine_of", "fixed"]
 
 
 class FunctionEngine:
@@ -37,17 +38,18 @@ class FunctionEngine:
         """Freezes `model` as the function does.
 
         Raises:
-            UnsupportedModelError: several configs were given.
+            NotApplicable: several configs were given.
         """
         with self._freeze(model, self._served(config)) as frozen:
             yield frozen if callable(frozen) else model
 
     def _served(self, config: InterventionConfig | Sequence[InterventionConfig]) -> InterventionConfig:
-        from freeze_core import InterventionConfig, UnsupportedModelError
+        from freeze_core import InterventionConfig
+        from pytest_circuitfreeze.suites.claims import NotApplicable
 
         several = [config] if isinstance(config, InterventionConfig) else list(config)
         if len(several) != 1:
-            raise UnsupportedModelError(f"{self.name} takes one config at a time, not {len(several)}")
+            raise NotApplicable(f"{self.name} takes one config at a time")
         return several[0]
 
 
@@ -62,11 +64,11 @@ class FixedIntervention(FunctionEngine):
         self.config = config.checked()
 
     def _served(self, config: InterventionConfig | Sequence[InterventionConfig]) -> InterventionConfig:
-        from freeze_core import UnsupportedModelError
+        from pytest_circuitfreeze.suites.claims import NotApplicable
 
         asked = super()._served(config)
         if asked != self.config:
-            raise UnsupportedModelError(f"{self.name} is fixed, and does not freeze otherwise than its config says")
+            raise NotApplicable(f"{self.name} is fixed, and does not freeze otherwise than its config says")
         return asked
 
 
@@ -75,22 +77,30 @@ def _name(function: object) -> str:
     return "the intervention" if name == "<lambda>" else name
 
 
+@remembered
 def fixed(
-    intervention: Callable[[torch.nn.Module], AbstractContextManager[object]], **fields: Any
+    intervention: Callable[[torch.nn.Module], AbstractContextManager[object]], config: InterventionConfig
 ) -> FixedIntervention:
     """An intervention that takes no config, such as `lambda model: my_ablation(model, layer=3, head=5)`.
 
     Args:
         intervention: gives a context manager for a model; what it yields is called as under `FunctionEngine`.
-        fields: what it does, in the fields of `InterventionConfig`: at least `layer_indices`, `head_indices` and
-            `circuit`. `freeze_type` and the others are what the claims about values, gradients and noise hold it to.
+        config: what it does. `layer_indices`, `head_indices`, `circuit` and `kv_scope` say where; the other fields are
+            what the claims about values and gradients hold it to.
 
     Raises:
-        InterventionError: a field is not valid.
+        InterventionError: `config` is no config.
     """
-    from freeze_core import InterventionConfig
+    from freeze_core.config import check_config
 
-    return FixedIntervention(intervention, InterventionConfig(**fields))
+    check_config(config)
+    return FixedIntervention(intervention, config)
+
+
+@remembered
+def engine_of(freeze: Freeze) -> FunctionEngine:
+    """An engine made of a function `freeze(model, config)`."""
+    return FunctionEngine(freeze)
 
 
 def as_engine(freeze: Engine | Freeze) -> Engine:
@@ -102,7 +112,7 @@ def as_engine(freeze: Engine | Freeze) -> Engine:
     if not isinstance(freeze, type) and isinstance(freeze, Engine):
         return freeze
     if callable(freeze):
-        return FunctionEngine(freeze)
+        return engine_of(freeze)
     raise TypeError(
         f"freeze={freeze!r}: must be a function freeze(model, config) that gives a context manager, or an engine"
     )

@@ -61,6 +61,7 @@ def load_model(
         return model.to(device).eval()
 
 
+@remembered
 def build_model(
     name: str,
     factory: Callable[[], Any],

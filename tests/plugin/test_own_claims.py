@@ -88,13 +88,13 @@ def test_a_marked_test_that_fails_says_how_to_run_it_again(stand_in: Run) -> Non
 
         @pytest.mark.circuitfreeze
         def test_breaks(circuit_model):
-            Claim("Mine holds", model=circuit_model).demand(circuit_model != "llama", "it does not")
+            Claim("Mine holds").demand(circuit_model != "llama", "it does not")
     """
     )
     result = stand_in(*ON, "test_mine.py")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
-        ["Mine holds: it does not", "pytest --circuitfreeze *'test_mine.py::test_breaks?llama?'"]
+        ["Mine holds", "  found: it does not", "pytest --circuitfreeze *'test_mine.py::test_breaks?llama?'"]
     )
     assert "  breaks           pass   FAIL      -" in table(result)
 
