@@ -77,8 +77,8 @@ def check(
     about: str,
     model: PreTrainedModel,
     freeze: Engine | Freeze,
-    config: InterventionConfig | None = None,
-    batch: Batch | None = None,
+    config: InterventionConfig | st.SearchStrategy[InterventionConfig] | None = None,
+    batch: Batch | st.SearchStrategy[Batch] | None = None,
     *,
     examples: int = EXAMPLES,
     seed: int = 0,
@@ -90,8 +90,8 @@ def check(
         model: in eval mode; it is what it was afterwards, if the intervention leaves it so.
         freeze: `freeze(model, config)`, which gives a context manager that yields the frozen callable; an object with
             such a method, and `name`; or what `fixed` gives, whose config is then the one that is tried.
-        config: the one to try, by default drawn ones.
-        batch: the inputs to try, by default drawn ones.
+        config: the one to try, or a strategy that gives those that `freeze` is made for; by default all are drawn.
+        batch: the inputs to try, or a strategy; by default they are drawn.
         examples: how many to draw at most for each claim.
         seed: decides what is drawn.
 
@@ -178,17 +178,19 @@ def _instead(about: str) -> str:
 
 
 def _check_arguments(model: Any, config: Any, batch: Any, examples: int) -> None:
+    from hypothesis import strategies as st
+
     from freeze_core.config import check_config
     from pytest_circuitfreeze.strategies import Batch
 
     if model.training:
         raise ValueError(f"model: {type(model).__name__} is in training mode; call model.eval() first")
-    if config is not None:
+    if config is not None and not isinstance(config, st.SearchStrategy):
         check_config(config)
         if config.freeze_type == "reference" and batch is None:
             raise ValueError("batch=None: a config with a reference is for inputs of its shape; give such a batch too")
-    if batch is not None and not isinstance(batch, Batch):
-        raise TypeError(f"batch={batch!r}: must be a Batch of pytest_circuitfreeze.strategies")
+    if batch is not None and not isinstance(batch, Batch | st.SearchStrategy):
+        raise TypeError(f"batch={batch!r}: must be a Batch of pytest_circuitfreeze.strategies, or a strategy of those")
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ValueError(f"examples={examples!r}: must be an int of 1 or more")
 
@@ -198,7 +200,7 @@ def _tried(
     claim: _Claim,
     engine: Engine,
     model: PreTrainedModel,
-    stated: Mapping[str, InterventionConfig | Batch],
+    stated: Mapping[str, Any],
     examples: int,
     seed: int,
 ) -> Finding:

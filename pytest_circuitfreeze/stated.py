@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypothesis import HealthCheck, Phase, find, settings
 from hypothesis import strategies as st
@@ -50,10 +50,10 @@ class StatedData:
 
     Args:
         data: draws everything else.
-        stated: by the label of the draw.
+        stated: by the label of the draw; a strategy is drawn from.
     """
 
-    def __init__(self, data: st.DataObject, stated: Mapping[str, InterventionConfig | Batch]) -> None:
+    def __init__(self, data: st.DataObject, stated: Mapping[str, Any]) -> None:
         self._data = data
         self._stated = stated
         self.used: set[str] = set()
@@ -62,7 +62,8 @@ class StatedData:
         """Draws from `strategy`, as `data.draw` does."""
         # Several configs at once are drawn under the plural.
         name = (label or "").removesuffix("s")
-        held = STATED.set(self._stated.get(name))
+        value = self._stated.get(name)
+        held = STATED.set(self._data.draw(value) if isinstance(value, st.SearchStrategy) else value)
         self.used.add(name)
         try:
             return self._data.draw(strategy, label=label)

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, UnsupportedModelError
 from pytest_circuitfreeze import checks
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.results import CircuitRecord
-from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.strategies import Batch, batches, configs
 from pytest_circuitfreeze.suites.claims import ClaimBroken
 
 FREEZER = AttentionCircuitFreezer()
@@ -120,6 +121,17 @@ def yielding(freeze: Callable[..., object]) -> Callable[..., Iterator[PreTrained
             yield model
 
     return frozen
+
+
+def test_strategies_draw_what_the_function_is_made_for(model: PreTrainedModel) -> None:
+    engine = Everything()
+    engine.freeze = contextmanager(yielding(engine.freeze))
+    served = configs(model, circuit=st.just("ov"), freeze_type=st.just("zero"))
+    inputs = batches(model, rows=st.just(2))
+    findings = checks.check_independence(model, engine, served, inputs, examples=4)
+    assert outcomes(findings) == {"qk_leaves_ov": "n/a", "ov_leaves_qk": "passed", "order_does_not_matter": "passed"}
+    assert {config.freeze_type for config in asked(engine)} == {"zero"}
+    assert len({str(config) for config in asked(engine)}) > 4
 
 
 @pytest.mark.parametrize(
