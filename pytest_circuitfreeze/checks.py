@@ -49,9 +49,9 @@ class Finding(NamedTuple):
     Args:
         claim: its name.
         sentence: what it says.
-        outcome: `passed`, `refused` (by an `UnsupportedModelError` of the intervention's, whatever was drawn) or `n/a`
-            (the claim says nothing about this model, config or batch, or asks for what such an intervention is not
-            made for).
+        outcome: `passed`; `refused` (by an `UnsupportedModelError`, whatever was drawn); `not offered` (by the engine's
+            `supports` or `not_offered`); or `n/a` (the claim says nothing about this model, config or batch, or asks
+            for what such an intervention is not made for).
         examples: how many it was tried on.
         error, bound: the largest error beside what was allowed there, the two that were closest; 0.0 is bit for bit.
         reasons: why it was not tried, or not on every example.
@@ -246,12 +246,15 @@ def _settings(examples: int) -> Any:
 
 def _finding(name: str, sentence: str, record: CircuitRecord, about_config: bool) -> Finding:
     """What a record says of a claim that was not broken."""
-    reasons = tuple(reason for reason in (record.refused, record.silent, *record.refusals) if reason)
+    told = (record.refused, record.silent, *record.refusals, *record.not_offered)
+    reasons = tuple(reason for reason in told if reason)
     outcome = "passed"
     if not about_config:
         outcome, reasons = "n/a", ("it is not about a config, or chooses its own",)
     elif record.refused or (record.examples == 0 and record.refusals):
         outcome = "refused"
+    elif record.offers_nothing:
+        outcome = "not offered"
     elif record.examples == 0:
         outcome, reasons = "n/a", reasons or ("it is not about such a config or batch",)
     return Finding(name, sentence, outcome, record.examples, record.error, record.bound, reasons)

@@ -103,8 +103,8 @@ class Result:
     model: str | None
     engine: str
     outcome: str
-    """``passed``, ``failed``, ``accepted``, ``error`` (in set-up or tear-down), ``skipped``, ``refused``, ``not offered``
-    or ``n/a``."""
+    """``passed``, ``failed``, ``accepted``, ``error`` (in set-up or tear-down), ``skipped``, ``refused``,
+    ``not offered`` or ``n/a``."""
     seconds: float
     examples: int
     error: float

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, UnsupportedModelError
 from pytest_circuitfreeze import checks
+from pytest_circuitfreeze.engines import FreezeCore
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.strategies import Batch, batches, configs
@@ -78,13 +80,7 @@ class Everything:
 
 @pytest.mark.parametrize("name", list(checks.claims()))
 def test_every_shipped_claim_can_be_tried(model: PreTrainedModel, name: str) -> None:
-    class Yielding(Everything):
-        @contextmanager
-        def freeze(self, model: PreTrainedModel, config: object) -> Iterator[PreTrainedModel]:
-            with super().freeze(model, config):
-                yield model
-
-    (finding,) = checks.check(name, model, Yielding(), examples=2)
+    (finding,) = checks.check(name, model, FreezeCore(), examples=2)
     assert (finding.claim, finding.sentence, finding.outcome) == (name, checks.claims()[name], "passed")
     assert finding.examples > 0
 
@@ -171,6 +167,19 @@ def test_what_the_function_refuses_is_told(model: PreTrainedModel) -> None:
     assert outcomes(checks.check_ov_leaves_qk(model, picky, examples=5)) == {"ov_leaves_qk": "passed"}
     with pytest.raises(checks.NothingChecked, match=r"qk_leaves_ov \(refused\): only OV is offered here"):
         checks.check_qk_leaves_ov(model, picky, examples=5)
+
+
+def test_what_an_engine_does_not_offer_is_no_pass(model: PreTrainedModel) -> None:
+    class Narrow(Everything):
+        not_offered = MappingProxyType({"rows_do_not_matter": "rows are run together here"})
+
+        def supports(self, model: PreTrainedModel, config: InterventionConfig) -> str | None:
+            return None if str(config.circuit) == "ov" else "only OV is offered here"
+
+    with pytest.raises(checks.NothingChecked, match=r"rows_do_not_matter \(not offered\): rows are run together"):
+        checks.check_rows_do_not_matter(model, Narrow())
+    with pytest.raises(checks.NothingChecked, match=r"qk_leaves_ov \(not offered\): only OV is offered here"):
+        checks.check_qk_leaves_ov(model, Narrow(), examples=5)
 
 
 def test_the_seed_decides_what_is_drawn(model: PreTrainedModel) -> None:
