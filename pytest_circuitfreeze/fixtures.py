@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from freeze_core import AttentionCircuitFreezer
 
 RECORD = pytest.StashKey[CircuitRecord]()
-# Why models could not be had, by name: the next test that asks for one does not wait for the hub again.
-_FAILED = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -37,13 +35,9 @@ def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> tor
     test that asks for it. A tiny architecture that the engine refuses is handed over: freezing it says why.
     """
     settings = settings_of(request.config)
-    failed = request.config.stash.setdefault(_FAILED, {})
-    if request.param in failed:
-        pytest.fail(failed[request.param], pytrace=False)
     try:
         model = _load(request.param, settings)
     except ModelLoadError as error:
-        failed[request.param] = str(error)
         pytest.fail(str(error), pytrace=False)
     reason = _refusal(circuit_engine, model) if request.param in settings.models else None
     if reason is not None:

@@ -141,6 +141,7 @@ def test_strategies_draw_what_the_function_is_made_for(model: PreTrainedModel) -
         ("frozen_queries_and_keys_reach_their_readers", InterventionConfig([0], [0], "q"), Batch(IDS, IDS > 3)),
         ("several_freezes_win_in_order", InterventionConfig([0], [0]), None),
         ("statistics_are_of_the_real_tokens", InterventionConfig([0], [0]), None),
+        ("noise_is_standard_normal", InterventionConfig([0], [0]), None),
     ],
 )
 def test_a_claim_about_something_else_is_no_pass(
