@@ -1,6 +1,7 @@
 """Adds the shipped suites to a session, under ids that do not depend on where they are installed.
 
-``circuitfreeze/<file>::<test>[...]`` is an interface: benchmark comparisons and users' scripts keep such ids.
+``circuitfreeze/<file>::<test>[...]`` is an interface: benchmark comparisons and users' scripts keep such ids. Modules
+that the hook ``pytest_circuitfreeze_claims`` adds are ``circuitfreeze/<module>::<test>[...]``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeGuard
 
 import pytest
 
+from pytest_circuitfreeze.accepted import AcceptedFailures, StaleEntry
 from pytest_circuitfreeze.settings import settings_of
 
 SUITES = "pytest_circuitfreeze.suites"
 ROOT = "circuitfreeze"
+MARKER = "circuitfreeze"
 
 
 def suite_files(*, bench: bool) -> list[Path]:
@@ -36,15 +40,43 @@ def suite_files(*, bench: bool) -> list[Path]:
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
+def added_modules(config: pytest.Config) -> dict[str, Path]:
+    """Where the modules are that implementations of ``pytest_circuitfreeze_claims`` name, in their order.
+
+    Raises:
+        pytest.UsageError: what was given is no list of names, or there is no such module.
+    """
+    found: dict[str, Path] = {}
+    for given in config.hook.pytest_circuitfreeze_claims(config=config):
+        if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+            raise pytest.UsageError(f"pytest_circuitfreeze_claims gave {given!r}; give a list of names of modules")
+        for name in given:
+            found[name] = _source(name)
+    return found
+
+
+def _source(name: str) -> Path:
+    try:
+        found = find_spec(name)
+    except (ImportError, ValueError) as error:  # a package above it that is not there, or a name that is none
+        raise pytest.UsageError(f"pytest_circuitfreeze_claims: {name!r} cannot be found: {error}") from error
+    if found is None or found.origin is None:
+        raise pytest.UsageError(f"pytest_circuitfreeze_claims: {name!r} cannot be found; give a module's full name")
+    return Path(found.origin)
+
+
 class SuiteModule(pytest.Module):
-    """One shipped file, imported by its full name and collected by our rules, not the user's."""
+    """One file of claims, imported by its full name and collected by our rules, not the user's."""
+
+    def __init__(self, *, full_name: str, **node: Any) -> None:
+        super().__init__(**node)
+        self._full_name = full_name
 
     def _getobj(self) -> ModuleType:
-        name = f"{SUITES}.{self.path.stem}"
         try:
-            return import_module(name)
+            return import_module(self._full_name)
         except ImportError as error:
-            raise self.CollectError(f"cannot import {name}: {error}") from error
+            raise self.CollectError(f"cannot import {self._full_name}: {error}") from error
 
     def funcnamefilter(self, name: str) -> bool:
         """Claims are ``test_*``, and ``bench_*`` too in a file of benchmarks."""
@@ -59,9 +91,18 @@ class Suite(pytest.Collector):
     """The shipped suites as one branch of the session's tree."""
 
     def collect(self) -> Iterator[SuiteModule]:
-        """One module a file."""
+        """One module a file, the shipped ones first."""
         for path in suite_files(bench=settings_of(self.config).bench):
-            yield SuiteModule.from_parent(self, path=path, name=path.name, nodeid=f"{ROOT}/{path.name}")
+            yield self._module(f"{SUITES}.{path.stem}", path, path.name)
+        for name, path in added_modules(self.config).items():
+            pytest.register_assert_rewrite(name)
+            yield self._module(name, path, name)
+
+    def _module(self, full_name: str, path: Path, shown: str) -> SuiteModule:
+        made: SuiteModule = SuiteModule.from_parent(
+            self, full_name=full_name, path=path, name=shown, nodeid=f"{ROOT}/{shown}"
+        )
+        return made
 
 
 class SuiteCollection:
@@ -70,8 +111,11 @@ class SuiteCollection:
     def __init__(self, config: pytest.Config) -> None:
         settings = settings_of(config)
         self._seed = settings.seed
-        names = {ROOT} | {f"{ROOT}/{path.name}" for path in suite_files(bench=settings.bench)}
+        files = [path.name for path in suite_files(bench=settings.bench)]
+        names = {ROOT} | {f"{ROOT}/{name}" for name in (*files, *added_modules(config))}
         self._asked = [argument for argument in config.args if _is_ours(argument)]
+        # A run of some files alone lacks the claims of others, which an accepted failure may be about.
+        self._whole = not config.known_args_namespace.file_or_dir
         for argument in self._asked:
             if _file_of(argument) not in names:
                 shipped = ", ".join(sorted(names - {ROOT}))
@@ -86,14 +130,20 @@ class SuiteCollection:
         """The session collects what it would have, and then the suites."""
         report = yield
         if isinstance(collector, pytest.Session) and report.passed:
-            report.result.append(Suite.from_parent(collector, name=ROOT, nodeid=ROOT))
+            suite: Suite = Suite.from_parent(collector, name=ROOT, nodeid=ROOT)
+            suite.add_marker(MARKER)
+            report.result.append(suite)
         return report
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Seeds the shipped properties, and keeps those whose ids were given, if any were."""
+    def pytest_collection_modifyitems(
+        self, session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Seeds the shipped properties, adds stale entries of the accepted failures, and keeps what was asked for."""
         import hypothesis
 
+        if self._whole:
+            items += _stale_entries(session, items)
         for item in items:
             if is_shipped(item) and hypothesis.is_hypothesis_test(item.obj):  # type: ignore[attr-defined]
                 hypothesis.seed(self._seed)(item.obj)  # type: ignore[attr-defined]
@@ -112,9 +162,29 @@ class SuiteCollection:
         return False
 
 
+def _stale_entries(session: pytest.Session, items: list[pytest.Item]) -> list[StaleEntry]:
+    settings = settings_of(session.config)
+    entries = AcceptedFailures(settings.accepted).unmatched(filter(is_claim, items), settings.targets)
+    return [
+        StaleEntry.from_parent(
+            session,
+            name=f"{entry.claim}[{entry.model}]",
+            nodeid=f"{ROOT}/accepted::{entry.claim}[{entry.model}]",
+            entry=entry,
+            engine=settings.engine,
+        )
+        for entry in entries
+    ]
+
+
 def is_shipped(item: pytest.Item) -> bool:
-    """Whether a test is one of the shipped suites', and not the project's own."""
+    """Whether a test is one of the shipped suites' (or added to them by a hook), and not the project's own."""
     return item.getparent(Suite) is not None
+
+
+def is_claim(item: pytest.Item) -> TypeGuard[pytest.Function]:
+    """Whether a test is in the table: a shipped one, or a project's own that is marked as a claim."""
+    return isinstance(item, pytest.Function) and item.get_closest_marker(MARKER) is not None
 
 
 def _file_of(argument: str) -> str:

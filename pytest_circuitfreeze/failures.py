@@ -61,7 +61,7 @@ def command(item: pytest.Item, settings: Settings) -> str:
     """The command line that runs one shipped test again under the same conditions."""
     words = ["pytest", "--circuitfreeze"]
     model = model_of(item)
-    if model is not None:
+    if model is not None and model not in settings.factories:  # a hook adds them to every run
         words += ["--circuitfreeze-model" if model in settings.models else "--circuitfreeze-arch", model]
     for option in OPTIONS:
         value = getattr(settings, option.word) if option.word in _CONDITIONS else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from pytest_circuitfreeze.engines import Engine, EngineError, load_engine
-from pytest_circuitfreeze.loading import ModelLoadError, load_model
+from pytest_circuitfreeze.loading import ModelLoadError, build_model, load_model
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.settings import Settings, settings_of
 
@@ -35,7 +35,10 @@ def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> tor
     test that asks for it. A tiny architecture that the engine refuses is handed over: freezing it says why.
     """
     settings = settings_of(request.config)
-    model = _load(request.param, settings)
+    try:
+        model = _load(request.param, settings)
+    except ModelLoadError as error:
+        pytest.fail(str(error), pytrace=False)
     reason = _refusal(circuit_engine, model) if request.param in settings.models else None
     if reason is not None:
         pytest.fail(f"engine {circuit_engine.name!r} cannot serve model {request.param!r}: {reason}", pytrace=False)
@@ -64,12 +67,12 @@ def _load(target: str, settings: Settings) -> torch.nn.Module:
         except ValueError as error:
             if settings.every_type:  # the list of types is transformers', and some need packages that are not there
                 return cast("torch.nn.Module", Unbuilt(str(error)))
-            pytest.fail(str(error), pytrace=False)
+            raise ModelLoadError(str(error)) from error
         return tiny
-    try:
-        return load_model(target, dtype=dtype, device=settings.device, attn=settings.attn)
-    except ModelLoadError as error:
-        pytest.fail(str(error), pytrace=False)
+    factory = settings.factories.get(target)
+    if factory is not None:
+        return build_model(target, factory, dtype=dtype, device=settings.device, attn=settings.attn)
+    return load_model(target, dtype=dtype, device=settings.device, attn=settings.attn)
 
 
 @pytest.fixture(scope="session")

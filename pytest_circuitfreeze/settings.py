@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
+
+from pytest_circuitfreeze.accepted import Accepted, parse_accepted
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
 
 PROFILES = ("quick", "standard", "thorough")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -36,6 +43,9 @@ class Settings:
     """``None`` leaves the choice of the attention implementation to transformers."""
     bench: bool
     report: Path | None
+    accepted: tuple[Accepted, ...] = ()
+    factories: Mapping[str, Callable[[], torch.nn.Module]] = field(default_factory=dict)
+    """Of those among ``models`` that the hook ``pytest_circuitfreeze_models`` gave, by name."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -186,6 +196,14 @@ OPTIONS = (
         metavar="NAME",
     ),
     Option("bench", "run the performance benchmarks too (needs pytest-benchmark)", kind="switch"),
+    Option(
+        "accepted",
+        "a failure that is accepted, as 'claim model: reason' with the names of the table (repeatable); it fails the "
+        "run only when it no longer fails itself; default: none",
+        parse_accepted,
+        metavar="ENTRY",
+        kind="list",
+    ),
     Option("report", "write report.json and report.md into this folder", parse_report, metavar="DIR"),
 )
 
@@ -226,11 +244,32 @@ def is_enabled(config: pytest.Config) -> bool:
 def _read_settings(config: pytest.Config) -> Settings:
     values = {option.word or "enabled": _read(config, option) for option in OPTIONS}
     architectures, models = values.pop("arch"), values.pop("model")
-    twice = sorted(set(architectures) & set(models))
-    if twice:
-        raise pytest.UsageError(f"--circuitfreeze-model: {twice[0]!r} is already a tiny architecture of this run")
+    factories = _factories(config)
+    _demand_distinct("--circuitfreeze-model", models, "a tiny architecture of this run", architectures)
+    _demand_distinct("pytest_circuitfreeze_models", factories, "a model of this run", (*architectures, *models))
     seed = _seed(config, values.pop("seed"), values["profile"])
-    return Settings(architectures=architectures, models=models, seed=seed, **values)
+    return Settings(architectures=architectures, models=(*models, *factories), seed=seed, factories=factories, **values)
+
+
+def _demand_distinct(origin: str, names: Iterable[str], what: str, taken: tuple[str, ...]) -> None:
+    for name in names:
+        if name in taken:
+            raise pytest.UsageError(f"{origin}: {name!r} is already {what}")
+
+
+def _factories(config: pytest.Config) -> dict[str, Callable[[], torch.nn.Module]]:
+    """What the implementations of the hook give, by name."""
+    found: dict[str, Callable[[], torch.nn.Module]] = {}
+    for given in config.hook.pytest_circuitfreeze_models(config=config):
+        if not isinstance(given, Mapping) or not all(
+            isinstance(name, str) and name.strip() and callable(factory) for name, factory in given.items()
+        ):
+            raise pytest.UsageError(
+                f"pytest_circuitfreeze_models gave {given!r}; give a mapping from names to factories without arguments"
+            )
+        _demand_distinct("pytest_circuitfreeze_models", given, "a model of this run", tuple(found))
+        found |= given
+    return found
 
 
 def _seed(config: pytest.Config, given: int | None, profile: str) -> int:
@@ -259,8 +298,8 @@ def _read(config: pytest.Config, option: Option) -> Any:
         raise pytest.UsageError(f"{origin}: {error}") from error
 
 
-def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+def _distinct(names: tuple[T, ...]) -> tuple[T, ...]:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name!r} is named more than once")
+            raise ValueError(f"{str(name)!r} is named more than once")
     return names

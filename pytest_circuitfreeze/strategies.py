@@ -21,6 +21,8 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pytest_circuitfreeze.stated import STATED, demand
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -220,6 +222,20 @@ def configs(
     """
     from freeze_core import InterventionConfig
 
+    stated = STATED.get()
+    if isinstance(stated, InterventionConfig):
+        demand(_or(freeze_type, freeze_types(batch)), "freeze_type", stated.freeze_type)
+        narrower: dict[str, st.SearchStrategy[Any] | None] = {
+            "circuit": circuit,
+            "backward_mode": backward_mode,
+            "kv_scope": kv_scope,
+            "strength": strength,
+            "noise_std": noise_std if stated.freeze_type == "noise" else None,
+        }
+        for field, allowed in narrower.items():
+            if allowed is not None:
+                demand(allowed, field, getattr(stated, field))
+        return stated
     kind = draw(_or(freeze_type, freeze_types(batch)))
     noisy = kind == "noise"
     by_layer = heads_by_layer(model)
@@ -268,6 +284,13 @@ def batches(
         rows, tokens: narrower strategies for the shape.
         padding: whether rows may be padded.
     """
+    stated = STATED.get()
+    if isinstance(stated, Batch):
+        for name, allowed, size in zip(("rows", "tokens"), (rows, tokens), stated.input_ids.shape, strict=True):
+            if allowed is not None:
+                demand(allowed, name, size)
+        demand(st.sampled_from([False, padding]), "padding", not bool(stated.real.all()))
+        return stated
     batch = draw(_or(rows, st.integers(1, 3)))
     length = draw(_or(tokens, st.integers(1, LONGEST)))
     input_ids = _tokens(model, batch, length, draw(st.integers(0, 2**16)))

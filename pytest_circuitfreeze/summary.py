@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_circuitfreeze import __version__, matrix
+from pytest_circuitfreeze.accepted import AcceptedFailures
 from pytest_circuitfreeze.results import Result
 from pytest_circuitfreeze.settings import Settings
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {
     **dict.fromkeys(("FAIL", "ERROR"), "red"),
-    **dict.fromkeys(("skip", "refused", "not offered", "in part"), "yellow"),
+    **dict.fromkeys(("accepted", "skip", "refused", "not offered", "in part"), "yellow"),
     **dict.fromkeys(("pass*", "pass"), "green"),
 }
 _LAST_HEAD = ("of", "bound")
@@ -61,6 +62,8 @@ def write_summary(terminal: pytest.TerminalReporter, results: Sequence[Result], 
         writer.line(f"ERROR {message}", red=True)
     for line in matrix.reasons(results):
         writer.line(line, yellow=True)
+    for entry in AcceptedFailures(settings.accepted).elsewhere(settings.targets):
+        writer.line(f"accepted, of a model that is not in this run: {entry}", yellow=True)
     writer.line(matrix.totals(results))
 
 

@@ -47,6 +47,9 @@ def build(settings: Settings, versions: Mapping[str, str], results: Iterable[Res
     chosen = asdict(settings)
     # Where a report lies is no part of what was run, and may name a user's folder.
     del chosen["report"], chosen["enabled"]
+    # What a factory is cannot be told in words; its name is among the models.
+    del chosen["factories"]
+    chosen["accepted"] = [str(entry) for entry in settings.accepted]
     return {
         "schema": SCHEMA,
         "exit_status": status,

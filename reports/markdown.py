@@ -34,9 +34,14 @@ def _tables(report: Report) -> list[str]:
     rows = matrix.rows(report.results, models)
     parts = []
     for file, group in groupby(rows, key=lambda row: row.file):
-        parts.append(f"## {matrix.subject(file).capitalize()}")
+        parts.append(f"## {_escape(_capital(matrix.subject(file)))}")
         parts.append(_table([[_escape(row.sentence), *row.cells, row.closest] for row in group], heads))
     return parts
+
+
+def _capital(text: str) -> str:
+    """With a capital, but for a path."""
+    return text if "/" in text or "." in text else text.capitalize()
 
 
 def _failures(results: tuple[Result, ...]) -> list[str]:
@@ -60,7 +65,7 @@ def _reasons(results: tuple[Result, ...]) -> list[str]:
     told = matrix.reasons(results)
     return (
         [
-            "## What was refused, what is not offered, and what does not apply",
+            "## What is accepted, was refused, is not offered, or does not apply",
             "\n".join(f"- {_escape(line)}" for line in told),
         ]
         if told

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -81,6 +82,59 @@ def test_suites_run_from_an_empty_folder(installed: Path, tmp_path: Path) -> Non
     used = (tmp_path / "from.txt").read_text()
     assert used == f"['{installed}/pytest_circuitfreeze/suites'] ['{installed}/freeze_core']"
     assert " passed" in result.stdout
+
+
+STRANGER = """
+    import os
+    import random
+    from pathlib import Path
+
+    import pytest
+    import torch
+
+    import freeze_core
+    from pytest_circuitfreeze import suites
+
+    Path(f"from-{os.getpid()}.txt").write_text(f"{list(suites.__path__)} {list(freeze_core.__path__)}")
+
+    @pytest.fixture(autouse=True)
+    def same_draws():
+        random.seed(0)
+        torch.manual_seed(0)
+
+    @pytest.fixture(autouse=True)
+    def in_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        yield
+        assert torch.is_grad_enabled()
+
+    @pytest.fixture(autouse=True, params=["once", "twice"])
+    def both_ways(request):
+        return request.param
+
+    @pytest.fixture(autouse=True, scope="module")
+    def about_the_module(request):
+        yield request.module.__name__
+
+    def pytest_collection_modifyitems(items):
+        items.reverse()
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "two workers"])
+def test_suites_run_in_a_project_full_of_autouse_fixtures(
+    installed: Path, tmp_path: Path, workers: tuple[str, ...]
+) -> None:
+    (tmp_path / "conftest.py").write_text(dedent(STRANGER))
+    result = run(
+        installed, tmp_path, "--circuitfreeze", "--circuitfreeze-arch=gpt2", "--circuitfreeze-profile=quick",
+        "-W", "error", "-k", "generators", *workers, "circuitfreeze",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 passed" in result.stdout
+    used = [path.read_text() for path in tmp_path.glob("from-*.txt")]
+    processes = 3 if workers else 1
+    assert used == [f"['{installed}/pytest_circuitfreeze/suites'] ['{installed}/freeze_core']"] * processes
 
 
 def test_checkout_that_hides_the_wheel_is_a_usage_error(installed: Path, tmp_path: Path) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
+
+# Test files are imported by their paths; what they share is not found that way.
+sys.path.append(str(Path(__file__).parent))
 
 STAND_IN = {
     "__init__": "",

@@ -56,7 +56,8 @@ def test_fixtures_are_there_for_a_projects_own_tests(pytester: pytest.Pytester) 
             assert not circuit_model.training
         """
     )
-    result = pytester.runpytest_inprocess("--circuitfreeze-arch", "gpt2,llama")
+    # In a process of its own: pytester forgets the modules of a run, and transformers looks for its own later.
+    result = pytester.runpytest_subprocess("--circuitfreeze-arch", "gpt2,llama")
     result.assert_outcomes(passed=3)
     assert "circuitfreeze:" not in result.stdout.str()
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.hf_api import HfApi
 
 from pytest_circuitfreeze import loading
 from pytest_circuitfreeze.loading import ModelLoadError, load_model, smollm2_gguf
@@ -88,7 +94,7 @@ def test_path_that_holds_no_model_is_refused(folder: Path, name: str, reason: st
         ("nobodys:build", "No module named 'nobodys'"),
         ("some words", "neither a hub id, a .gguf file nor module:factory"),
         # Without a network, and with nothing in the cache.
-        ("someone/unheard-of", "OSError"),
+        ("someone/unheard-of", "the hub cannot be reached"),
     ],
 )
 def test_what_gives_no_model_is_refused_by_name(spec: str, reason: str) -> None:
@@ -96,6 +102,47 @@ def test_what_gives_no_model_is_refused_by_name(spec: str, reason: str) -> None:
         load_model(spec)
     assert str(caught.value).startswith(f"model {spec!r} cannot be loaded: ")
     assert reason in str(caught.value)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an empty cache, beside a hub that cannot be reached and is not known to be offline."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    # Refused at once by this machine itself.
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path / "cache"
+
+
+def test_hub_that_cannot_be_reached_is_asked_once(hub: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun = time.perf_counter()
+    with pytest.raises(ModelLoadError) as caught:
+        load_model("someone/unheard-of")
+    assert time.perf_counter() - begun < 10
+    assert "Retrying" not in caplog.text
+    assert re.fullmatch(
+        r"model 'someone/unheard-of' cannot be loaded: there is no such folder, the hub cannot be reached \(.+\), and "
+        "the local cache does not hold it; put it there with `hf download someone/unheard-of` where there is a "
+        "network, or give a checkpoint folder",
+        str(caught.value),
+    )
+
+
+def test_cache_is_used_where_the_hub_cannot_be_reached(hub: Path) -> None:
+    cached = hub / "models--someone--tiny"
+    tiny_model("gpt2").save_pretrained(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert torch.equal(load_model("someone/tiny").lm_head.weight, tiny_model("gpt2").lm_head.weight)
+
+
+def test_model_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise RepositoryNotFoundError("404", response=Mock())
+
+    monkeypatch.setattr(HfApi, "model_info", unknown)
+    with pytest.raises(ModelLoadError, match="no such folder, and the hub has no such model, or keeps it private"):
+        load_model("someone/unheard-of")
 
 
 def test_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +159,66 @@ def test_model_without_attention_is_an_error_of_each_test(pytester: pytest.Pytes
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["engine 'freeze_core' cannot serve model 'mamba': *"])
     assert "fixtures.py" not in result.stdout.str()
+
+
+def write_gguf(path: Path) -> None:
+    """The tiny LLaMA with grouped queries, as llama.cpp stores it."""
+    gguf = pytest.importorskip("gguf", reason="the extra 'smollm2' is not installed")
+    model = tiny_model("llama_gqa")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for name, value in model.state_dict().items():
+        for own, theirs in GGUF_NAMES.items():
+            name = name.replace(own, theirs)
+        writer.add_tensor(name, value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+GGUF_NAMES = {
+    "model.layers": "blk",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.": "attn_",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attn_norm",
+    "mlp.": "ffn_",
+    "_proj": "",
+}
+
+
+def test_models_of_every_kind_are_validated_in_one_run(pytester: pytest.Pytester) -> None:
+    tiny_model("opt").save_pretrained("checkpoint")
+    write_gguf(Path("tiny.gguf"))
+    pytester.makepyfile(
+        mine="from pytest_circuitfreeze.models import tiny_model\ndef build(): return tiny_model('phi3')"
+    )
+    pytester.syspathinsert()
+    models = ("./checkpoint", "tiny.gguf", "mine:build", "someone/unheard-of")
+    result = pytester.runpytest_subprocess(
+        "--circuitfreeze", "--circuitfreeze-arch=gpt2", *(f"--circuitfreeze-model={one}" for one in models),
+        "--circuitfreeze-profile=quick", "-k", "generators or inputs", "circuitfreeze",
+    )  # fmt: skip
+    result.assert_outcomes(passed=8, errors=2)
+    result.stdout.fnmatch_lines(
+        [
+            "circuitfreeze: *, engine freeze_core on gpt2, ./checkpoint, tiny.gguf, mine:build, someone/unheard-of; *",
+            "ERROR Failed: model 'someone/unheard-of' cannot be loaded: there is no such folder, the hub cannot be *",
+            "2 claims on 5 models: 2 error, 8 passed; 64 examples",
+        ]
+    )
 
 
 def test_model_that_cannot_be_loaded_is_an_error_of_each_test(pytester: pytest.Pytester) -> None:

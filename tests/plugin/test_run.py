@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from tables import table
 
 Run = Callable[..., pytest.RunResult]
 ON = ("--circuitfreeze", "--circuitfreeze-arch", "gpt2,falcon_mqa", "circuitfreeze")
@@ -17,15 +18,6 @@ BREAKS = """
         assert circuit_model == "gpt2", "another model"
 """
 WORKERS = pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "two workers"])
-
-
-def table(result: pytest.RunResult) -> list[str]:
-    """The lines of the section, without its title."""
-    lines = result.outlines
-    start = next(place for place, line in enumerate(lines) if " circuitfreeze: " in line and line.startswith("==="))
-    end = next(place for place in range(start + 1, len(lines)) if lines[place].startswith("==="))
-    # pytest-benchmark may end it with an empty line.
-    return lines[start + 1 : end - (not lines[end - 1])]
 
 
 @WORKERS

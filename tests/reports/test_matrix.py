@@ -60,7 +60,10 @@ def test_columns_are_in_the_order_asked_for_and_only_what_ran() -> None:
 
 def test_one_claim_name_in_two_files_is_two_claims() -> None:
     results = [PASSED, replace(PASSED, id="circuitfreeze/test_b.py::test_x[m]")]
-    assert [row.file for row in matrix.rows(results, ["m"])] == ["test_a.py", "test_b.py"]
+    assert [row.file for row in matrix.rows(results, ["m"])] == [
+        "circuitfreeze/test_a.py",
+        "circuitfreeze/test_b.py",
+    ]
     assert matrix.totals(results) == "2 claims on 1 model: 2 passed; 10 examples"
 
 
