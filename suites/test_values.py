@@ -5,12 +5,21 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
-from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics
+from pytest_circuitfreeze.strategies import (
+    attending_layers,
+    batches,
+    configs,
+    configs_of_each_kind,
+    configs_without_statistics,
+)
+from pytest_circuitfreeze.suites.claims import Margin
 from pytest_circuitfreeze.suites.judge.passes import pads_under_eager
 from pytest_circuitfreeze.suites.judge.sites import implementations
 from pytest_circuitfreeze.suites.properties import proven
+from pytest_circuitfreeze.suites.several import observe_each
 from pytest_circuitfreeze.suites.values import (
     check_full_strength_replaces_anything,
     check_implementations_agree,
@@ -27,8 +36,12 @@ def test_values_are_the_oracles(
     attn = data.draw(st.sampled_from(implementations(circuit_model)), label="attn")
     padding = attn == "sdpa" or pads_under_eager(circuit_model)
     batch = data.draw(batches(circuit_model, padding=padding), label="batch")
-    config = data.draw(configs(circuit_model, batch=batch), label="config")
-    circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, [config], batch, attn))
+    several = data.draw(configs_of_each_kind(circuit_model, batch), label="configs")
+
+    def check(config: InterventionConfig) -> Margin:
+        return check_values_are_the_oracles(circuit_engine, circuit_model, [config], batch, attn)
+
+    observe_each(circuit_record, check, several)
 
 
 @proven
@@ -37,9 +50,9 @@ def test_several_freezes_win_in_order(
 ) -> None:
     """Of several freezes the later one wins where they meet, each on the unfrozen activation."""
     batch = data.draw(batches(circuit_model), label="batch")
-    several = data.draw(
-        st.lists(configs(circuit_model, batch=batch, most_layers=1), min_size=2, max_size=3), label="configs"
-    )
+    layers = data.draw(attending_layers(circuit_model, most=1), label="layers")
+    same = configs(circuit_model, batch=batch, layers=st.just(layers))
+    several = data.draw(st.lists(same, min_size=2, max_size=3), label="configs")
     circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, several, batch))
 
 
