@@ -233,14 +233,15 @@ def configs(
     strength: st.SearchStrategy[float] | None = None,
     noise_std: st.SearchStrategy[float | None] | None = None,
     layers: st.SearchStrategy[list[int]] | None = None,
+    heads: st.SearchStrategy[list[int]] | None = None,
     batch: Batch | None = None,
 ) -> InterventionConfig:
     """An `InterventionConfig` for `model`. Shrinks to head 0 of layer 0, V to zero, at full strength.
 
     Args:
         model: says how many layers and query heads there are.
-        circuit, freeze_type, backward_mode, kv_scope, strength, noise_std, layers: narrower strategies for these
-            fields; one or two layers that have attention are drawn by default.
+        circuit, freeze_type, backward_mode, kv_scope, strength, noise_std, layers, heads: narrower strategies for
+            these fields; one or two layers that have attention are drawn by default.
         batch: what the freeze is for; with it, replacements from elsewhere are drawn, too: recorded on other inputs,
             taken from other rows, calibrated over other batches.
     """
@@ -254,7 +255,7 @@ def configs(
     of_the_pass = kind == "mean" or (noisy and std is None)
     return InterventionConfig(
         layer_indices=chosen,
-        head_indices=draw(head_indices(min(by_layer[layer] for layer in chosen))),
+        head_indices=draw(_or(heads, head_indices(min(by_layer[layer] for layer in chosen)))),
         circuit=draw(_or(circuit, circuits())),
         freeze_type=kind,
         backward_mode=draw(_or(backward_mode, backward_modes())),

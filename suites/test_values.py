@@ -14,6 +14,8 @@ from pytest_circuitfreeze.strategies import (
     configs,
     configs_of_each_kind,
     configs_without_statistics,
+    head_indices,
+    heads_by_layer,
 )
 from pytest_circuitfreeze.suites.claims import Margin
 from pytest_circuitfreeze.suites.judge.passes import pads_under_eager
@@ -51,7 +53,9 @@ def test_several_freezes_win_in_order(
     """Of several freezes the later one wins where they meet, each on the unfrozen activation."""
     batch = data.draw(batches(circuit_model), label="batch")
     layers = data.draw(attending_layers(circuit_model, most=1), label="layers")
-    same = configs(circuit_model, batch=batch, layers=st.just(layers))
+    heads = head_indices(heads_by_layer(circuit_model)[layers[0]])
+    shared = st.just(data.draw(heads, label="heads"))
+    same = configs(circuit_model, batch=batch, layers=st.just(layers), heads=st.one_of(shared, heads))
     several = data.draw(st.lists(same, min_size=2, max_size=3), label="configs")
     circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, several, batch))
 
