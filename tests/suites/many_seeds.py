@@ -59,7 +59,7 @@ def of_broken(claim: str, broken: type[HookEngine]) -> Line:
     for seed in range(SEEDS):
         try:
             ended = verdict(claim, broken(), tiny_model(architectures[seed % len(architectures)]), seed)
-            ends.append(ended.examples if ended.finding else "accepted")
+            ends.append(ended.examples if ended.broken else "accepted")
         except Exception as error:  # the flaw breaks something before the check sees it
             ends.append(f"{type(error).__name__}: {error}")
     return {"claim": claim, "engine": broken.__name__, "on": list(architectures), "ends": ends}
@@ -73,7 +73,7 @@ def of_honest(make: Callable[[], Engine], architecture: str, seed: int) -> Line:
         try:
             ended = verdict(claim, make(), model, seed)
             examples += ended.examples
-            alarms += [f"{claim}: {ended.finding}"] if ended.finding else []
+            alarms += [f"{claim}: {ended.broken.headline}"] if ended.broken else []
         except Exception as error:  # as false as a refusal
             alarms.append(f"{claim}: {type(error).__name__}: {error}")
     return {"engine": make().name, "seed": seed, "on": architecture, "examples": examples, "alarms": alarms}

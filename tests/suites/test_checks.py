@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from broken_engines import BROKEN, architectures_of
 from honest_engine import HookEngine
-from verdicts import PROPERTIES, verdict
+from snippet_runs import WIDTH, demand_the_same, run, snippet_of
+from verdicts import PROPERTIES, in_the_librarys_place, verdict
 
 from pytest_circuitfreeze import suites
-from pytest_circuitfreeze.engines import Engine, FreezeCore
+from pytest_circuitfreeze.engines import Engine, FreezeCore, load_engine
 from pytest_circuitfreeze.models import tiny_model
 
 FOLDER = Path(next(iter(suites.__path__)))
@@ -41,12 +42,18 @@ def test_each_property_has_broken_engines() -> None:
 @pytest.mark.parametrize("claim", PROPERTIES)
 def test_honest_engine_is_accepted(claim: str, make: Callable[[], Engine], architecture: str) -> None:
     ended = verdict(claim, make(), tiny_model(architecture), 0)
-    assert not ended.finding
+    assert ended.broken is None
     assert ended.examples >= 25
 
 
 @pytest.mark.parametrize(
     ("claim", "broken"), [(claim, broken) for claim, several in BROKEN.items() for broken in several]
 )
-def test_broken_engine_is_refused(claim: str, broken: type[HookEngine]) -> None:
-    assert verdict(claim, broken(), tiny_model(architectures_of(broken)[0]), 0).finding
+def test_broken_engine_is_refused_and_the_snippet_shows_why(claim: str, broken: type[HookEngine]) -> None:
+    engine = load_engine(f"{broken.__module__}:{broken.__name__}")
+    known = verdict(claim, engine, tiny_model(architectures_of(broken)[0]), 0).broken
+    assert known
+    assert known.__notes__ == [f"\nWithout pytest:\n\n{snippet_of(known)}"]
+    assert all(len(line) <= WIDTH for line in snippet_of(known).splitlines())
+    with in_the_librarys_place(broken()):
+        demand_the_same(run(snippet_of(known)), known)
