@@ -3,8 +3,8 @@
     python tests/suites/many_seeds.py docs/claims
 
 What has come of each is a line of `seeds.jsonl`, written when it is known: a run that was stopped goes on where it was,
-and one after the catalogue was changed runs what is new. After a change to a check, take its lines out.
-`seeds.md` is made of that file. The status is 1 where a broken engine got past or an honest one did not.
+and one after the catalogue was changed runs what is new. After a change to a check, take its lines out. `seeds.md` is
+made of that file. The status is 1 where a broken engine got past or an honest one did not.
 """
 
 from __future__ import annotations
@@ -80,18 +80,19 @@ def of_honest(make: Callable[[], Engine], architecture: str, seed: int) -> Line:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of what the catalogue still holds, in its order."""
+    """The lines that are kept, of what the catalogue still holds."""
     if not path.exists():
         return []
-    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    order = {
-        (claim, broken.__name__): place for claim, several in BROKEN.items() for place, broken in enumerate(several)
-    }
-    places = list(BROKEN)
+    return in_order([json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()])
+
+
+def in_order(lines: Sequence[Line]) -> list[Line]:
+    """Lines of broken engines in the order of the catalogue, those that it has no more left out, then of honest ones."""
+    order = [(claim, broken.__name__) for claim, several in BROKEN.items() for broken in several]
     broken = [line for line in lines if (line.get("claim"), line["engine"]) in order]
     honest = [line for line in lines if "seed" in line]
     return [
-        *sorted(broken, key=lambda line: (places.index(line["claim"]), order[line["claim"], line["engine"]])),
+        *sorted(broken, key=lambda line: order.index((line["claim"], line["engine"]))),
         *sorted(honest, key=lambda line: (line["engine"], line["seed"])),
     ]
 
@@ -148,19 +149,21 @@ def _of_honest_engine(name: str, lines: Sequence[Line]) -> str:
     )
 
 
+def keep(folder: Path, lines: Sequence[Line]) -> None:
+    """Writes both files."""
+    (folder / "seeds.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    (folder / "seeds.md").write_text(markdown(lines), encoding="utf-8")
+
+
 def main(folder: Path) -> int:
-    """Runs what is missing and writes both files."""
-    path = folder / "seeds.jsonl"
-    known = read(path)
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in known), encoding="utf-8")
-    for make in missing(known):
+    """Runs what is missing, and keeps each line when it is there."""
+    lines = read(folder / "seeds.jsonl")
+    keep(folder, lines)
+    for make in missing(lines):
         line = make()
         print(json.dumps(line), flush=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(line)}\n")
-    lines = read(path)
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    (folder / "seeds.md").write_text(markdown(lines), encoding="utf-8")
+        lines = in_order([*lines, line])
+        keep(folder, lines)
     wrong = [line for line in lines if line.get("alarms") or ("ends" in line and len(refused(line)) < SEEDS)]
     print(f"{len(lines)} lines, {len(wrong)} of them wrong", *map(json.dumps, wrong), sep="\n")
     return int(bool(wrong))
