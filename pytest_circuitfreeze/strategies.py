@@ -202,23 +202,25 @@ def _reference(draw: st.DrawFn, model: PreTrainedModel, batch: Batch, layers: Se
 
 
 @st.composite
-def calibrations(draw: st.DrawFn, model: PreTrainedModel, layers: Sequence[int] | None = None) -> Calibrated:
-    """Statistics of `layers` of `model` over one or two drawn batches. Shrinks to those of one token.
+def calibrations(
+    draw: st.DrawFn, model: PreTrainedModel, layers: Sequence[int] | None = None, *, least: int = 1
+) -> Calibrated:
+    """Statistics of `layers` of `model` over `least` drawn batches, or one more. Shrinks to those of one token each.
 
     What `freeze_core` cannot record is not drawn.
     """
     from freeze_core import UnsupportedModelError
 
     try:
-        return _statistics(draw, model, layers)
+        return _statistics(draw, model, layers, least)
     except UnsupportedModelError:
         reject()
 
 
-def _statistics(draw: st.DrawFn, model: PreTrainedModel, layers: Sequence[int] | None) -> Calibrated:
+def _statistics(draw: st.DrawFn, model: PreTrainedModel, layers: Sequence[int] | None, least: int = 1) -> Calibrated:
     from pytest_circuitfreeze.recordings import calibrated
 
-    return calibrated(model, draw(st.lists(batches(model), min_size=1, max_size=2)), layers)
+    return calibrated(model, draw(st.lists(batches(model), min_size=least, max_size=least + 1)), layers)
 
 
 @st.composite

@@ -87,7 +87,7 @@ def read(path: Path) -> list[Line]:
 
 
 def in_order(lines: Sequence[Line]) -> list[Line]:
-    """Lines of broken engines in the order of the catalogue, those that it has no more left out, then of honest ones."""
+    """Lines of broken engines in the order of the catalogue, those that it has no more left out, then the others."""
     order = [(claim, broken.__name__) for claim, several in BROKEN.items() for broken in several]
     broken = [line for line in lines if (line.get("claim"), line["engine"]) in order]
     honest = [line for line in lines if "seed" in line]
