@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.suites.claims import Margin, NotApplicable
-from pytest_circuitfreeze.suites.refusals import Refused
+from pytest_circuitfreeze.suites.refusals import Refused, note
 
 __all__ = ["observe_each"]
 
@@ -29,7 +29,7 @@ def observe_each(record: CircuitRecord, check: Callable[[T], Margin], cases: Ite
         try:
             record.observe(check(case))
         except Refused as refused:
-            record.refused_config(str(refused))
+            note(record, refused)
             told = refused
         except NotApplicable as silent:
             record.not_applicable(str(silent))
