@@ -57,13 +57,11 @@ class CircuitRecord:
 
     def refused_config(self, reason: str) -> None:
         """The engine refuses to freeze the model in one way, and why."""
-        self.drawn_anew += 1
         if reason not in self.refusals:
             self.refusals.append(reason)
 
     def not_offered_config(self, reason: str) -> None:
         """The engine does not claim to freeze the model in one way, or at all, and why."""
-        self.drawn_anew += 1
         if reason not in self.not_offered:
             self.not_offered.append(reason)
 

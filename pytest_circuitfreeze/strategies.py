@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -31,15 +31,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "attending_layers",
     "backward_modes",
     "batches",
     "calibrations",
     "circuits",
     "configs",
+    "configs_of_each_kind",
     "configs_without_statistics",
     "freeze_types",
     "head_indices",
     "heads_by_layer",
+    "in_both_scopes",
     "layer_indices",
     "noise_stds",
     "references",
@@ -95,9 +98,19 @@ def layer_indices(layers: int, *, most: int = 2) -> st.SearchStrategy[list[int]]
     return st.lists(st.integers(0, layers - 1), min_size=1, max_size=min(most, layers), unique=True)
 
 
+def attending_layers(model: PreTrainedModel, *, most: int = 2) -> st.SearchStrategy[list[int]]:
+    """One to `most` different layers of `model` that have attention. Shrinks to the first one."""
+    attending = sorted(heads_by_layer(model))
+    return layer_indices(len(attending), most=most).map(lambda chosen: [attending[at] for at in chosen])
+
+
 def head_indices(heads: int, *, most: int | None = None) -> st.SearchStrategy[list[int]]:
-    """One to `most` (all, by default) different query heads of a layer that has `heads`. Shrinks to `[0]`."""
-    return st.lists(st.integers(0, heads - 1), min_size=1, max_size=most or heads, unique=True)
+    """One to `most` (all, by default) different query heads of a layer that has `heads`. Shrinks to `[0]`.
+
+    One alone half of the time: of several, some often share a KV head, which hides what is wrong with either.
+    """
+    one = st.integers(0, heads - 1)
+    return st.one_of(one.map(lambda head: [head]), st.lists(one, min_size=1, max_size=most or heads, unique=True))
 
 
 def circuits() -> st.SearchStrategy[str]:
@@ -107,12 +120,16 @@ def circuits() -> st.SearchStrategy[str]:
 
 def freeze_types(batch: Batch | None = None) -> st.SearchStrategy[str]:
     """A replacement, of those that `batch` can be run with, if it is given. Shrinks to `zero`."""
+    return st.sampled_from(_kinds(batch))
+
+
+def _kinds(batch: Batch | None) -> list[str]:
     kinds = ["zero", "mean", "noise"]
     if batch is not None:
         kinds.append("reference")
         if len(batch.input_ids) > 1 and batch.real.all():
             kinds.append("resample")
-    return st.sampled_from(kinds)
+    return kinds
 
 
 def backward_modes() -> st.SearchStrategy[str]:
@@ -169,32 +186,43 @@ def references(draw: st.DrawFn, model: PreTrainedModel, batch: Batch, layers: Se
     Shrinks to one row. What `freeze_core` cannot record is not drawn.
     """
     from freeze_core import UnsupportedModelError
+
+    try:
+        return _reference(draw, model, batch, layers)
+    except UnsupportedModelError:
+        reject()
+
+
+def _reference(draw: st.DrawFn, model: PreTrainedModel, batch: Batch, layers: Sequence[int] | None) -> Recorded:
     from pytest_circuitfreeze.recordings import recorded
 
     alike = bool((batch.real == batch.real[:1]).all())
     rows = draw(st.sampled_from([1, len(batch.input_ids)])) if alike else len(batch.input_ids)
     ids = _tokens(model, rows, batch.input_ids.shape[1], draw(st.integers(0, 2**16)))
     mask = None if batch.attention_mask is None else batch.attention_mask[:rows]
-    try:
-        return recorded(model, Batch(ids, mask), layers)
-    except UnsupportedModelError:
-        reject()
+    return recorded(model, Batch(ids, mask), layers)
 
 
 @st.composite
-def calibrations(draw: st.DrawFn, model: PreTrainedModel, layers: Sequence[int] | None = None) -> Calibrated:
-    """Statistics of `layers` of `model` over one or two drawn batches. Shrinks to those of one token.
+def calibrations(
+    draw: st.DrawFn, model: PreTrainedModel, layers: Sequence[int] | None = None, *, least: int = 1
+) -> Calibrated:
+    """Statistics of `layers` of `model` over `least` drawn batches, or one more. Shrinks to those of one token each.
 
     What `freeze_core` cannot record is not drawn.
     """
     from freeze_core import UnsupportedModelError
-    from pytest_circuitfreeze.recordings import calibrated
 
-    sources = draw(st.lists(batches(model), min_size=1, max_size=2))
     try:
-        return calibrated(model, sources, layers)
+        return _statistics(draw, model, layers, least)
     except UnsupportedModelError:
         reject()
+
+
+def _statistics(draw: st.DrawFn, model: PreTrainedModel, layers: Sequence[int] | None, least: int = 1) -> Calibrated:
+    from pytest_circuitfreeze.recordings import calibrated
+
+    return calibrated(model, draw(st.lists(batches(model), min_size=least, max_size=least + 1)), layers)
 
 
 @st.composite
@@ -208,15 +236,16 @@ def configs(
     kv_scope: st.SearchStrategy[str] | None = None,
     strength: st.SearchStrategy[float] | None = None,
     noise_std: st.SearchStrategy[float | None] | None = None,
-    most_layers: int = 2,
+    layers: st.SearchStrategy[list[int]] | None = None,
+    heads: st.SearchStrategy[list[int]] | None = None,
     batch: Batch | None = None,
 ) -> InterventionConfig:
     """An `InterventionConfig` for `model`. Shrinks to head 0 of layer 0, V to zero, at full strength.
 
     Args:
         model: says how many layers and query heads there are.
-        circuit, freeze_type, backward_mode, kv_scope, strength, noise_std: narrower strategies for these fields.
-        most_layers: how many layers are frozen at most.
+        circuit, freeze_type, backward_mode, kv_scope, strength, noise_std, layers, heads: narrower strategies for
+            these fields; one or two layers that have attention are drawn by default.
         batch: what the freeze is for; with it, replacements from elsewhere are drawn, too: recorded on other inputs,
             taken from other rows, calibrated over other batches.
     """
@@ -239,13 +268,12 @@ def configs(
     kind = draw(_or(freeze_type, freeze_types(batch)))
     noisy = kind == "noise"
     by_layer = heads_by_layer(model)
-    attending = sorted(by_layer)
-    layers = [attending[at] for at in draw(layer_indices(len(attending), most=most_layers))]
+    chosen = draw(_or(layers, attending_layers(model)))
     std = draw(_or(noise_std, noise_stds())) if noisy else None
     of_the_pass = kind == "mean" or (noisy and std is None)
     return InterventionConfig(
-        layer_indices=layers,
-        head_indices=draw(head_indices(min(by_layer[layer] for layer in layers))),
+        layer_indices=chosen,
+        head_indices=draw(_or(heads, head_indices(min(by_layer[layer] for layer in chosen)))),
         circuit=draw(_or(circuit, circuits())),
         freeze_type=kind,
         backward_mode=draw(_or(backward_mode, backward_modes())),
@@ -253,9 +281,46 @@ def configs(
         strength=draw(_or(strength, strengths(least=0.01))),
         seed=draw(seeds()) if noisy or kind == "resample" else 0,
         noise_std=std,
-        statistics=draw(st.none() | calibrations(model, layers)) if of_the_pass and batch is not None else None,
-        reference=draw(references(model, batch, layers)) if kind == "reference" and batch is not None else None,
+        statistics=draw(st.none() | calibrations(model, chosen)) if of_the_pass and batch is not None else None,
+        reference=draw(references(model, batch, chosen)) if kind == "reference" and batch is not None else None,
     )
+
+
+@st.composite
+def configs_of_each_kind(draw: st.DrawFn, model: PreTrainedModel, batch: Batch) -> list[InterventionConfig]:
+    """A config of each replacement, from the pass or from elsewhere, that `batch` can be run with.
+
+    Were one of them drawn for each example, a few dozen examples would often have none of some. Each shrinks as
+    `configs` do. What `freeze_core` cannot record is left out.
+    """
+    from freeze_core import UnsupportedModelError
+
+    of_the_pass, own = st.none(), st.floats(0.1, 3.0)
+    kinds: list[tuple[str, st.SearchStrategy[float | None]]] = [
+        *((kind, of_the_pass) for kind in ("zero", "mean", "noise")),
+        ("noise", own),
+        ("resample", of_the_pass),
+    ]
+    found = [
+        draw(configs(model, freeze_type=st.just(kind), noise_std=std)) for kind, std in kinds if kind in _kinds(batch)
+    ]
+    for kind in ("mean", "noise", "reference"):
+        plain = draw(configs(model, freeze_type=st.just("zero")))
+        held: dict[str, Any] = {"seed": draw(seeds())} if kind == "noise" else {}
+        try:
+            if kind == "reference":
+                held["reference"] = _reference(draw, model, batch, plain.layer_indices)
+            else:
+                held["statistics"] = _statistics(draw, model, plain.layer_indices)
+        except UnsupportedModelError:
+            continue
+        found.append(replace(plain, freeze_type=kind, **held))
+    return found
+
+
+def in_both_scopes(strategy: st.SearchStrategy[InterventionConfig]) -> st.SearchStrategy[list[InterventionConfig]]:
+    """A config of `strategy` in each `kv_scope`, `group` first. Shrinks as `strategy` does."""
+    return strategy.map(lambda config: [replace(config, kv_scope=scope) for scope in ("group", "head")])
 
 
 def configs_without_statistics(
@@ -294,7 +359,8 @@ def batches(
     batch = draw(_or(rows, st.integers(1, 3)))
     length = draw(_or(tokens, st.integers(1, LONGEST)))
     input_ids = _tokens(model, batch, length, draw(st.integers(0, 2**16)))
-    side = draw(st.sampled_from(["none", "ones", "left", "right"] if padding else ["none", "ones"]))
+    # Padded twice as often as not: most of what goes wrong goes wrong there.
+    side = draw(st.sampled_from(["none", "ones", *["left", "right"] * 2] if padding else ["none", "ones"]))
     if side == "none":
         return Batch(input_ids)
     mask = torch.ones(batch, length, dtype=torch.long)

@@ -19,11 +19,11 @@ from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
 from pytest_circuitfreeze.suites.judge.sites import seen_at_the_ends
 from pytest_circuitfreeze.suites.judge.state import remember_untouched
 from pytest_circuitfreeze.suites.refusals import (
-    NotOffered,
     Refused,
     Refusing,
     check_refusal,
     claim_not_offered,
+    note,
     refusal,
 )
 
@@ -76,10 +76,8 @@ def proven(test: Test) -> Callable[..., None]:
         except NotApplicable as silent:
             circuit_record.not_applicable(str(silent))
         except Refused as refused:
-            note = (
-                circuit_record.not_offered_config if isinstance(refused, NotOffered) else circuit_record.refused_config
-            )
-            note(str(refused))
+            note(circuit_record, refused)
+            circuit_record.drawn_anew += 1
             # Past that the example ends without a word, since an engine may serve none at all.
             if circuit_record.drawn_anew <= PATIENCE:
                 reject()

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.origins import stands_for
+from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.judge.state import changes, visible_state
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
 
-__all__ = ["NotOffered", "Refused", "Refusing", "check_refusal", "claim_not_offered", "not_offered", "refusal"]
+__all__ = ["NotOffered", "Refused", "Refusing", "check_refusal", "claim_not_offered", "not_offered", "note", "refusal"]
 
 _REFUSALS: WeakKeyDictionary[Engine, WeakKeyDictionary[nn.Module, str | None]] = WeakKeyDictionary()
 
@@ -69,6 +70,11 @@ class Refusing:
                 check_refusal(self.engine, model, config)
                 raise Refused(str(error)) from error
             yield frozen
+
+
+def note(record: CircuitRecord, refused: Refused) -> None:
+    """Writes down what an engine does not do, and why."""
+    (record.not_offered_config if isinstance(refused, NotOffered) else record.refused_config)(str(refused))
 
 
 def not_offered(engine: Engine, model: PreTrainedModel, config: Any) -> str | None:

@@ -1,8 +1,9 @@
-"""State: a freeze touches no parameter, no flag, no generator and no input."""
+"""State: a freeze touches no parameter, no flag, no generator and no input, and follows no config that is changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["check_generators_are_untouched", "check_inputs_are_not_written_to", "check_parameters_are_untouched"]
+__all__ = [
+    "check_changed_configs_do_not_matter",
+    "check_generators_are_untouched",
+    "check_inputs_are_not_written_to",
+    "check_parameters_are_untouched",
+]
 
 
 @check
@@ -102,6 +108,33 @@ def check_inputs_are_not_written_to(
             one.what, one.tensor, one.values, "row position" if one.layer is None else "row position feature", **where
         )
         claim.demand(one.tensor._version == one.version, f"{one.what} was written to", **where)
+    return claim.margin
+
+
+@check
+def check_changed_configs_do_not_matter(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """A live freeze gives the same logits, bit for bit, after its config, and the lists in it, were changed.
+
+    Args:
+        config: names its layers and heads; a copy of it is what is frozen and changed.
+
+    Raises:
+        ClaimBroken: it gives others.
+    """
+    claim = Claim("a live freeze does not follow its config")
+    known = sites(model)
+    layers, heads = list(config.layer_indices or ()), list(config.head_indices or ())
+    claim.demand(bool(layers and heads), "asked about a config that leaves layers or heads open")
+    live = replace(config, layer_indices=layers, head_indices=heads)
+    with torch.no_grad(), engine.freeze(model, live) as frozen:
+        want = logits_of(frozen, model, batch)
+        layers[:], heads[:] = sorted(known), range(known[layers[0]].heads)
+        live.circuit = "ov" if str(config.circuit) == "qk" else "qk"
+        live.strength, live.seed = config.strength / 2, config.seed + 1
+        got = logits_of(frozen, model, batch)
+    claim.same("logits after the config was changed", got, want, "row position word")
     return claim.margin
 
 

@@ -7,13 +7,14 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
-from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics
+from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics, in_both_scopes
 from pytest_circuitfreeze.suites.caching import (
     check_cached_equals_recomputed,
     check_foreign_caches_are_recognised,
     check_recomputation_is_the_same_pass,
 )
 from pytest_circuitfreeze.suites.properties import proven
+from pytest_circuitfreeze.suites.several import observe_each
 
 
 @proven
@@ -21,12 +22,18 @@ def test_cached_equals_recomputed(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A freeze computes with a cache what it computes without one."""
-    config = data.draw(configs(circuit_model), label="config")
+    other = data.draw(configs(circuit_model, freeze_type=st.sampled_from(["zero", "mean"])), label="config")
+    # Noise in each example: it alone says which column of the whole a step is at.
+    noise = data.draw(in_both_scopes(configs(circuit_model, freeze_type=st.just("noise"))), label="configs")
     batch = data.draw(batches(circuit_model, tokens=st.integers(2, 12)), label="batch")
     length = batch.input_ids.shape[1]
     cuts = data.draw(st.lists(st.integers(1, length - 1), min_size=1, unique=True), label="cuts")
     ends = [*sorted(cuts), length]
-    circuit_record.observe(check_cached_equals_recomputed(circuit_engine, circuit_model, config, batch, ends))
+    observe_each(
+        circuit_record,
+        lambda config: check_cached_equals_recomputed(circuit_engine, circuit_model, config, batch, ends),
+        [other, *noise],
+    )
 
 
 @proven

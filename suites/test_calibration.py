@@ -22,5 +22,5 @@ def test_statistics_are_of_the_real_tokens(
     if circuit_engine.name != FreezeCore.name:
         raise NotApplicable("statistics are freeze_core's, whichever engine freezes to them")
     layer = data.draw(st.sampled_from(sorted(sites(circuit_model))), label="layer")
-    statistics = data.draw(calibrations(circuit_model, [layer]), label="statistics")
+    statistics = data.draw(calibrations(circuit_model, [layer], least=2), label="statistics")
     circuit_record.observe(check_statistics_are_of_the_real_tokens(circuit_model, statistics))

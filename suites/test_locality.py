@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
-from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics
+from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics, heads_by_layer, in_both_scopes
 from pytest_circuitfreeze.suites.locality import (
     check_earlier_layers_are_untouched,
     check_later_tokens_do_not_matter,
@@ -15,6 +15,7 @@ from pytest_circuitfreeze.suites.locality import (
     check_rows_do_not_matter,
 )
 from pytest_circuitfreeze.suites.properties import proven
+from pytest_circuitfreeze.suites.several import observe_each
 
 
 @proven
@@ -23,8 +24,12 @@ def test_other_heads_are_untouched(
 ) -> None:
     """Heads that read nothing frozen give what they gave."""
     batch = data.draw(batches(circuit_model), label="batch")
-    config = data.draw(configs(circuit_model, batch=batch), label="config")
-    circuit_record.observe(check_other_heads_are_untouched(circuit_engine, circuit_model, config, batch))
+    several = data.draw(in_both_scopes(configs(circuit_model, batch=batch)), label="configs")
+    observe_each(
+        circuit_record,
+        lambda config: check_other_heads_are_untouched(circuit_engine, circuit_model, config, batch),
+        several,
+    )
 
 
 @proven
@@ -33,7 +38,9 @@ def test_earlier_layers_are_untouched(
 ) -> None:
     """Layers before the first frozen one are untouched, bit for bit."""
     batch = data.draw(batches(circuit_model), label="batch")
-    config = data.draw(configs(circuit_model, batch=batch), label="config")
+    attending = sorted(heads_by_layer(circuit_model))
+    late = st.sampled_from(attending[1:] or attending).map(lambda layer: [layer])  # nothing is before the first
+    config = data.draw(configs(circuit_model, batch=batch, layers=late), label="config")
     circuit_record.observe(check_earlier_layers_are_untouched(circuit_engine, circuit_model, config, batch))
 
 

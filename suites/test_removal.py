@@ -52,7 +52,7 @@ def test_error_in_forward_leaves_no_trace(
 def test_freezes_can_be_repeated(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
-    """A freeze gives the same again: on a later pass, after another batch, installed anew."""
+    """A freeze gives the same again: on later passes, after another batch, installed anew."""
     config = data.draw(configs(circuit_model), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
     other = data.draw(batches(circuit_model), label="other")

@@ -5,12 +5,24 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
-from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics
+from pytest_circuitfreeze.strategies import (
+    attending_layers,
+    batches,
+    configs,
+    configs_of_each_kind,
+    configs_without_statistics,
+    head_indices,
+    heads_by_layer,
+    strengths,
+)
+from pytest_circuitfreeze.suites.claims import Margin
 from pytest_circuitfreeze.suites.judge.passes import pads_under_eager
 from pytest_circuitfreeze.suites.judge.sites import implementations
 from pytest_circuitfreeze.suites.properties import proven
+from pytest_circuitfreeze.suites.several import observe_each
 from pytest_circuitfreeze.suites.values import (
     check_full_strength_replaces_anything,
     check_implementations_agree,
@@ -27,8 +39,12 @@ def test_values_are_the_oracles(
     attn = data.draw(st.sampled_from(implementations(circuit_model)), label="attn")
     padding = attn == "sdpa" or pads_under_eager(circuit_model)
     batch = data.draw(batches(circuit_model, padding=padding), label="batch")
-    config = data.draw(configs(circuit_model, batch=batch), label="config")
-    circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, [config], batch, attn))
+    several = data.draw(configs_of_each_kind(circuit_model, batch), label="configs")
+
+    def check(config: InterventionConfig) -> Margin:
+        return check_values_are_the_oracles(circuit_engine, circuit_model, [config], batch, attn)
+
+    observe_each(circuit_record, check, several)
 
 
 @proven
@@ -37,9 +53,13 @@ def test_several_freezes_win_in_order(
 ) -> None:
     """Of several freezes the later one wins where they meet, each on the unfrozen activation."""
     batch = data.draw(batches(circuit_model), label="batch")
-    several = data.draw(
-        st.lists(configs(circuit_model, batch=batch, most_layers=1), min_size=2, max_size=3), label="configs"
-    )
+    layers = data.draw(attending_layers(circuit_model, most=1), label="layers")
+    heads = head_indices(heads_by_layer(circuit_model)[layers[0]])
+    shared = st.just(data.draw(heads, label="heads"))
+    # At full strength nothing of what a freeze was put on is left to see.
+    partly = st.one_of(strengths(least=0.01), st.floats(0.1, 0.9))
+    same = configs(circuit_model, batch=batch, layers=st.just(layers), heads=st.one_of(shared, heads), strength=partly)
+    several = data.draw(st.lists(same, min_size=2, max_size=3), label="configs")
     circuit_record.observe(check_values_are_the_oracles(circuit_engine, circuit_model, several, batch))
 
 

@@ -261,3 +261,13 @@ def test_the_eyes_of_a_model_of_words_are_not_frozen_for_its_words():
         FREEZER.freeze_circuits(model, InterventionConfig([0]))
     model.main_input_name = "pixel_values"
     FREEZER.freeze_circuits(model, InterventionConfig([0])).remove()
+
+
+@pytest.mark.parametrize("attention", ["self", "cross"])
+def test_passes_of_the_encoder_alone_are_no_misses(attention):
+    """The decoder is frozen and does not run: nothing is missed, and the encoder is what it was."""
+    model = BUILD["bart"]()
+    with torch.no_grad():
+        want = model.get_encoder()(IDS).last_hidden_state
+        with FREEZER.freeze_circuits(model, InterventionConfig(attention=attention)):
+            assert torch.equal(model.get_encoder()(IDS).last_hidden_state, want)

@@ -57,7 +57,7 @@ VALUES: Sequence[Sequence[Fields]] = [
 ]
 GRADIENTS: Sequence[Sequence[Fields]] = [
     [{"circuit": "ov"}],
-    [{"circuit": "ov", "backward_mode": "ste"}],
+    [{"circuit": "ov", "backward_mode": "ste", "strength": 0.5}],
     [{"circuit": "ov", "strength": 0.25, "freeze_type": "mean"}],
     [{"circuit": "q", "strength": 0.99999}],
     [{"circuit": "q", "backward_mode": "circuit_ste"}],
@@ -83,6 +83,11 @@ UNSEEN = {"RecordedHeadsInTurn", "KeysWithValues", "GroupForHead", "OneDrawForKA
 # ... and about these not where a KV head has one reader, or all, or where q, k and v lie one after the other.
 UNSEEN_IN = {
     "HeadsInTurn": NAMES,
+    "NextGroup": NAMES,
+    # There is no bias, or there are no heads beside the one that all share, or keys and values lie apart.
+    "SparesTheBias": ("deepseek_v3", "qwen3_next"),
+    "SpillsOver": ("gpt_bigcode_mqa",),
+    "SwapsKeysAndValues": ("deepseek_v3", "qwen3_next"),
     "CutsInThree": ("gpt_bigcode_mqa", "deepseek_v3", "qwen3_next"),
     "NextHead": ("gpt_bigcode_mqa",),
     "TouchesEverything": ("gpt_bigcode_mqa",),
@@ -143,7 +148,7 @@ def test_honest_engine_is_accepted_where_kv_heads_are_unshared(check: str) -> No
     [
         (check, broken, name)
         for check, name in ASKED
-        for broken in BROKEN[check]
+        for broken in BROKEN[check.removeprefix("check_")]
         if broken.__name__ not in UNSEEN and name not in UNSEEN_IN.get(broken.__name__, ())
     ],
 )
@@ -166,7 +171,7 @@ def test_resampling_is_read_off(name: str) -> None:
     check_resampling_takes_other_rows(FreezeCore(), model(name), 3, 4)
     if name != "deepseek_v3":  # where the engine of hooks freezes a part of each key alone
         check_resampling_takes_other_rows(HookEngine(), model(name), 3, 4)
-    for broken in BROKEN["check_resampling_takes_other_rows"]:
+    for broken in BROKEN["resampling_takes_other_rows"]:
         with pytest.raises(ClaimBroken):
             check_resampling_takes_other_rows(broken(), model(name), 3, 4)
     model.cache_clear()

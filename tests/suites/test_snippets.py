@@ -7,27 +7,25 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
 import pytest
 import torch
-from broken_engines import BROKEN
+from broken_engines import architectures_of
 from broken_engines.reach import TouchesEverything
 from broken_engines.references import ColumnBefore
 from broken_engines.storage import CutsInThree
 from honest_engine import HookEngine
-from test_checks import CASES, model
+from snippet_runs import demand_the_same, run, snippet_of
+from verdicts import verdict
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig
-from pytest_circuitfreeze import recordings
 from pytest_circuitfreeze.engines import load_engine
 from pytest_circuitfreeze.loading import load_model
 from pytest_circuitfreeze.models import tiny_model
-from pytest_circuitfreeze.origins import origin_of, remembered
+from pytest_circuitfreeze.origins import origin_of
 from pytest_circuitfreeze.recordings import recorded
 from pytest_circuitfreeze.snippets import Call
 from pytest_circuitfreeze.strategies import Batch
@@ -41,86 +39,15 @@ from pytest_circuitfreeze.suites.storage import check_storage_does_not_matter
 from pytest_circuitfreeze.suites.tolerance import nudged
 
 IDS = torch.tensor([[7, 3, 11], [4, 19, 6]])
-WIDTH = 79
-OF_THE_LIBRARY = {
-    "check_recordings_are_what_attention_saw": "recorded",
-    "check_statistics_are_of_the_real_tokens": "calibrated",
-}
-"""Checks that ask nothing of an engine, and what their broken engines do in its place."""
-
-
-def failure(case: Callable[[Any], object], engine: object) -> ClaimBroken | None:
-    """How a case breaks its claim, if it does, on models that no other case has had."""
-    model.cache_clear()
-    try:
-        case(engine)
-    except ClaimBroken as broken:
-        return broken
-    return None
-
-
-def first_failure(check: str, engine: Callable[[], object]) -> ClaimBroken:
-    return next(found for case in CASES[check] if (found := failure(case, engine())) is not None)
-
-
-def snippet_of(broken: ClaimBroken) -> str:
-    assert broken.call is not None
-    return broken.call.snippet
-
-
-def run(snippet: str, **names: object) -> ClaimBroken:
-    """What a snippet ends in, in a namespace of its own."""
-    with pytest.raises(ClaimBroken) as caught:
-        exec(compile(snippet, "snippet.py", "exec"), dict(names))
-    return caught.value
-
-
-def demand_the_same(found: ClaimBroken, known: ClaimBroken) -> None:
-    assert (found.sentence, found.found, found.place, found.margin) == (
-        known.sentence,
-        known.found,
-        known.place,
-        known.margin,
-    )
-    assert str(found) == str(known)
-    assert snippet_of(found) == snippet_of(known)
-
-
-def in_the_place_of(name: str, engine: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """An engine's own way to record or calibrate, put where a snippet imports it from."""
-
-    def maker(model: Any, given: Any) -> object:
-        return getattr(engine, name)(model, given)
-
-    maker.__name__, maker.__module__ = name, recordings.__name__
-    broken = remembered(maker)
-    monkeypatch.setattr(recordings, name, broken)
-    return SimpleNamespace(**{name: broken})
 
 
 @pytest.mark.parametrize(
-    ("check", "broken"), [(check, broken) for check, several in BROKEN.items() for broken in several]
+    ("claim", "broken"), [("values_are_the_oracles", ColumnBefore), ("storage_does_not_matter", CutsInThree)]
 )
-def test_snippet_breaks_the_claim_alike(check: str, broken: type[HookEngine], monkeypatch: pytest.MonkeyPatch) -> None:
-    def engine() -> object:
-        made = load_engine(f"{broken.__module__}:{broken.__name__}")
-        return in_the_place_of(OF_THE_LIBRARY[check], made, monkeypatch) if check in OF_THE_LIBRARY else made
-
-    known = first_failure(check, engine)
-    assert known.__notes__ == [f"\nWithout pytest:\n\n{snippet_of(known)}"]
-    assert all(len(line) <= WIDTH for line in snippet_of(known).splitlines())
-    demand_the_same(run(snippet_of(known)), known)
-
-
-@pytest.mark.parametrize(
-    ("check", "broken"),
-    [
-        ("check_values_are_the_oracles", ColumnBefore),
-        ("check_storage_does_not_matter", CutsInThree),
-    ],
-)
-def test_snippet_is_a_program(check: str, broken: type[HookEngine], tmp_path: Path) -> None:
-    known = first_failure(check, lambda: load_engine(f"{broken.__module__}:{broken.__name__}"))
+def test_snippet_is_a_program(claim: str, broken: type[HookEngine], tmp_path: Path) -> None:
+    engine = load_engine(f"{broken.__module__}:{broken.__name__}")
+    known = verdict(claim, engine, tiny_model(architectures_of(broken)[0]), 0).broken
+    assert known
     program = tmp_path / "snippet.py"
     program.write_text(snippet_of(known))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,18 +13,23 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 from transformers import PreTrainedModel
 
-from freeze_core import AttentionCircuitFreezer, InterventionConfig
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, UnsupportedModelError
+from pytest_circuitfreeze import recordings
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.recordings import Recorded, calibrated, moved_to, recorded
 from pytest_circuitfreeze.strategies import (
     Batch,
+    attending_layers,
     backward_modes,
     batches,
     circuits,
     configs,
+    configs_of_each_kind,
     configs_without_statistics,
     freeze_types,
     head_indices,
+    heads_by_layer,
+    in_both_scopes,
     layer_indices,
     noise_stds,
     scopes,
@@ -127,6 +133,52 @@ def test_configs_for_a_batch_can_be_run_with_it(data: st.DataObject) -> None:
         assert bool((source.real == batch.real).all())
     with AttentionCircuitFreezer().freeze_circuits(model(), config):
         model()(**batch.arguments(model()))
+
+
+@quickly
+@given(data=st.data())
+def test_each_kind_is_drawn_once_and_can_be_run(data: st.DataObject) -> None:
+    batch = data.draw(batches(model()))
+    several = data.draw(configs_of_each_kind(model(), batch))
+    found = [(str(one.freeze_type), one.noise_std is not None, one.statistics is not None) for one in several]
+    whole = len(batch.input_ids) > 1 and bool(batch.real.all())
+    assert sorted(found) == [
+        ("mean", False, False),
+        ("mean", False, True),
+        ("noise", False, False),
+        ("noise", False, True),
+        ("noise", True, False),
+        ("reference", False, False),
+        *([("resample", False, False)] if whole else []),
+        ("zero", False, False),
+    ]
+    for config in several:
+        with AttentionCircuitFreezer().freeze_circuits(model(), config):
+            model()(**batch.arguments(model()))
+
+
+def test_what_cannot_be_recorded_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UnsupportedModelError("not this one")
+
+    for name in ("recorded", "calibrated"):
+        monkeypatch.setattr(recordings, name, refuse)
+    kinds = [str(one.freeze_type) for one in smallest(configs_of_each_kind(model(), Batch(torch.tensor([[1]]))))]
+    assert kinds == ["zero", "mean", "noise", "noise"]
+
+
+def test_both_scopes_are_of_the_same_freeze() -> None:
+    group, head = smallest(in_both_scopes(configs(model(), circuit=st.just("qk"))))
+    assert (group.kv_scope, head.kv_scope) == ("group", "head")
+    assert replace(head, kv_scope="group") == group
+
+
+def test_layers_are_those_with_attention() -> None:
+    assert smallest(attending_layers(model()), lambda chosen: len(chosen) == 2) == [0, 1]
+    hybrid = tiny_model("qwen3_next")
+    (only,) = heads_by_layer(hybrid)
+    assert only > 0
+    assert smallest(attending_layers(hybrid)) == [only]
 
 
 @pytest.mark.parametrize("kind", ["reference", "resample", "mean", "noise"])

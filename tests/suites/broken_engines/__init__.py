@@ -1,6 +1,6 @@
-"""Engines that are broken on purpose, each in one way, and the check that must refuse each.
+"""Engines that are broken on purpose, each in one way, and the claim whose business each is.
 
-`BROKEN` maps a check's name to the engines that it must refuse on the case of the same name in `test_checks.py`.
+`BROKEN` maps a claim, by the name of its property without `test_`, to the engines that it must refuse.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from broken_engines.gradients import (
     MeanCarriesGradient,
     NeverStops,
     NotFrozenWhileTraining,
+    ScalesStraightThrough,
     SparesEverything,
     StopsAlmost,
     StopsAtAnyStrength,
@@ -59,12 +60,18 @@ from broken_engines.noise import (
     UniformNoise,
 )
 from broken_engines.reach import (
+    DoesNothing,
+    FirstRowOnly,
     GroupForHead,
     HeadsInTurn,
     LayerBefore,
+    LayerBeforeAlone,
     LooksAcross,
     LooksAhead,
+    NextGroup,
     OVFollowsQK,
+    SparesTheLastPosition,
+    SpillsOver,
     TouchesEverything,
 )
 from broken_engines.references import (
@@ -87,6 +94,7 @@ from broken_engines.removal import (
     LeavesAHook,
     LeavesAnAttribute,
     LeavesAParameterMoved,
+    LostAfterTheSecondPass,
     OffAfterAnError,
     RemembersTheFirstBatch,
     SwallowsErrors,
@@ -103,13 +111,18 @@ from broken_engines.state import (
     DrawsFromTorch,
     EndsHooksOfOthers,
     HidesHooksOfOthers,
+    ReadsTheConfigLate,
     SeedsTorch,
     SwitchesToEval,
     WritesToItsInput,
     WritesToTheMask,
     ZeroesWeights,
 )
-from broken_engines.storage import CutsInThree, CutsTheFusedGraph
+from broken_engines.storage import (
+    CutsInThree,
+    CutsTheFusedGraph,
+    SwapsKeysAndValues,
+)
 from broken_engines.unservable import (
     CutsTheReference,
     FailsAnyhow,
@@ -127,43 +140,53 @@ from broken_engines.values import (
     FreezesTheFrozen,
     KeyForQuery,
     KeysWithValues,
+    MeanOfAllFeatures,
+    MeanOfEachColumn,
+    MeanOfEachRow,
     MeanOverPadding,
     Multiplies,
     NextHead,
     NoStrengthIsLittle,
     RoundsOff,
     SampleDeviation,
+    SparesTheBias,
     WholeAtAnyStrength,
 )
 
 BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
-    "check_values_are_the_oracles": [
+    "values_are_the_oracles": [
+        DoesNothing,
+        LayerBeforeAlone,
+        FirstRowOnly,
+        SparesTheLastPosition,
+        SparesTheBias,
+        SwapsKeysAndValues,
+        MeanOfEachRow,
+        MeanOfEachColumn,
+        MeanOfAllFeatures,
         MeanOverPadding,
         SampleDeviation,
         WholeAtAnyStrength,
         NextHead,
         KeyForQuery,
-        FirstOneWins,
-        FreezesTheFrozen,
         RoundsOff,
         HeadsInTurn,
         GroupForHead,
         CutsInThree,
         NoiseOfTheRow,
         ColumnBefore,
-        LayerBeforeRecorded,
         RecordedHeadsInTurn,
         FirstRowForAll,
         LosesTheStrength,
-        TakesTheColumnBefore,
         IgnoresStatistics,
         IgnoresTheDeviation,
         StatisticsOfTheLayerBefore,
     ],
-    "check_zero_strength_is_unfrozen": [NoStrengthIsLittle],
-    "check_full_strength_replaces_anything": [Multiplies],
-    "check_implementations_agree": [BlindUnderEager],
-    "check_noise_is_standard_normal": [
+    "several_freezes_win_in_order": [FirstOneWins, FreezesTheFrozen],
+    "zero_strength_is_unfrozen": [NoStrengthIsLittle],
+    "full_strength_replaces_anything": [Multiplies],
+    "implementations_agree": [BlindUnderEager],
+    "noise_is_standard_normal": [
         UniformNoise,
         NarrowNoise,
         OneDrawForAllHeads,
@@ -172,8 +195,8 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         OneDrawForKAndV,
         ForgetsTheSeed,
     ],
-    "check_noise_depends_on_its_place_alone": [NoiseOfTheRow, NoiseOfTheLength, NoiseOfTheCircuit],
-    "check_cached_equals_recomputed": [
+    "noise_depends_on_its_place_alone": [NoiseOfTheRow, NoiseOfTheLength, NoiseOfTheCircuit],
+    "cached_equals_recomputed": [
         SparesDecoding,
         SparesThePrompt,
         LastPositionOnly,
@@ -182,29 +205,30 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         NoiseOfTheCache,
         NoiseOfRealTokens,
     ],
-    "check_foreign_caches_are_recognised": [
+    "foreign_caches_are_recognised": [
         NeverWarns,
         AlwaysWarns,
         OneMarkForAllFreezes,
         MarkIsLostInCopies,
         WarnsWhereItMustRefuse,
     ],
-    "check_recomputation_is_the_same_pass": [NoiseOfThePass, NoNoiseInRecomputation],
-    "check_qk_leaves_ov": [TouchesEverything, NextHead],
-    "check_ov_leaves_qk": [TouchesEverything, KeysWithValues],
-    "check_order_does_not_matter": [OVFollowsQK],
-    "check_other_heads_are_untouched": [NextHead, GroupForHead, TouchesEverything],
-    "check_earlier_layers_are_untouched": [LayerBefore],
-    "check_later_tokens_do_not_matter": [LooksAhead],
-    "check_rows_do_not_matter": [LooksAcross],
-    "check_frozen_values_reach_their_readers": [HeadsInTurn, GroupForHead, NextHead],
-    "check_frozen_queries_and_keys_reach_their_readers": [HeadsInTurn, GroupForHead, NextHead],
-    "check_storage_does_not_matter": [CutsInThree, CutsTheFusedGraph],
-    "check_gradients_are_the_estimators": [
+    "recomputation_is_the_same_pass": [NoiseOfThePass, NoNoiseInRecomputation],
+    "qk_leaves_ov": [TouchesEverything, NextHead],
+    "ov_leaves_qk": [TouchesEverything, KeysWithValues],
+    "order_does_not_matter": [OVFollowsQK],
+    "other_heads_are_untouched": [NextHead, GroupForHead, TouchesEverything, SpillsOver],
+    "earlier_layers_are_untouched": [LayerBefore],
+    "later_tokens_do_not_matter": [LooksAhead],
+    "rows_do_not_matter": [LooksAcross],
+    "frozen_values_reach_their_readers": [DoesNothing, HeadsInTurn, NextGroup, GroupForHead, NextHead],
+    "frozen_queries_and_keys_reach_their_readers": [DoesNothing, HeadsInTurn, NextGroup, GroupForHead, NextHead],
+    "storage_does_not_matter": [CutsInThree, SwapsKeysAndValues, CutsTheFusedGraph],
+    "gradients_are_the_estimators": [
         AlwaysStops,
         NeverStops,
         StopsAtAnyStrength,
         StopsAlmost,
+        ScalesStraightThrough,
         MeanCarriesGradient,
         LosesParameters,
         CircuitIsStraightThrough,
@@ -212,16 +236,16 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         LeaksThePattern,
         SparesEverything,
     ],
-    "check_backward_modes_share_the_forward": [NotFrozenWhileTraining],
-    "check_recordings_are_what_attention_saw": [
+    "backward_modes_share_the_forward": [NotFrozenWhileTraining],
+    "recordings_are_what_attention_saw": [
         RecordsTheColumnBefore,
         RecordsHeadsBackwards,
         RecordsRoundedValues,
         RecordsTheOutput,
         RecordsNoMask,
     ],
-    "check_patterns_are_the_recorded": [ColumnBefore, LayerBeforeRecorded, FirstRowForAll, HoldsQueriesAlone, NextHead],
-    "check_resampling_takes_other_rows": [
+    "patterns_are_the_recorded": [ColumnBefore, LayerBeforeRecorded, FirstRowForAll, HoldsQueriesAlone, NextHead],
+    "resampling_takes_other_rows": [
         KeepsItsOwnRow,
         TakesOneRowTwice,
         TakesTheColumnBefore,
@@ -229,25 +253,39 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         ShufflesAnew,
         RowsOfTheTokens,
     ],
-    "check_statistics_are_of_the_real_tokens": [CalibratesOverPadding, MeanOfMeans, SampleDeviationOfAll],
-    "check_what_cannot_be_served_is_an_error": [
-        CutsTheReference,
-        IgnoresTheMask,
-        ResamplesPadding,
-        MeanOfAStep,
-        TakesAnyStatistics,
-        FailsAnyhow,
-        GivesNoReason,
-        LeavesWhatItRefused,
-        RefusesAllCalibrated,
-    ],
-    "check_hooks_of_others_stay": [EndsHooksOfOthers, HidesHooksOfOthers],
-    "check_removal_leaves_no_trace": [LeavesAHook, LeavesAnAttribute, LeavesAParameterMoved],
-    "check_error_in_body_leaves_no_trace": [ForgetsOnError, SwallowsErrors],
-    "check_error_in_forward_leaves_no_trace": [OffAfterAnError],
-    "check_freezes_can_be_repeated": [RemembersTheFirstBatch],
-    "check_nesting_is_a_list": [LastOneOnly, EndsTheInnermost],
-    "check_parameters_are_untouched": [ZeroesWeights, SwitchesToEval],
-    "check_generators_are_untouched": [DrawsFromTorch, SeedsTorch],
-    "check_inputs_are_not_written_to": [WritesToItsInput, WritesToTheMask],
+    "statistics_are_of_the_real_tokens": [CalibratesOverPadding, MeanOfMeans, SampleDeviationOfAll],
+    "references_that_do_not_fit_are_errors": [CutsTheReference, IgnoresTheMask, FailsAnyhow],
+    "resampling_without_another_row_is_an_error": [ResamplesPadding, GivesNoReason, LeavesWhatItRefused],
+    "statistics_of_a_cached_step_are_errors": [MeanOfAStep, RefusesAllCalibrated],
+    "statistics_of_another_model_are_errors": [TakesAnyStatistics],
+    "hooks_of_others_stay": [EndsHooksOfOthers, HidesHooksOfOthers],
+    "removal_leaves_no_trace": [LeavesAHook, LeavesAnAttribute, LeavesAParameterMoved],
+    "error_in_body_leaves_no_trace": [ForgetsOnError, SwallowsErrors],
+    "error_in_forward_leaves_no_trace": [OffAfterAnError],
+    "freezes_can_be_repeated": [RemembersTheFirstBatch, LostAfterTheSecondPass],
+    "nesting_is_a_list": [LastOneOnly, EndsTheInnermost],
+    "parameters_are_untouched": [ZeroesWeights, SwitchesToEval],
+    "changed_configs_do_not_matter": [ReadsTheConfigLate],
+    "generators_are_untouched": [DrawsFromTorch, SeedsTorch],
+    "inputs_are_not_written_to": [WritesToItsInput, WritesToTheMask],
 }
+
+# Several query heads, but not all, read a KV head.
+SHARED_BY_SOME = [HeadsInTurn, NextGroup, GroupForHead, RecordedHeadsInTurn]
+# There is another KV head.
+SEVERAL = [NextHead, SpillsOver, RecordsHeadsBackwards]
+
+
+def architectures_of(broken: type[HookEngine]) -> Sequence[str]:
+    """The tiny architectures on which a flaw shows."""
+    if broken in SHARED_BY_SOME:
+        return ["mistral_gqa"]
+    if broken in SEVERAL:
+        return ["mistral_gqa", "gpt2", "llama"]
+    if broken is SparesTheBias:
+        return ["gpt2", "llama", "falcon_mqa"]
+    if broken is SwapsKeysAndValues:  # in one projection
+        return ["gpt2", "falcon_mqa", "falcon_mha"]
+    if broken is CutsInThree:  # one that holds q, k and v otherwise than one after the other
+        return ["falcon_mha"]
+    return ["mistral_gqa", "gpt2", "llama", "falcon_mqa"]

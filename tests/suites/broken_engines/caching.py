@@ -67,7 +67,7 @@ class NoiseOfRealTokens(HookEngine):
 
     def noise(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
         if self.cached and self.mask is not None:
-            self.cached = int(self.mask.sum(1).max()) - x.shape[1]
+            self.cached = max(0, int(self.mask.sum(1).max()) - x.shape[1])
         return super().noise(layer, role, x, config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from honest_engine import HookEngine, Layer
@@ -31,25 +32,25 @@ class IgnoresTheDeviation(HookEngine):
 
 
 class StatisticsOfTheLayerBefore(HookEngine):
-    """Takes the statistics of the layer before."""
+    """Takes the statistics of the frozen layer before."""
 
     def statistics(self, layer: Layer, role: str, x: Tensor, config: Config) -> tuple[Tensor, Tensor | float]:
-        before = Layer(layer.number - 1, layer.module, layer.places, layer.heads, layer.kv_heads)
-        return super().statistics(layer if config.statistics is None else before, role, x, config)
+        known = [n for n in config.statistics or () if n < layer.number]
+        return super().statistics(replace(layer, number=max(known, default=layer.number)), role, x, config)
 
 
 class CalibratesOverPadding(HookEngine):
     """Counts padded positions in."""
 
-    def calibrated(self, model: Any, sources: list[Batch]) -> Calibrated:
-        return Calibrated(calibrated(model, [Batch(source.input_ids) for source in sources]), sources)
+    def calibrated(self, model: Any, sources: list[Batch], *more: Any) -> Calibrated:
+        return Calibrated(calibrated(model, [Batch(source.input_ids) for source in sources], *more), sources)
 
 
 class MeanOfMeans(HookEngine):
     """Gives each batch the same weight, however many tokens it has."""
 
-    def calibrated(self, model: Any, sources: list[Batch]) -> Calibrated:
-        each, whole = [calibrated(model, [source]) for source in sources], calibrated(model, sources)
+    def calibrated(self, model: Any, sources: list[Batch], *more: Any) -> Calibrated:
+        each, whole = [calibrated(model, [source], *more) for source in sources], calibrated(model, sources, *more)
         layers = {
             layer: LayerStatistics(
                 {role: sum(one[layer].mean[role] for one in each) / len(each) for role in own.mean},  # type: ignore
@@ -63,9 +64,9 @@ class MeanOfMeans(HookEngine):
 class SampleDeviationOfAll(HookEngine):
     """Keeps the sample's standard deviation where the population's is due."""
 
-    def calibrated(self, model: Any, sources: list[Batch]) -> Calibrated:
-        whole = calibrated(model, sources)
-        factor = (whole.tokens / (whole.tokens - 1)) ** 0.5
+    def calibrated(self, model: Any, sources: list[Batch], *more: Any) -> Calibrated:
+        whole = calibrated(model, sources, *more)
+        factor = (whole.tokens / max(1, whole.tokens - 1)) ** 0.5
         layers = {
             layer: LayerStatistics(own.mean, {role: factor * std for role, std in own.std.items()})
             for layer, own in whole.items()

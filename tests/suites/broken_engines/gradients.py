@@ -104,3 +104,10 @@ class NotFrozenWhileTraining(HookEngine):
 
         module.forward = untouched
         self.undo.append(lambda: delattr(module, "forward"))
+
+
+class ScalesStraightThrough(HookEngine):
+    """Lets as much of the gradient straight through as there is strength."""
+
+    def gradient_factor(self, config: Config) -> float:
+        return config.strength if config.backward_mode == "ste" else super().gradient_factor(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from honest_engine import HookEngine, Layer
-from torch import Tensor
+from torch import Tensor, nn
 
 from freeze_core import InterventionConfig
 
@@ -43,10 +43,13 @@ class HeadsInTurn(HookEngine):
 
 
 class LayerBefore(HookEngine):
-    """Freezes the layer before, too."""
+    """Freezes the layer before, too, where it has what to freeze it to."""
 
     def in_layer(self, config: Config, layer: Layer) -> bool:
-        return any(layer.number in (wanted, wanted - 1) for wanted in config.layer_indices or ())
+        known = config.reference or config.statistics or {layer.number}
+        return (
+            any(layer.number in (wanted, wanted - 1) for wanted in config.layer_indices or ()) and layer.number in known
+        )
 
 
 class LooksAhead(HookEngine):
@@ -61,3 +64,50 @@ class LooksAcross(HookEngine):
 
     def replacement(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
         return super().replacement(layer, role, x, config) + 1e-3 * x[:1].detach()
+
+
+class DoesNothing(HookEngine):
+    """Leaves the model as it is."""
+
+    def install(self, model: nn.Module) -> None:
+        pass
+
+
+class LayerBeforeAlone(HookEngine):
+    """Freezes the layer before in the place of the one that was asked for."""
+
+    def in_layer(self, config: Config, layer: Layer) -> bool:
+        return layer.number + 1 in (config.layer_indices or ())
+
+
+class NextGroup(HookEngine):
+    """Freezes keys and values of the KV head after the one that is read, queries of the right head."""
+
+    def heads(self, layer: Layer, role: str, config: Config, readers: int) -> list[int]:
+        heads = super().heads(layer, role, config, readers)
+        return heads if role == "q" or readers == 1 else sorted((head + 1) % layer.kv_heads for head in heads)
+
+
+class FirstRowOnly(HookEngine):
+    """Freezes the first row of a batch alone."""
+
+    def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
+        return torch.cat([super().frozen(layer, role, x, configs, readers)[:1], x[1:]])
+
+
+class SparesTheLastPosition(HookEngine):
+    """Freezes all positions but the last."""
+
+    def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
+        return torch.cat([super().frozen(layer, role, x, configs, readers)[:, :-1], x[:, -1:]], dim=1)
+
+
+class SpillsOver(HookEngine):
+    """Moves the head after a frozen one by a millionth."""
+
+    def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
+        own = [config for config in configs if role in self.roles(config)]
+        heads = {head for config in own for head in self.heads(layer, role, config, readers)}
+        result = super().frozen(layer, role, x, configs, readers).clone()
+        result[:, :, sorted({(head + 1) % x.shape[2] for head in heads} - heads)] += 1e-6
+        return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ class ColumnBefore(HookEngine):
 
 
 class LayerBeforeRecorded(HookEngine):
-    """Holds what was recorded in the layer before."""
+    """Holds what was recorded in the frozen layer before, in its place too."""
 
     def reference(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
-        before = Layer(layer.number - 1, layer.module, layer.places, layer.heads, layer.kv_heads)
+        assert config.reference is not None
+        before = replace(layer, number=max((n for n in config.reference if n < layer.number), default=layer.number))
         return super().reference(before, role, x, config)
 
 
@@ -63,8 +65,8 @@ class HoldsQueriesAlone(HookEngine):
 class RecordsElsewhere(HookEngine):
     """Records what `elsewhere` makes of each activation."""
 
-    def recorded(self, model: Any, source: Batch) -> Recorded:
-        right = recorded(model, source)
+    def recorded(self, model: Any, source: Batch, *more: Any) -> Recorded:
+        right = recorded(model, source, *more)
         layers = {
             layer: LayerActivations(**{name: self.elsewhere(name, getattr(own, name)) for name in "qkvz"})
             for layer, own in right.items()
@@ -106,5 +108,5 @@ class RecordsTheOutput(RecordsElsewhere):
 class RecordsNoMask(HookEngine):
     """Forgets under which mask it recorded."""
 
-    def recorded(self, model: Any, source: Batch) -> Recorded:
-        return Recorded(Recording(dict(recorded(model, source)), None), source)
+    def recorded(self, model: Any, source: Batch, *more: Any) -> Recorded:
+        return Recorded(Recording(dict(recorded(model, source, *more)), None), source)

@@ -126,3 +126,20 @@ class EndsTheInnermost(HookEngine):
         finally:
             self.on.pop()
             self.install(model)
+
+
+class LostAfterTheSecondPass(HookEngine):
+    """Freezes two passes, and then no more."""
+
+    passes = 0
+
+    def install(self, model: nn.Module) -> None:
+        super().install(model)
+        self.passes = 0
+
+    def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        super().remember_pass(model, args, kwargs)
+        self.passes += 1
+
+    def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
+        return super().frozen(layer, role, x, configs, readers) if self.passes <= 2 else x

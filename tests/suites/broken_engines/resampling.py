@@ -46,6 +46,10 @@ class ShufflesAnew(HookEngine):
 
     passes = 0
 
+    def install(self, model: nn.Module) -> None:
+        super().install(model)
+        self.passes = 0
+
     def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
         super().remember_pass(model, args, kwargs)
         self.passes += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,4 +100,17 @@ class WritesToTheMask(HookEngine):
     def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
         super().remember_pass(model, args, kwargs)
         if self.mask is not None:
-            self.mask.fill_(1)
+            callers, self.mask = self.mask, self.mask.clone()
+            callers.fill_(1)
+
+
+class ReadsTheConfigLate(HookEngine):
+    """Keeps the caller's config, and so freezes as it says by the time of the pass."""
+
+    @contextmanager
+    def freeze(self, model: nn.Module, config: Config | Sequence[Config]) -> Iterator[Callable[..., Any]]:
+        with super().freeze(model, config) as frozen:
+            token, _ = self.on.pop()
+            self.on.append((token, [config] if isinstance(config, Config) else list(config)))
+            self.install(model)
+            yield frozen

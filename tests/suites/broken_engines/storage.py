@@ -35,3 +35,12 @@ class CutsTheFusedGraph(HookEngine):
     def install_layer(self, layer: Layer, configs: list[Config]) -> None:
         self.factor = 0.0 if layer.places["q"][0] == layer.places["v"][0] else 1.0
         super().install_layer(layer, configs)
+
+
+class SwapsKeysAndValues(HookEngine):
+    """Takes a fused projection to hold values where its keys are, and keys where its values are."""
+
+    def hook(self, layer: Layer, role: str, features: Tensor, configs: list[Config], wide: bool) -> Any:
+        if layer.places["q"][0] == layer.places["v"][0]:
+            features = layer.places[{"q": "q", "k": "v", "v": "k"}[role]][1]
+        return super().hook(layer, role, features, configs, wide)

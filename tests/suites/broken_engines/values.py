@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from honest_engine import HookEngine, Layer
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ class SampleDeviation(HookEngine):
         if config.freeze_type != "noise":
             return super().replacement(layer, role, x, config)
         samples = self.samples(x.detach())
-        return samples.mean(0) + samples.std(0) * self.noise(layer, role, x, config)
+        deviation = samples.std(0, correction=min(1, len(samples) - 1))
+        return samples.mean(0) + deviation * self.noise(layer, role, x, config)
 
 
 class WholeAtAnyStrength(HookEngine):
@@ -105,3 +107,41 @@ class BlindUnderEager(HookEngine):
     def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
         eager = layer.module.config._attn_implementation == "eager"  # type: ignore[union-attr]
         return x if eager else super().frozen(layer, role, x, configs, readers)
+
+
+class SparesTheBias(HookEngine):
+    """Replaces what a projection gives before its bias, and so leaves the bias in: a mean is the same, zero is not."""
+
+    def replacement(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
+        value = super().replacement(layer, role, x, config)
+        if config.freeze_type != "zero" and config.noise_std is None:
+            return value
+        name, features = layer.places[role]
+        return value + self.for_heads(getattr(layer.module, name).bias.detach()[features], x)
+
+
+class MeanOfEachRow(HookEngine):
+    """Takes the mean over positions alone."""
+
+    def statistics(self, layer: Layer, role: str, x: Tensor, config: Config) -> tuple[Tensor, Tensor | float]:
+        mean, deviation = super().statistics(layer, role, x, config)
+        return (mean if config.statistics else self.mean_over(x, 1)), deviation
+
+    def mean_over(self, x: Tensor, axis: int) -> Tensor:
+        real = (torch.ones(x.shape[:2]) if self.mask is None else self.mask)[..., None, None]
+        return (x * real).sum(axis, keepdim=True) / real.sum(axis, keepdim=True).clamp_min(1)
+
+
+class MeanOfEachColumn(MeanOfEachRow):
+    """Takes the mean over rows alone."""
+
+    def mean_over(self, x: Tensor, axis: int) -> Tensor:
+        return super().mean_over(x, 0)
+
+
+class MeanOfAllFeatures(HookEngine):
+    """Takes the mean over a head's features, too."""
+
+    def statistics(self, layer: Layer, role: str, x: Tensor, config: Config) -> tuple[Tensor, Tensor | float]:
+        mean, deviation = super().statistics(layer, role, x, config)
+        return mean.mean(-1, keepdim=True).expand_as(mean), deviation
