@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from freeze_core.activations import Recording
@@ -100,7 +101,8 @@ def score_heads(
     wanted = interventions(sites, configs)
     batches = batches_of(model, inputs, positions)
     measure = metric_of(metric, targets, batches, _words(model))
-    scores, clean = exact(model, sites, batches, measure, wanted, names, progress)
+    with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
+        scores, clean = exact(model, sites, batches, measure, wanted, names, progress)
     return HeadScores(scores, clean, measure.name, method, sum(batch.rows for batch in batches))
 
 

@@ -47,7 +47,7 @@ class Passes:
         """
         layers = [] if _compiled(self._model) else layers_of(self._model, self._sites)
         cached, tail = CachedLayers(layers, self._generators), self._tail_of(layers)
-        with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
+        with ExitStack() as stack, torch.no_grad():
             stack.enter_context(cached.attached())
             if tail:
                 stack.enter_context(tail.attached())

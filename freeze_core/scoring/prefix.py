@@ -127,14 +127,14 @@ class CachedLayers:
 
         Not so where layers read something of others that these do not give them (keys and values of an earlier layer,
         say), or keep something from one pass for the next. Such things are upset first, by a pass in which every layer
-        reads other states.
+        reads other states; the last layer is then looked at first, before earlier ones are put right.
         """
         if not all(layer.gives for layer in self._layers):
             return False
         try:
             with self._doing(["upset"] * len(self._layers)):
                 run()
-            for number, layer in enumerate(self._layers):
+            for number, layer in reversed(list(enumerate(self._layers))):
                 doing: list[Any] = ["give"] * len(self._layers)
                 doing[number] = "compare"
                 with self._doing(doing):

@@ -1,4 +1,4 @@
-"""The end of a pass at the wanted positions only: the last layer's MLP and the unembedding, the latter of several passes.
+"""The end of a pass at the wanted positions only: the last layer's MLP, and the unembedding of several passes at once.
 
 At other positions a restricted module gives zeros. Whether that spoils the wanted ones is found out with nan in the
 place of the zeros: what depends on them in any way is nan then.
