@@ -144,10 +144,12 @@ def _labels(arguments: Mapping[str, Any], decodes: bool, tokens: Tensor, mask: T
     if given is None and (tokens.is_floating_point() or tokens.dim() > 2):
         return None
     labels = (tokens if given is None else given).detach().cpu().long()
-    if given is None:
-        labels = labels.masked_fill(~mask, IGNORED)
     nothing = torch.full((len(labels), 1), IGNORED)
-    return torch.cat([labels[:, 1:], nothing], dim=1).masked_fill(~mask, IGNORED)
+    following = torch.cat([labels[:, 1:], nothing], dim=1)
+    if given is None:  # from a real token to a real one
+        beyond = torch.zeros(len(mask), 1, dtype=torch.bool)
+        following = following.masked_fill(~(mask & torch.cat([mask[:, 1:], beyond], dim=1)), IGNORED)
+    return following
 
 
 def _positions(positions: Any, mask: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from one_by_one import one_by_one
 
 from freeze_core import score_heads
+from freeze_core.scoring.generators import Generators
+from freeze_core.scoring.remembered import remembering
 from pytest_circuitfreeze.models import tiny_model
 
 IDS = torch.arange(14).view(2, 7) * 5 % 97
@@ -87,6 +89,20 @@ def test_a_projection_runs_once_for_all_freezes_of_its_layer():
     with running(model.transformer.h[2].attn.c_attn) as runs:
         score_heads(model, IDS, spread, circuits=("qk", "ov", "z"), layers=[2], progress=False)
     assert len(runs) == CLEAN_AND_CHECKS + 2 + 1
+
+
+def test_a_projection_that_is_given_something_else_runs_again():
+    linear, generators = torch.nn.Linear(3, 2), Generators(torch.nn.Linear(1, 1))
+    x, other = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
+    with torch.no_grad():
+        expected, of_other = linear(x), linear(other)
+        with running(linear) as runs, remembering([linear], generators):
+            first = linear(x)
+            assert linear(x) is first
+            assert torch.equal(linear(other), of_other)
+            assert len(runs) == 2
+            first.add_(1.0)
+            assert torch.equal(linear(x), expected)
 
 
 def test_equal_interventions_are_done_once():
