@@ -54,7 +54,6 @@ class CachedLayer(ReplacedForward):
         super().__init__(module)
         self._generators = generators
         self._output: Any = None
-        self._versions: list[int] = []
         self._after: list[Tensor] | None = None
         self.doing: Literal["run", "record", "give", "compare", "upset"] = "run"
         self.runs = 0
@@ -71,7 +70,6 @@ class CachedLayer(ReplacedForward):
         if self.doing == "record":
             self.runs += 1
             self._output = output
-            self._versions = [tensor._version for tensor in _tensors(output)]
             self._after = self._generators.states() if self._generators.drew(before) else None
         elif self.doing == "compare":
             self.alike = _alike(output, self._output)
@@ -85,10 +83,8 @@ class CachedLayer(ReplacedForward):
 
     @property
     def gives(self) -> bool:
-        """Whether it ran once, and gave only tensors, which nothing wrote to since."""
-        tensors = _tensors(self._output)
-        plain = all(one is None or isinstance(one, Tensor) for one in _parts(self._output))
-        return self.runs == 1 and plain and self._versions == [tensor._version for tensor in tensors]
+        """Whether it ran once, and gave only tensors."""
+        return self.runs == 1 and all(one is None or isinstance(one, Tensor) for one in _parts(self._output))
 
 
 class CachedLayers:
@@ -126,7 +122,8 @@ class CachedLayers:
         """Whether each layer gives what it gave in the clean pass when it alone is run.
 
         Not so where layers read something of others that these do not give them (keys and values of an earlier layer,
-        say), or keep something from one pass for the next. Such things are upset first, by a pass in which every layer
+        say), keep something from one pass for the next, or write to
+        what they are given. Such things are upset first, by a pass in which every layer
         reads other states; the last layer is then looked at first, before earlier ones are put right.
         """
         if not all(layer.gives for layer in self._layers):

@@ -129,6 +129,39 @@ def test_layers_that_a_pass_runs_again_are_run_whole():
     assert [len(shapes) for shapes in seen] == [count + 5 * count for count in once]  # the clean pass and 4 heads'
 
 
+def test_a_list_of_layers_that_a_pass_goes_through_twice_is_run_whole():
+    model = tiny_model("gpt2")
+
+    def again(module, args):
+        states = args[0]
+        for layer in model.transformer.h:
+            states = layer(states)
+        return (states,)
+
+    model.transformer.ln_f.register_forward_pre_hook(again)
+    with counting(inner(model)) as seen:
+        assert_right(model)
+    assert len(seen[0]) == 2 * (2 * (1 + 12) + 1)
+
+
+def test_a_pass_in_training_starts_at_its_layer_too():
+    model = tiny_model("gpt2").train()
+    with counting(inner(model)) as seen:
+        score_heads(model, IDS, spread, circuits=("qk",), progress=False)
+    assert [len(shapes) for shapes in seen][:2] == [CLEAN_AND_CHECKS + 4, CLEAN_AND_CHECKS + 8]
+
+
+def test_a_layer_that_gives_more_than_tensors_is_run():
+    model = tiny_model("gpt2")
+    layer = model.transformer.h[0]
+    original = layer.forward
+    layer.forward = lambda *args, **kwargs: (original(*args, **kwargs), {"kept": 1})
+    layer.register_forward_hook(lambda module, args, output: output[0])
+    with counting(inner(model)) as seen:
+        assert_right(model)
+    assert len(seen[0]) == 2 * (1 + 12) + 1
+
+
 def test_what_later_layers_read_behind_a_layers_back_is_not_left_out():
     model = tiny_model("gpt2")
     kept = {}
@@ -165,6 +198,15 @@ def test_a_module_that_mixes_positions_runs_at_all_of_them(place):
     assert in_sweep == [7] * 12 or place == "mlp"
 
 
+def test_positions_that_are_read_and_make_no_difference_yet_are_run_too():
+    model = tiny_model("gpt2")
+    mlp = model.transformer.h[2].mlp
+    mlp.register_forward_hook(lambda module, args, output: output + (output[:, :1].abs() - 1e6).relu())
+    with counting(inner(model)) as seen:
+        assert_right(model)
+    assert seen[2][-13 - 12 : -13] == [7] * 12
+
+
 def test_an_unembedding_that_mixes_positions_runs_at_all_of_them():
     model = tiny_model("gpt2")
     model.lm_head.register_forward_hook(lambda module, args, output: output + output.mean(1, keepdim=True))
@@ -188,9 +230,10 @@ def test_a_compiled_model_is_run_whole():
     assert len(seen[0]) == 2 * (1 + 12) + 1
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("when", [1, 2, 9])
-def test_the_model_is_what_it_was_whatever_is_raised(when):
-    model = tiny_model("gpt2").train()
+def test_the_model_is_what_it_was_whatever_is_raised(when, training):
+    model = tiny_model("gpt2").train(training)
     torch.manual_seed(3)
     before = model(IDS).logits
     torch.manual_seed(3)
@@ -203,9 +246,9 @@ def test_the_model_is_what_it_was_whatever_is_raised(when):
         return spread(logits)
 
     with pytest.raises(KeyboardInterrupt):
-        score_heads(model, IDS, failing, progress=False)
+        score_heads(model, IDS, failing, positions="last", progress=False)
     assert torch.equal(model(IDS).logits, before)
-    assert model.training
+    assert model.training == training
     for module in model.modules():
         assert "forward" not in vars(module)
         assert not module._forward_hooks
