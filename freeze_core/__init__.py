@@ -10,6 +10,7 @@ from freeze_core.errors import (
 )
 from freeze_core.freezer import AttentionCircuitFreezer, freeze_ov_circuit, freeze_qk_circuit
 from freeze_core.interventions import ExperimentalInterventions
+from freeze_core.scoring import HeadScores, score_heads
 from freeze_core.vocabulary import BackwardMode, CircuitType, FreezeType, KVScope, ModelArchitecture
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ExperimentalInterventions",
     "FreezeNotInForceError",
     "FreezeType",
+    "HeadScores",
     "InterventionConfig",
     "InterventionError",
     "KVScope",
@@ -28,4 +30,5 @@ __all__ = [
     "UnsupportedModelError",
     "freeze_ov_circuit",
     "freeze_qk_circuit",
+    "score_heads",
 ]

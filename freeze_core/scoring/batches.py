@@ -1,0 +1,169 @@
+"""The inputs of a sweep, read and checked before any forward: which rows, which columns, which positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freeze_core.errors import InterventionError, shown
+from freeze_core.inputs import model_arguments
+
+__all__ = ["IGNORED", "Batch", "batches_of"]
+
+IGNORED = -100
+"""The label of a position that has no target, as in transformers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch.
+
+    Args:
+        given: as the user gave it.
+        arguments: what the model is called with.
+        rows, columns: of the logits.
+        positions: the columns of each row that the metric is handed, `[row, position]`.
+        everywhere: whether they are all columns.
+        real: which of them are not padding, `[row, position]` bool.
+        labels: the next token at each of them `[row, position]`, `IGNORED` where there is none; `None` if not told.
+    """
+
+    given: Tensor | Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    rows: int
+    columns: int
+    positions: Tensor
+    everywhere: bool
+    real: Tensor
+    labels: Tensor | None
+
+    def at_positions(self, values: Tensor) -> Tensor:
+        """Of `values` `[row, column, ...]` those of the positions, `[row, position, ...]`."""
+        return values if self.everywhere else values[self.index(values.device)]
+
+    def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The row and the column of each position, as an index of values on `device`."""
+        return torch.arange(self.rows, device=device)[:, None], self.positions.to(device)
+
+
+def batches_of(model: nn.Module, inputs: object, positions: object) -> list[Batch]:
+    """The batches in `inputs`.
+
+    Args:
+        inputs: token ids `[batch, token]`, embeddings, a dict of model arguments, or an iterable of any of these.
+        positions: `all`, `last` (the last real token of each row, wherever padding is), or columns, padding counted,
+            negative ones from the end.
+
+    Raises:
+        InterventionError: inputs that are none, a cache among them, or positions that are out of range.
+    """
+    if not isinstance(inputs, Iterable) or isinstance(inputs, str | bytes):
+        raise InterventionError(
+            f"inputs={shown(inputs)}: must be token ids, a dict of model arguments, or some of them"
+        )
+    listed = [inputs] if isinstance(inputs, Tensor | Mapping) else list(inputs)
+    if not listed:
+        raise InterventionError("inputs is empty: give at least one batch of token ids")
+    _check_positions(positions)
+    return [_batch(model, given, positions) for given in listed]
+
+
+def _check_positions(positions: object) -> None:
+    if isinstance(positions, str) and positions in ("all", "last"):
+        return
+    fine = isinstance(positions, Sequence) and not isinstance(positions, str | bytes) and len(positions) > 0
+    if not fine or any(isinstance(one, bool) or not isinstance(one, Integral) for one in positions):  # type: ignore[attr-defined]
+        raise InterventionError(f"positions={shown(positions)}: must be 'all', 'last' or a list of columns (ints)")
+
+
+def _batch(model: nn.Module, given: Any, positions: Any) -> Batch:
+    arguments = model_arguments(model, given)
+    for name, value in arguments.items():
+        if hasattr(value, "get_seq_length") or (name == "past_key_values" and value is not None):
+            raise InterventionError(
+                f"inputs hold a cache, {name}, which every pass would fill further: give whole sequences"
+            )
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    tokens = _tokens(arguments, decodes)
+    rows, columns = tokens.shape[:2]
+    mask = _mask(arguments, decodes, rows, columns)
+    labels = _labels(arguments, decodes, tokens, mask)
+    if not decodes:  # they would have the model take a loss of its own, of all positions
+        arguments.pop("labels", None)
+    chosen = _positions(positions, mask)
+    return Batch(
+        given,
+        arguments,
+        rows,
+        columns,
+        chosen,
+        positions == "all",
+        mask.gather(1, chosen),
+        None if labels is None else labels.gather(1, chosen),
+    )
+
+
+def _tokens(arguments: Mapping[str, Any], decodes: bool) -> Tensor:
+    """What has the rows and columns of the logits."""
+    own = ("decoder_input_ids", "decoder_inputs_embeds", "labels") if decodes else ()
+    for name in (*own, "input_ids", "inputs_embeds"):
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.numel():
+            return value
+    raise InterventionError(f"inputs={shown(list(arguments))}: must hold input_ids [batch, token], not empty")
+
+
+def _mask(arguments: Mapping[str, Any], decodes: bool, rows: int, columns: int) -> Tensor:
+    """Which tokens are real `[row, column]` bool, on the CPU."""
+    name = "decoder_attention_mask" if decodes else "attention_mask"
+    mask = arguments.get(name)
+    if mask is None:
+        return torch.ones(rows, columns, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != (rows, columns):
+        shape = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise InterventionError(f"{name} is {shape}: must be a padding mask {[rows, columns]} [batch, token]")
+    real = mask.detach().cpu().bool()
+    if not bool(real.any(1).all()):
+        raise InterventionError(f"{name}: row {int((~real.any(1)).nonzero()[0])} has no real token; leave it out")
+    return real
+
+
+def _labels(arguments: Mapping[str, Any], decodes: bool, tokens: Tensor, mask: Tensor) -> Tensor | None:
+    """The token that each position is to predict `[row, column]`: of a decoder alone, the next one."""
+    given = arguments.get("labels")
+    if given is not None and (not isinstance(given, Tensor) or given.shape != mask.shape):
+        shape = list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise InterventionError(f"labels is {shape}: must be {list(mask.shape)} [batch, token]")
+    if decodes:  # its inputs are the labels, shifted to the right
+        return None if given is None else given.detach().cpu().long()
+    if given is None and (tokens.is_floating_point() or tokens.dim() > 2):
+        return None
+    labels = (tokens if given is None else given).detach().cpu().long()
+    nothing = torch.full((len(labels), 1), IGNORED)
+    following = torch.cat([labels[:, 1:], nothing], dim=1)
+    if given is None:  # from a real token to a real one
+        beyond = torch.zeros(len(mask), 1, dtype=torch.bool)
+        following = following.masked_fill(~(mask & torch.cat([mask[:, 1:], beyond], dim=1)), IGNORED)
+    return following
+
+
+def _positions(positions: Any, mask: Tensor) -> Tensor:
+    rows, columns = mask.shape
+    if positions == "all":
+        return torch.arange(columns).expand(rows, -1)
+    if positions == "last":
+        return (torch.arange(columns) * mask).argmax(1, keepdim=True)
+    for column in positions:
+        if not -columns <= column < columns:
+            raise InterventionError(
+                f"positions={shown(positions)}: {column} is out of range; a batch has {columns} columns"
+            )
+    chosen = [int(column) % columns for column in positions]
+    if len(set(chosen)) < len(chosen):
+        raise InterventionError(f"positions={shown(positions)}: names the same of {columns} columns twice")
+    return torch.tensor(chosen).expand(rows, -1)

@@ -1,0 +1,30 @@
+"""The states of the generators that a pass may draw from, so that passes draw alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Generators"]
+
+
+class Generators:
+    """Torch's generators, of the CPU and of the CUDA devices that hold the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        held = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+        self._devices = sorted(held, key=str)
+
+    def states(self) -> list[Tensor]:
+        """Copies of their states."""
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
+
+    def put(self, states: list[Tensor]) -> None:
+        """Puts them in `states`."""
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    def drew(self, before: list[Tensor]) -> bool:
+        """Whether anything was drawn since `before`."""
+        return not all(torch.equal(one, other) for one, other in zip(before, self.states(), strict=True))

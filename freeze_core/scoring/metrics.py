@@ -1,0 +1,184 @@
+"""Metrics: what of the logits is scored, one number a row."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from freeze_core.errors import InterventionError, shown
+from freeze_core.scoring.batches import IGNORED, Batch
+
+__all__ = ["Metric", "metric_of"]
+
+
+class Situation(NamedTuple):
+    """What a metric may know besides the logits: the batch, its rows' targets, and the logits of the clean pass."""
+
+    batch: Batch
+    targets: Tensor | None
+    clean: Tensor
+
+
+class Metric:
+    """A metric, checked against the batches it is to be taken of, and the name it goes by."""
+
+    def __init__(self, name: str, compute: Callable[[Tensor, Situation], Any], targets: Sequence[Tensor | None]):
+        self.name = name
+        self._compute = compute
+        self._targets = targets
+
+    def rows(self, number: int, batch: Batch, logits: Tensor, clean: Tensor, what: str) -> Tensor:
+        """The metric of batch `number`, `[row]` in float64 on the CPU, for `logits` `[row, position, word]`.
+
+        Raises:
+            InterventionError: it gives something other than one number a row.
+        """
+        value = torch.as_tensor(self._compute(logits, Situation(batch, self._targets[number], clean)))
+        if value.shape != (batch.rows,) or value.is_complex():
+            raise InterventionError(
+                f"metric={self.name} gave {value.dtype} {list(value.shape)} for logits {list(logits.shape)}: must be "
+                f"one number a row, [{batch.rows}]"
+            )
+        rows = value.detach().to("cpu", torch.float64)
+        if bool(rows.isnan().any()):
+            raise InterventionError(f"metric={self.name} is nan in batch {number}, {what}: there is nothing to score")
+        return rows
+
+
+def metric_of(metric: object, targets: object, batches: Sequence[Batch], words: int | None) -> Metric:
+    """The metric that is asked for: a built-in one by its name, or a callable.
+
+    Args:
+        targets: what a built-in metric is about: see `score_heads`.
+        words: in the vocabulary, if that is known.
+
+    Raises:
+        InterventionError: no such metric, targets that it does not take, or a position that it has no target for.
+    """
+    if callable(metric):
+        if targets is not None:
+            raise InterventionError("targets: must be None with a metric of your own, which can hold its own")
+        return Metric(getattr(metric, "__name__", type(metric).__name__), _called(metric), [None] * len(batches))
+    if not isinstance(metric, str) or metric not in BUILT_IN:
+        raise InterventionError(f"metric={shown(metric)}: must be a callable or one of {', '.join(BUILT_IN)}")
+    compute, width = BUILT_IN[metric]
+    if targets is None and metric == "loss":
+        _check_labels(batches)
+        return Metric(metric, compute, [None] * len(batches))
+    if (targets is None) != (width == 0):
+        needed = {0: "None", 1: "a word's id, or one a row", 2: "two words' ids (for, against), or two a row"}[width]
+        raise InterventionError(f"targets={shown(targets)}: metric={metric!r} takes {needed}")
+    if targets is None:
+        return Metric(metric, compute, [None] * len(batches))
+    return Metric(metric, compute, _split(targets, width, batches, words))
+
+
+def _called(metric: Callable[..., Any]) -> Callable[[Tensor, Situation], Any]:
+    """`metric(logits, inputs)` where it has a second argument that is needed or called `inputs`, else of logits."""
+    try:
+        parameters = list(inspect.signature(metric).parameters.values())
+    except (TypeError, ValueError):  # a builtin
+        parameters = []
+    placed = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    if len(placed) > 1 and (placed[1].name == "inputs" or placed[1].default is inspect.Parameter.empty):
+        return lambda logits, situation: metric(logits, situation.batch.given)
+    return lambda logits, situation: metric(logits)
+
+
+def _check_labels(batches: Sequence[Batch]) -> None:
+    for number, batch in enumerate(batches):
+        if batch.labels is None:
+            raise InterventionError(
+                f"batch {number} does not tell the next tokens that metric='loss' is of: give labels among the "
+                "arguments (those of a decoder alone are shifted here, as transformers does), or targets="
+            )
+        without = (batch.labels == IGNORED).all(1)
+        if bool(without.any()):
+            raise InterventionError(
+                f"row {int(without.nonzero()[0])} of batch {number} has no next token at its positions (the last "
+                "token has none): give targets=, or other positions"
+            )
+
+
+def _split(targets: object, width: int, batches: Sequence[Batch], words: int | None) -> list[Tensor]:
+    """The targets `[row, width]` of each batch, of those of all rows or of one for all."""
+    total = sum(batch.rows for batch in batches)
+    allowed = f"ids [{'' if width == 1 else width}] for all rows, or [{total}{'' if width == 1 else f', {width}'}]"
+    try:
+        ids = torch.as_tensor(targets).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(())
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16) or ids.shape not in _shapes(total, width):
+        raise InterventionError(f"targets={shown(targets)}: must be {allowed}, ints")
+    if int(ids.min()) < 0 or (words is not None and int(ids.max()) >= words):
+        raise InterventionError(f"targets={shown(targets)}: must be ids in 0 to {'…' if words is None else words - 1}")
+    one_for_all = ids.dim() < (1 if width == 1 else 2)
+    rows = ids.view(1, width).expand(total, -1) if one_for_all else ids.view(total, width)
+    return list(rows.long().split([batch.rows for batch in batches]))
+
+
+def _shapes(total: int, width: int) -> tuple[tuple[int, ...], ...]:
+    return ((), (total,)) if width == 1 else ((width,), (total, width))
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Each row's mean of `values` `[row, position]` over those that are counted."""
+    counted = counted.to(values.device)
+    return torch.where(counted, values, 0).double().sum(1) / counted.sum(1)
+
+
+def _real(batch: Batch) -> Tensor:
+    """The positions that count: the real ones, or all where the user named padding alone."""
+    return batch.real | ~batch.real.any(1, keepdim=True)
+
+
+def _at_targets(values: Tensor, targets: Tensor | None) -> Tensor:
+    """Of `values` `[row, position, word]` those of the row's targets, `[row, position, target]`."""
+    assert targets is not None
+    return values.gather(-1, targets.to(values.device)[:, None].expand(-1, values.shape[1], -1))
+
+
+def _logit_difference(logits: Tensor, situation: Situation) -> Tensor:
+    found = _at_targets(logits, situation.targets).double()
+    return _mean(found[..., 0] - found[..., 1], _real(situation.batch))
+
+
+def _probability(logits: Tensor, situation: Situation) -> Tensor:
+    found = _at_targets(_log_probabilities(logits), situation.targets)
+    return _mean(found[..., 0].exp(), _real(situation.batch))
+
+
+def _loss(logits: Tensor, situation: Situation) -> Tensor:
+    batch = situation.batch
+    if situation.targets is not None:
+        found = _at_targets(_log_probabilities(logits), situation.targets)
+        return _mean(-found[..., 0], _real(batch))
+    assert batch.labels is not None
+    labels = batch.labels.to(logits.device)
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return _mean(losses.view(labels.shape), labels != IGNORED)
+
+
+def _kl(logits: Tensor, situation: Situation) -> Tensor:
+    clean, frozen = _log_probabilities(situation.clean), _log_probabilities(logits)
+    terms = torch.where(clean == -torch.inf, 0, clean.exp() * (clean - frozen))
+    return _mean(terms.sum(-1), _real(situation.batch))
+
+
+BUILT_IN: Mapping[str, tuple[Callable[[Tensor, Situation], Tensor], int]] = {
+    "logit_difference": (_logit_difference, 2),
+    "loss": (_loss, 1),
+    "kl": (_kl, 0),
+    "probability": (_probability, 1),
+}
+"""Each built-in metric and how many targets a row has."""

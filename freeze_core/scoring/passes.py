@@ -1,0 +1,155 @@
+"""The passes over one batch: the clean one, and one for each freeze, which starts where the freeze is if it can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from freeze_core.attention.sites import Sites
+from freeze_core.errors import InterventionError
+from freeze_core.freezing.install import install
+from freeze_core.freezing.plan import LayerFreeze
+from freeze_core.inputs import logits_of, run
+from freeze_core.scoring.batches import Batch
+from freeze_core.scoring.generators import Generators
+from freeze_core.scoring.prefix import FAULTS, CachedLayers, close, layers_of
+from freeze_core.scoring.remembered import remembering
+from freeze_core.scoring.tail import Tail, position_wise
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """Runs a model over one batch, each pass drawing what the clean one drew.
+
+    Args:
+        clean: the logits of the unfrozen model at the batch's positions `[row, position, word]`.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sites, batch: Batch, generators: Generators) -> None:
+        self._model = model
+        self._sites = sites
+        self._batch = batch
+        self._generators = generators
+        self._start = generators.states()
+        self._layers: CachedLayers | None = None
+        self._tail: Tail | None = None
+        self.clean = torch.empty(0)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Runs the clean pass and finds out which parts of later ones can be left out; then `frozen` can be called.
+
+        Afterwards the generators are as the clean pass left them.
+        """
+        layers = [] if _compiled(self._model) else layers_of(self._model, self._sites)
+        cached, tail = CachedLayers(layers, self._generators), self._tail_of(layers)
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(cached.attached())
+            if tail:
+                stack.enter_context(tail.attached())
+            with cached.recording():
+                self.clean = self._at_positions(self._logits())
+            stack.callback(self._generators.put, self._generators.states())
+            if layers:
+                self._shorten(cached, tail)
+            yield
+
+    def frozen(self, layer: int, freezes: Sequence[LayerFreeze]) -> Iterator[Tensor]:
+        """The logits at the positions `[row, position, word]` under each of `freezes`, all of one layer, in turn."""
+        with ExitStack() as stack:
+            if self._layers:
+                stack.enter_context(self._layers.starting_at(layer))
+                projections = self._sites.by_layer[layer].layout.shared.modules.values()
+                stack.enter_context(remembering(list(projections), self._generators))
+            at_once = self._tail.at_once if self._tail else 1
+            for start in range(0, len(freezes), at_once):
+                yield from self._together([[freeze] for freeze in freezes[start : start + at_once]])
+
+    def _together(self, several: Sequence[Sequence[LayerFreeze]]) -> Iterator[Tensor]:
+        """The logits of a pass under each of several lists of freezes, unembedded together where that pays."""
+        together = self._tail is not None and self._tail.at_once > 1
+        for freezes in several:
+            with install([(self._sites, freezes)]):
+                if self._tail is None:
+                    yield self._at_positions(self._logits())
+                elif together:
+                    with self._tail.doing("keep"):
+                        self._logits()
+                else:
+                    with self._tail.doing("run"):
+                        yield self._logits()
+        if self._tail and self._layers and together:
+            with self._layers.starting_at(len(self._layers)), self._tail.doing("give"):
+                yield from self._logits().chunk(len(several))
+
+    def _logits(self) -> Tensor:
+        self._generators.put(self._start)
+        return logits_of(run(self._model, self._batch.arguments))
+
+    def _at_positions(self, logits: Tensor) -> Tensor:
+        """Of logits of all columns those at the positions."""
+        expected = (self._batch.rows, self._batch.columns)
+        if logits.shape[:2] != expected or logits.dim() != 3:
+            raise InterventionError(
+                f"{type(self._model).__name__} gave logits {list(logits.shape)} for {list(expected)} [batch, token]: "
+                "they must be of every token (no logits_to_keep=)"
+            )
+        return self._batch.at_positions(logits)
+
+    def _tail_of(self, layers: Sequence[nn.Module]) -> Tail | None:
+        getter = getattr(self._model, "get_output_embeddings", None)
+        unembedding = getter() if getter else None
+        if not layers or not isinstance(unembedding, nn.Module):
+            return None
+        held = [
+            module
+            for site in self._sites.by_layer.values()
+            for module in (site.attention, site.layout.output, *site.layout.shared.modules.values())
+        ]
+        return Tail(unembedding, position_wise(layers[-1], held), self._batch)
+
+    def _shorten(self, cached: CachedLayers, tail: Tail | None) -> None:
+        """Leaves out of later passes what the clean one shows to make no difference."""
+        tail = tail if tail and tail.runs == 1 else None
+        with tail.doing("skip") if tail else nullcontext():
+            if not cached.hand_on_all(self._logits):
+                return
+        self._layers = cached
+        if tail is None:
+            return
+        with cached.starting_at(len(cached) - 1):
+            tail.restrict()
+            if not self._agrees(tail):
+                tail.unrestrict()
+                if not self._agrees(tail):
+                    return
+        tail.trust()
+
+    def _agrees(self, tail: Tail) -> bool:
+        """Goes on with `tail` if the logits that it gives are the clean ones, but for the products' other shapes."""
+        self._tail = tail
+        try:
+            found = list(self._together([()] * min(2, tail.at_once)))
+        except torch.OutOfMemoryError:
+            raise
+        except FAULTS:
+            found = []
+        bound = 8 * torch.finfo(self.clean.dtype).eps
+        if found and all(close(one, self.clean, bound) for one in found):
+            self.clean = found[0]  # made as the frozen ones are made
+            return True
+        tail.forget()
+        self._tail = None
+        return False
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether some of the model is compiled: it would be compiled anew for each layer that is left out."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )

@@ -1,0 +1,52 @@
+"""What a sweep gives: a score for each head of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["HeadScores"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """Scores of heads.
+
+    Args:
+        scores: for each circuit a tensor `[layer, head]` in float64: the metric with this head's circuit frozen minus
+            the metric without, each a mean over all rows. nan where there is no head, or none that was asked for.
+        clean: the metric of the unfrozen model, mean over all rows.
+        metric: its name.
+        method: how the scores were computed.
+        rows: over how many rows.
+    """
+
+    scores: Mapping[str, Tensor]
+    clean: float
+    metric: str
+    method: str
+    rows: int
+
+    def to_frame(self) -> Any:
+        """A pandas `DataFrame` with one row a score: `circuit`, `layer`, `head`, `score`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ImportError as error:
+            raise ImportError(
+                "to_frame makes a pandas DataFrame, and pandas is not installed: pip install "
+                "'pytest-circuitfreeze[frames]', or read HeadScores.scores"
+            ) from error
+        scored = [
+            (circuit, layer, head, float(scores[layer, head]))
+            for circuit, scores in self.scores.items()
+            for layer, head in (~scores.isnan()).nonzero().tolist()
+        ]
+        return pandas.DataFrame(scored, columns=["circuit", "layer", "head", "score"])
