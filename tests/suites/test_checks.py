@@ -19,6 +19,9 @@ from pytest_circuitfreeze import suites
 from pytest_circuitfreeze.engines import Engine, FreezeCore, load_engine
 from pytest_circuitfreeze.models import tiny_model
 
+OF_THE_LIBRARY = ("recordings_are_what_attention_saw", "statistics_are_of_the_real_tokens")
+"""Claims that say nothing of other engines, once."""
+
 FOLDER = Path(next(iter(suites.__path__)))
 
 
@@ -43,7 +46,7 @@ def test_each_property_has_broken_engines() -> None:
 def test_honest_engine_is_accepted(claim: str, make: Callable[[], Engine], architecture: str) -> None:
     ended = verdict(claim, make(), tiny_model(architecture), 0)
     assert ended.broken is None
-    assert ended.examples >= 25
+    assert ended.examples >= (1 if claim in OF_THE_LIBRARY and make is not FreezeCore else 25)
 
 
 @pytest.mark.parametrize(
