@@ -14,6 +14,7 @@ from freeze_core import (
     ModelArchitecture,
     UnsupportedModelError,
 )
+from freeze_core.attention.sites import find_sites
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
@@ -46,6 +47,15 @@ def test_storage_and_head_counts_are_found(name):
         "attention_type": kind,
     }
     assert FREEZER.detect_architecture(tiny_model(name)) is ModelArchitecture(architecture)
+
+
+def test_latent_attention_is_of_separate_projections():
+    found = FREEZER.get_model_config(tiny_model("deepseek_v3"))
+    assert (found["architecture"], found["attention_type"]) == ("separate_qkv", "MHA")
+    site = find_sites(tiny_model("deepseek_v3")).by_layer[0]
+    attention = site.attention
+    assert found["head_dim"] == attention.qk_head_dim == site.layout.features("q") == site.layout.features("k")
+    assert site.layout.features("v") == site.layout.features("z") == attention.v_head_dim
 
 
 def test_what_is_found_does_not_change_while_frozen():
@@ -120,6 +130,7 @@ def refusal(model, **kwargs):
 
 def test_a_model_without_attention_is_refused():
     assert "Bare has no attention layer" in refusal(Bare())
+    assert "ModuleList has no attention layer" in refusal(Layered(plain()).layers)  # nothing would run it
     with pytest.raises(UnsupportedModelError, match="no attention"):
         FREEZER.detect_architecture(Bare())
 
@@ -191,6 +202,22 @@ def test_an_output_gate_inside_the_query_projection_is_refused():
             self.q_proj = nn.Linear(8, 16)
 
     assert "q_proj holds more than queries" in refusal(Layered(WideQuery()))
+
+
+def test_a_size_of_heads_that_is_none_is_refused():
+    attention = plain()
+    attention.head_dim = 0
+    assert "does not say how large a head is" in refusal(Layered(attention))
+
+
+def test_readers_that_are_of_no_kind_read_the_same_layer():
+    model = tiny_model("gemma3n_text")
+    attentions = [layer.self_attn for layer in model.model.layers]
+    for attention in attentions:
+        del attention.layer_type
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v", kv_scope="head")):
+        assert attentions[2].num_key_value_groups == 1
+    assert attentions[2].num_key_value_groups == 2
 
 
 def test_an_unshared_view_that_the_attention_cannot_take_is_refused_before_anything_is_installed():
