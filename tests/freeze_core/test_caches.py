@@ -30,6 +30,7 @@ from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, Stat
 
 from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
 from pytest_circuitfreeze.models import draw_parameters, tiny_model
+from pytest_circuitfreeze.shrinking import tiny_of_type
 
 pytestmark = pytest.mark.filterwarnings("error::freeze_core.StaleCacheWarning")
 
@@ -304,3 +305,11 @@ def test_a_shallow_copy_that_is_cropped_and_grows_unfrozen_is_recognised():
         model(IDS[:, 4:6], past_key_values=other, use_cache=True)
         with FREEZER.freeze_circuits(model, config), pytest.raises(StaleCacheWarning):
             model(IDS[:, 6:7], past_key_values=other)
+
+
+def test_a_cache_of_a_kind_of_the_models_own_is_refused():
+    model = tiny_of_type("xlm", attn=None)
+    with FREEZER.freeze_circuits(model, InterventionConfig([0])):
+        with pytest.raises(InterventionError, match="XLMModel takes a cache of its own kind, cache="):
+            model(IDS, cache=DynamicCache())
+        model(IDS)

@@ -142,6 +142,7 @@ def test_what_is_no_model_is_refused():
 def test_unknown_parts_are_refused_unless_the_storage_is_stated_by_hand():
     model = Layered(Gated())
     assert "k_conv1d" in refusal(model)
+    assert "more like it" not in refusal(model)
     FREEZER.freeze_circuits(model, InterventionConfig(), architecture="separate_qkv").remove()
 
 

@@ -17,6 +17,9 @@ from mutmut.mutation.mutators import mutation_operators
 UNTOUCHED_CALLS = {"len", "isinstance", "cast"}
 """As in mutmut, a check of types is not mutated; and the first argument of `cast` is an annotation."""
 
+AT_IMPORT = {"_multi_head"}
+"""Functions that only run while their module is imported, where a mutant comes too late; they make the tables."""
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -94,7 +97,7 @@ class _Visitor(cst.CSTVisitor):
             self._functions += isinstance(node, cst.FunctionDef)
         if self._functions:
             self._add(node)
-        return True
+        return not (isinstance(node, cst.FunctionDef) and node.name.value in AT_IMPORT)
 
     def on_leave(self, original_node: cst.CSTNode) -> None:
         self._texts -= _is_for_people(original_node)
