@@ -29,6 +29,7 @@ from recomputed import (
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
 from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
+from freeze_core.freezing.caches import check_emptied_cache
 from pytest_circuitfreeze.models import draw_parameters, tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
@@ -313,3 +314,13 @@ def test_a_cache_of_a_kind_of_the_models_own_is_refused():
         with pytest.raises(InterventionError, match="XLMModel takes a cache of its own kind, cache="):
             model(IDS, cache=DynamicCache())
         model(IDS)
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["self", "cross"])
+def test_a_pair_of_caches_keeps_the_storage_of_either(part):
+    pair = [DynamicCache(), DynamicCache()]
+    check_emptied_cache(EncoderDecoderCache(*pair), "0|frozen")
+    pair[part].update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
+    check_emptied_cache(EncoderDecoderCache(*pair), "|frozen")
+    with pytest.raises(InterventionError, match="stores other KV heads"):
+        check_emptied_cache(EncoderDecoderCache(*pair), "0|frozen")
