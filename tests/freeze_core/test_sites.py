@@ -79,9 +79,10 @@ def test_a_norm_over_all_heads_is_where_the_activation_is(ids):
     )
     model = transformers.Olmo2ForCausalLM(config).eval()
     attention = model.model.layers[0].self_attn
-    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "q")):
-        assert "forward" in vars(attention.q_norm)
-        assert "forward" not in vars(attention.q_proj)
+    for role in "qk":
+        with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], role)):
+            assert "forward" in vars(attention.get_submodule(f"{role}_norm"))
+            assert "forward" not in vars(attention.get_submodule(f"{role}_proj"))
 
 
 class Bare(nn.Module):
@@ -203,6 +204,12 @@ def test_an_output_gate_inside_the_query_projection_is_refused():
             self.q_proj = nn.Linear(8, 16)
 
     assert "q_proj holds more than queries" in refusal(Layered(WideQuery()))
+
+
+def test_attention_without_an_output_projection_is_refused():
+    attention = plain()
+    del attention.o_proj
+    assert "no output projection: it has none of attn_sub_norm, o_proj" in refusal(Layered(attention))
 
 
 def test_a_size_of_heads_that_is_none_is_refused():
