@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from recomputed import (
 )
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
-from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, StaleCacheWarning
 from freeze_core.freezing.caches import check_emptied_cache
 from pytest_circuitfreeze.models import draw_parameters, tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
@@ -324,3 +325,19 @@ def test_a_pair_of_caches_keeps_the_storage_of_either(part):
     check_emptied_cache(EncoderDecoderCache(*pair), "|frozen")
     with pytest.raises(InterventionError, match="stores other KV heads"):
         check_emptied_cache(EncoderDecoderCache(*pair), "0|frozen")
+
+
+@pytest.mark.parametrize("first", ["ignore", "warn", "error"])
+@pytest.mark.parametrize("second", ["ignore", "warn", "error"])
+def test_the_strictest_of_several_freezes_says_what_a_stale_cache_is(first, second):
+    model = tiny_model("llama")
+    cache = model(IDS, use_cache=True).past_key_values
+    with ExitStack() as stack:
+        for layer, on_stale in ((0, first), (0, "ignore"), (1, second)):
+            freezer = AttentionCircuitFreezer(on_stale_cache=on_stale)
+            stack.enter_context(freezer.freeze_circuits(model, InterventionConfig([layer])))
+        if "error" in (first, second):
+            stack.enter_context(pytest.raises(InterventionError, match="this cache was filled without"))
+        elif "warn" in (first, second):
+            stack.enter_context(pytest.warns(StaleCacheWarning))
+        model(IDS[:, :1], past_key_values=cache)

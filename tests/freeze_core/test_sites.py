@@ -85,6 +85,16 @@ def test_a_norm_over_all_heads_is_where_the_activation_is(ids):
             assert "forward" not in vars(attention.get_submodule(f"{role}_proj"))
 
 
+@pytest.mark.parametrize("role", "qkv")
+def test_a_norm_of_each_head_comes_after_the_activation(role):
+    attention = plain()
+    for size, holds in ((8, "norm"), (4, "proj")):
+        setattr(attention, f"{role}_norm", nn.RMSNorm(size))
+        with FREEZER.freeze_circuits(Layered(attention), InterventionConfig(circuit=role)):
+            frozen = [name for name, module in attention.named_modules() if name and "forward" in vars(module)]
+        assert frozen == [f"{role}_{holds}"]
+
+
 class Bare(nn.Module):
     """No attention at all."""
 
@@ -158,6 +168,15 @@ def test_a_stated_storage_that_the_model_contradicts_is_refused():
 def test_hidden_projections_are_detected_as_such():
     assert FREEZER.detect_architecture(HiddenKernel()) is ModelArchitecture.FLASH_ATTENTION
     assert "no attention layer with projections" in refusal(HiddenKernel())
+
+
+def test_attention_that_runs_no_projection_hides_them():
+    attention = type("RawAttention", (nn.Module,), {})()
+    attention.drop = nn.Dropout()
+    assert FREEZER.detect_architecture(Layered(attention)) is ModelArchitecture.FLASH_ATTENTION
+    attention.mix = nn.Linear(4, 4)
+    with pytest.raises(UnsupportedModelError, match="no attention layer"):
+        FREEZER.detect_architecture(Layered(attention))
 
 
 def test_a_scripted_or_replicated_model_is_refused():
@@ -333,5 +352,8 @@ def test_attention_to_two_sides_by_the_same_projections_is_refused():
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.__class__ = type("T5Gemma2MergedAttention", (type(layer.self_attn),), {})
-    with pytest.raises(UnsupportedModelError, match="of the decoder's tokens and of the encoder's"):
+    reason = (
+        "T5Gemma2MergedAttention cannot be served: its keys and its values are of the decoder's tokens and of the enc"
+    )
+    with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.0\.self_attn \(and 2 more like it\): {reason}"):
         FREEZER.freeze_circuits(model, InterventionConfig())
