@@ -297,6 +297,15 @@ def test_an_own_cache_is_used_without_a_word(model):
         decode(model, IDS, LEFT, DynamicCache())
 
 
+def test_a_shallow_copy_shares_the_mark_as_it_shares_the_tokens():
+    model = tiny_model("llama")
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "ov")), torch.no_grad():
+        cache = model(IDS[:, :4], use_cache=True).past_key_values
+        other = copy.copy(cache)
+        model(IDS[:, 4:5], past_key_values=cache)
+        model(IDS[:, 5:6], past_key_values=other)  # which holds five tokens, all of them frozen alike
+
+
 def test_a_shallow_copy_that_is_cropped_and_grows_unfrozen_is_recognised():
     model, config = tiny_model("llama"), InterventionConfig([0], [1], "ov")
     with torch.no_grad():

@@ -370,3 +370,12 @@ def test_query_heads_of_one_kv_head_share_its_draw(name, kwargs, ids):
         one, each = getattr(shared, role), getattr(own, role)
         of_each = one.repeat_interleave(4 // one.shape[2], dim=2)
         torch.testing.assert_close(each[:, :, chosen], of_each[:, :, chosen], rtol=1e-5, atol=1e-6)  # sums of a mean
+
+
+@pytest.mark.parametrize("role", "qkv")
+def test_recorded_activations_of_latent_attention_are_held(role, ids):
+    model = tiny_model("deepseek_v3")
+    recording = FREEZER.record(model, ids.flip(1))
+    config = InterventionConfig([1], None, role, "reference", reference=recording)
+    with FREEZER.freeze_circuits(model, config):
+        assert torch.equal(getattr(FREEZER.record(model, ids)[1], role), getattr(recording[1], role))
