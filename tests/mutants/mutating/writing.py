@@ -19,6 +19,7 @@ CONTEXT = 30
 WHY = {
     "equivalent": "the mutant does the same as the code",
     "performance": "it does the same, more slowly or with more memory",
+    "elsewhere": "tests of other folders notice, or need what the machine of the run has not",
     "text": "only the words of an error differ",
     "gap": "no test notices, and one should",
     "not looked at": "no reason is written down yet",
