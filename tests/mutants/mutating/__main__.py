@@ -7,10 +7,9 @@ survives the kind of its reason (see `writing.WHY`) and the reason. A mutant who
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from mutating import running, writing
 from mutating.making import mutants_of
@@ -28,20 +27,19 @@ def main() -> int:
     parser.add_argument("--map", type=Path, required=True, metavar="FILE", help="which test runs which line; made once")
     parser.add_argument("--again", action="store_true", help="try again those of them that were not killed")
     options = parser.parse_args()
-    tests = CHECKOUT / "tests" / "freeze_core"
-    status = pytest.main(
-        [
-            *("-p", "no:cacheprovider", "--rootdir", str(CHECKOUT), "-c", str(CHECKOUT / "pyproject.toml")),
-            *("--mutants", str(options.sample), "--mutants-map", str(options.map)),
-            *("--mutants-results", str(options.folder / "results.jsonl"), *(["--mutants-again"] * options.again)),
-            *("--circuitfreeze", "--circuitfreeze-profile", "quick", "--circuitfreeze-seed", "0"),
-            *("--circuitfreeze-arch", "gpt2,mistral_gqa", str(tests)),
-            *(f"--deselect=tests/freeze_core/{name}" for name in SLOWEST),
-        ],
-        plugins=[running],
-    )
-    if status != pytest.ExitCode.OK:
-        return int(status)
+    # In a process of its own: pytest wants to be the first to import what it rewrites.
+    command = [
+        *(sys.executable, "-m", "pytest", "-p", "mutating.running", "-p", "no:cacheprovider"),
+        *("--rootdir", str(CHECKOUT), "-c", str(CHECKOUT / "pyproject.toml")),
+        *("--mutants", str(options.sample), "--mutants-map", str(options.map), *["--mutants-again"] * options.again),
+        *("--mutants-results", str(options.folder / "results.jsonl")),
+        *("--circuitfreeze", "--circuitfreeze-profile", "quick", "--circuitfreeze-seed", "0"),
+        *("--circuitfreeze-arch", "gpt2,mistral_gqa", str(CHECKOUT / "tests" / "freeze_core")),
+        *(f"--deselect=tests/freeze_core/{name}" for name in SLOWEST),
+    ]
+    status = subprocess.run(command).returncode
+    if status:
+        return status
     print(writing.write(options.folder, __version__, mutants_of(running.PACKAGE), running.BUDGET))
     return 0
 

@@ -12,13 +12,15 @@ KILLED = ("killed", "timeout")
 
 class Result(NamedTuple):
     """`outcome` is killed (then `by` names the test, or the error that ended pytest), timeout, survived, unreached
-    (no test runs the line) or invalid (no Python). `tests` of the `reached` ones were run at most."""
+    (no test runs the line) or invalid (no Python). `tests` of the `reached` ones were run at most. `first` is the
+    outcome when it was first tried, before tests were written for it."""
 
     name: str
     outcome: str
     by: str
     tests: int
     reached: int
+    first: str
 
     @property
     def is_killed(self) -> bool:
@@ -28,10 +30,11 @@ class Result(NamedTuple):
 
 def read(path: Path) -> dict[str, Result]:
     """By the mutants' names; the last one counts where a mutant was tried again."""
-    if not path.exists():
-        return {}
-    results = (Result(**json.loads(line)) for line in path.read_text().splitlines())
-    return {result.name: result for result in results}
+    results: dict[str, Result] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        result = Result(**json.loads(line))
+        results[result.name] = result._replace(first=results.get(result.name, result).first)
+    return results
 
 
 def add(path: Path, result: Result) -> None:

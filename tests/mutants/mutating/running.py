@@ -137,7 +137,7 @@ def _tried(mutant: Mutant, reached: Sequence[Test], live: Mapping[Key, Sequence[
         outcome, by = "timeout", ""
     except ForkError as error:
         outcome, by = "killed", str(error)
-    return Result(mutant.name, outcome, by, len(seconds), len(reached))
+    return Result(mutant.name, outcome, by, len(seconds), len(reached), first=outcome)
 
 
 def _within_budget(reached: Sequence[Test]) -> list[Test]:

@@ -89,14 +89,17 @@ def interval(part: int, whole: int) -> tuple[float, float]:
 
 def _summary(tried: Sequence[Tried], possible: int) -> str:
     killed, whole = sum(each.result.is_killed for each in tried), len(tried)
-    low, high = interval(killed, whole)
+    first = sum(each.result.first in results.KILLED for each in tried)
+    low, high = interval(first, whole)
     kinds = Counter(each.kind for each in tried if not each.result.is_killed)
-    harmless = sum(kinds[kind] for kind in HARMLESS)
     survivors = ", ".join(f"{kinds[kind]} {kind}" for kind in WHY if kinds[kind])
+    noticeable = whole - sum(kinds[kind] for kind in HARMLESS)
     return (
-        f"**{killed} of {whole} mutants are killed: {100 * killed / whole:.1f} %** (95 % interval {low:.1f} to "
-        f"{high:.1f} %). They are a random sample of all {possible}. Those that survive: {survivors}. Of the "
-        f"{whole - harmless} that a test could notice, {100 * killed / (whole - harmless):.1f} % are killed."
+        f"**{killed} of {whole} mutants are killed: {100 * killed / whole:.1f} %.** Those that survive: {survivors}. Of "
+        f"the {noticeable} that a test could notice, {100 * killed / noticeable:.1f} % are killed.\n\n"
+        f"They are a random sample of all {possible}. When they were first tried, before tests were written for those "
+        f"that survived, {100 * first / whole:.1f} % were killed; that, and its 95 % interval of {low:.1f} to "
+        f"{high:.1f} %, is what to expect at least of the mutants that have not been tried."
     )
 
 
