@@ -95,8 +95,8 @@ def _summary(tried: Sequence[Tried], possible: int) -> str:
     survivors = ", ".join(f"{kinds[kind]} {kind}" for kind in WHY if kinds[kind])
     noticeable = whole - sum(kinds[kind] for kind in HARMLESS)
     return (
-        f"**{killed} of {whole} mutants are killed: {100 * killed / whole:.1f} %.** Those that survive: {survivors}. Of "
-        f"the {noticeable} that a test could notice, {100 * killed / noticeable:.1f} % are killed.\n\n"
+        f"**{killed} of {whole} mutants are killed: {100 * killed / whole:.1f} %.** Those that survive: {survivors}. "
+        f"Of the {noticeable} that a test could notice, {100 * killed / noticeable:.1f} % are killed.\n\n"
         f"They are a random sample of all {possible}. When they were first tried, before tests were written for those "
         f"that survived, {100 * first / whole:.1f} % were killed; that, and its 95 % interval of {low:.1f} to "
         f"{high:.1f} %, is what to expect at least of the mutants that have not been tried."
