@@ -72,7 +72,7 @@ class ExperimentalInterventions:
         Raises:
             UnsupportedModelError: `model` is no module at all.
         """
-        report: dict[str, Any] = {"compatible": True, "reasons": []}
+        report: dict[str, Any] = {"reasons": []}
         for attention in ATTENTION:
             try:
                 sites = find_sites(model, attention=attention)
@@ -80,7 +80,7 @@ class ExperimentalInterventions:
                 if not isinstance(model, nn.Module):
                     raise
                 if attention == "self":
-                    report.update(compatible=False, reasons=[str(error)])
+                    report["reasons"] = [str(error)]
                 continue
             layers: dict[int, dict[str, Any]] = {
                 layer: {
@@ -98,8 +98,7 @@ class ExperimentalInterventions:
             layers |= {layer: {"refused": reason} for layer, reason in sites.refused.items()}
             report[attention] = dict(sorted(layers.items()))
             report["reasons"] += [f"layer {layer}: {reason}" for layer, reason in sites.refused.items()]
-        report["compatible"] = not report["reasons"]
-        return report
+        return {"compatible": not report["reasons"], **report}
 
 
 def _limit(site: AttentionSite, role: Role, scope: KVScope) -> str | None:

@@ -139,10 +139,10 @@ def _composite(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _reasons(found: list[Found], refused: Mapping[int, str]) -> str:
-    """Why layers are refused: layers of one reason are told by the first of them."""
+    """Why all of these layers are refused: layers of one reason are told by the first of them."""
     names: dict[str, list[str]] = {}
     for one in found:
-        name, _, reason = refused.get(one.layer, "").partition(": ")
+        name, _, reason = refused[one.layer].partition(": ")
         if name == one.name:
             names.setdefault(reason, []).append(name)
     return "; ".join(
@@ -188,7 +188,7 @@ def _with_readers(site: AttentionSite, readers: Sequence[nn.Module]) -> Attentio
 def _probed(model: nn.Module, found: list[Found]) -> Mapping[nn.Module, Layout | str]:
     """What probing shows of the attention modules that neither tables nor names know; most models have none."""
     unknown = [one.attention for one in found if not one.known and _live(one.attention) is None]
-    return probed_layouts(model, list(dict.fromkeys(unknown))) if unknown else {}
+    return probed_layouts(model, list(dict.fromkeys(unknown)))
 
 
 def _live(attention: nn.Module) -> AttentionSite | None:

@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -28,8 +29,10 @@ from recomputed import (
 )
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
-from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, StaleCacheWarning
+from freeze_core.freezing.caches import check_emptied_cache
 from pytest_circuitfreeze.models import draw_parameters, tiny_model
+from pytest_circuitfreeze.shrinking import tiny_of_type
 
 pytestmark = pytest.mark.filterwarnings("error::freeze_core.StaleCacheWarning")
 
@@ -294,6 +297,15 @@ def test_an_own_cache_is_used_without_a_word(model):
         decode(model, IDS, LEFT, DynamicCache())
 
 
+def test_a_shallow_copy_shares_the_mark_as_it_shares_the_tokens():
+    model = tiny_model("llama")
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "ov")), torch.no_grad():
+        cache = model(IDS[:, :4], use_cache=True).past_key_values
+        other = copy.copy(cache)
+        model(IDS[:, 4:5], past_key_values=cache)
+        model(IDS[:, 5:6], past_key_values=other)  # which holds five tokens, all of them frozen alike
+
+
 def test_a_shallow_copy_that_is_cropped_and_grows_unfrozen_is_recognised():
     model, config = tiny_model("llama"), InterventionConfig([0], [1], "ov")
     with torch.no_grad():
@@ -304,3 +316,37 @@ def test_a_shallow_copy_that_is_cropped_and_grows_unfrozen_is_recognised():
         model(IDS[:, 4:6], past_key_values=other, use_cache=True)
         with FREEZER.freeze_circuits(model, config), pytest.raises(StaleCacheWarning):
             model(IDS[:, 6:7], past_key_values=other)
+
+
+def test_a_cache_of_a_kind_of_the_models_own_is_refused():
+    model = tiny_of_type("xlm", attn=None)
+    with FREEZER.freeze_circuits(model, InterventionConfig([0])):
+        with pytest.raises(InterventionError, match="XLMModel takes a cache of its own kind, cache="):
+            model(IDS, cache=DynamicCache())
+        model(IDS)
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["self", "cross"])
+def test_a_pair_of_caches_keeps_the_storage_of_either(part):
+    pair = [DynamicCache(), DynamicCache()]
+    check_emptied_cache(EncoderDecoderCache(*pair), "0|frozen")
+    pair[part].update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
+    check_emptied_cache(EncoderDecoderCache(*pair), "|frozen")
+    with pytest.raises(InterventionError, match="stores other KV heads"):
+        check_emptied_cache(EncoderDecoderCache(*pair), "0|frozen")
+
+
+@pytest.mark.parametrize("first", ["ignore", "warn", "error"])
+@pytest.mark.parametrize("second", ["ignore", "warn", "error"])
+def test_the_strictest_of_several_freezes_says_what_a_stale_cache_is(first, second):
+    model = tiny_model("llama")
+    cache = model(IDS, use_cache=True).past_key_values
+    with ExitStack() as stack:
+        for layer, on_stale in ((0, first), (0, "ignore"), (1, second)):
+            freezer = AttentionCircuitFreezer(on_stale_cache=on_stale)
+            stack.enter_context(freezer.freeze_circuits(model, InterventionConfig([layer])))
+        if "error" in (first, second):
+            stack.enter_context(pytest.raises(InterventionError, match="this cache was filled without"))
+        elif "warn" in (first, second):
+            stack.enter_context(pytest.warns(StaleCacheWarning))
+        model(IDS[:, :1], past_key_values=cache)

@@ -85,6 +85,17 @@ def test_statistics_are_saved_and_loaded(model, tmp_path, ids):
         model(ids)
 
 
+def test_statistics_of_a_layer_are_what_their_values_are():
+    first, second = (calibrated(tiny_model("llama_gqa"))[0] for _ in range(2))
+    assert first == second
+    assert first is not second
+    assert hash(first) == hash(second) == hash(first.copied())
+    second.std["k"][0, 0] += 1
+    assert first != second
+    assert first != "statistics"
+    assert first.copied() == first
+
+
 def test_statistics_of_another_model_are_refused(model):
     other = tiny_model("llama", seed=1)
     statistics = calibrated(other)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
+from freeze_core.attention.sites import find_sites
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -71,6 +72,12 @@ def test_a_mask_that_tells_no_padding_cannot_be_recorded_under(model, ids):
     masks = {"full_attention": None, "sliding_attention": None}
     with pytest.raises(InterventionError, match="attention_mask is dict"):
         FREEZER.record(model, {"input_ids": ids, "attention_mask": masks})
+
+
+def test_a_model_that_hands_its_padding_mask_on_is_no_composite(model):
+    assert find_sites(model).composite is model.model
+    assert find_sites(tiny_model("llama")).composite is None
+    assert find_sites(tiny_model("gpt2")).composite is None
 
 
 def test_what_covers_the_composite_is_not_thrown_away(model):

@@ -47,6 +47,16 @@ def test_a_gradient_that_turns_into_none_fails_unless_allowed(ids, preserve, mon
     result = FREEZER.check_gradient_behavior(model, ids, config)
     assert result["validation_passed"] is not preserve
     assert result["parameters"]["model.layers.1.self_attn.q_proj.weight"] is None
+    (site,) = result["sites"].values()
+    assert site == {"passed": True, "deviation": None, "bound": None, "heads": [], "rows": {}}
+
+
+def test_a_gradient_that_ends_at_the_freeze_fails(ids, monkeypatch):
+    monkeypatch.setattr(edits, "blend", lambda x, frozen, *rest: torch.zeros_like(frozen).requires_grad_())
+    config = InterventionConfig([1], None, "q", preserve_gradients=False)
+    result = FREEZER.check_gradient_behavior(tiny_model("llama"), ids, config)
+    assert not result["validation_passed"]
+    assert [site["passed"] for site in result["sites"].values()] == [False]
 
 
 def test_a_model_that_is_frozen_already_is_not_frozen_twice(model, ids):

@@ -10,7 +10,13 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, UnsupportedModelError
+from freeze_core import (
+    AttentionCircuitFreezer,
+    FreezeNotInForceError,
+    InterventionConfig,
+    InterventionError,
+    UnsupportedModelError,
+)
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking_draws import draw
 
@@ -250,6 +256,38 @@ def test_an_encoder_that_holds_the_decoder_is_not_taken_for_it():
     with pytest.raises(UnsupportedModelError, match="does not say which is its encoder"):
         FREEZER.freeze_circuits(model, InterventionConfig([0], attention="encoder"))
     FREEZER.freeze_circuits(model, InterventionConfig([0])).remove()
+
+
+def test_a_decoder_that_holds_the_encoder_is_not_taken_for_it():
+    """The other way round: layers inside both are the encoder's alone."""
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole = torch.nn.ModuleDict({"eyes": tiny_model("opt"), "language_model": tiny_model("opt")})
+
+        def get_encoder(self):
+            return self.whole["eyes"]
+
+        def get_decoder(self):
+            return self.whole
+
+    model = Both()
+    for attention, part in (("self", "language_model"), ("encoder", "eyes")):
+        with FREEZER.freeze_circuits(model, InterventionConfig([0], attention=attention)):
+            frozen = [name for name, module in model.named_modules() if "forward" in vars(module)]
+        assert frozen
+        assert all(name.startswith(f"whole.{part}.") for name in frozen)
+
+
+def test_encoder_states_that_are_projected_with_tokens_before_rows_are_an_error():
+    model = bart()
+    projection = model.model.decoder.layers[0].encoder_attn.v_proj
+    own = projection.forward
+    projection.forward = lambda states: own(states).transpose(0, 1)
+    freeze = InterventionConfig([0], [1], "v", attention="cross")
+    with FREEZER.freeze_circuits(model, freeze), pytest.raises(FreezeNotInForceError, match="taken for tokens"):
+        model(**inputs_of(model))
 
 
 def test_the_eyes_of_a_model_of_words_are_not_frozen_for_its_words():

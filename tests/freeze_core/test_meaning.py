@@ -355,3 +355,27 @@ def test_activations_of_another_attention_are_refused(ids):
         model(**seq2seq(ids))
         with pytest.raises(InterventionError, match="another attention_mask"):
             model(**padded)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"noise_std": 1.0}], ids=["of the pass", "stated"])
+@pytest.mark.parametrize("name", ["llama_gqa", "phi3", "falcon_mqa"])
+def test_query_heads_of_one_kv_head_share_its_draw(name, kwargs, ids):
+    model = tiny_model(name)
+    with FREEZER.freeze_circuits(model, InterventionConfig([1], None, "both", "noise", **kwargs)):
+        shared = FREEZER.record(model, ids)[1]
+    chosen = [0, 1, 3]  # not all of them, so that under head each has its own view
+    with FREEZER.freeze_circuits(model, InterventionConfig([1], chosen, "both", "noise", kv_scope="head", **kwargs)):
+        own = FREEZER.record(model, ids)[1]
+    for role in "kv":
+        one, each = getattr(shared, role), getattr(own, role)
+        of_each = one.repeat_interleave(4 // one.shape[2], dim=2)
+        torch.testing.assert_close(each[:, :, chosen], of_each[:, :, chosen], rtol=1e-5, atol=1e-6)  # sums of a mean
+
+
+@pytest.mark.parametrize("role", "qkv")
+def test_recorded_activations_of_latent_attention_are_held(role, ids):
+    model = tiny_model("deepseek_v3")
+    recording = FREEZER.record(model, ids.flip(1))
+    config = InterventionConfig([1], None, role, "reference", reference=recording)
+    with FREEZER.freeze_circuits(model, config):
+        assert torch.equal(getattr(FREEZER.record(model, ids)[1], role), getattr(recording[1], role))

@@ -258,7 +258,40 @@ class Flattened(Grouped):
         return tuple(one.unflatten(0, x.shape[:2])[:, :, 0] for one in super().split(x.flatten(0, 1)[:, None]))
 
 
+class Turned(OddOrder):
+    """Is handed a matrix to multiply with, in the model's dtype."""
+
+    def forward(self, x, turn):
+        return super().forward(x @ turn)
+
+
+class TurnedLayer(Layer):
+    def forward(self, x):
+        return x + self.attention(x, torch.eye(WIDTH, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_attention_is_handed_is_of_the_dtype_that_it_is_probed_in(dtype):
+    model = Model(Turned, dtype)
+    for layer in model.layers:
+        layer.__class__ = TurnedLayer
+    FREEZER.freeze_circuits(model, InterventionConfig()).remove()
+
+
+class TwoForQueries(OddOrder):
+    """Queries are a sum of what two projections give."""
+
+    def build(self):
+        super().build()
+        self.more = nn.Linear(WIDTH, HEADS * DIM)
+
+    def split(self, x):
+        q, k, v = super().split(x)
+        return q + self.more(x).view_as(q), k, v
+
+
 REFUSED = {
+    TwoForQueries: "its q is made of features of more and to_qkv",
     CountsPairs: "says that it has 2 heads, and head 0 has parts with a query each",
     TokensFirst: r"gives \[2, 1, .*rows could not be told from tokens",
     Flattened: r"gives \[2, 1, .*rows could not be told from tokens",

@@ -120,3 +120,9 @@ def test_a_reference_under_a_mask_of_another_length_is_refused_by_name(ids):
     config = InterventionConfig([0], [0], "qk", "reference", reference=short)
     with FREEZER.freeze_circuits(model, config), pytest.raises(InterventionError, match="another attention_mask"):
         model(ids, attention_mask=torch.ones_like(ids))
+
+
+def test_a_reference_of_other_layers_is_refused(model, ids):
+    recording = FREEZER.record(model, ids, layers=[0])
+    with pytest.raises(InterventionError, match=r"^reference=Recording\(layers=\[0\]\): holds nothing of layer 1"):
+        FREEZER.freeze_circuits(model, InterventionConfig([1], freeze_type="reference", reference=recording))

@@ -14,6 +14,7 @@ from freeze_core import (
     ModelArchitecture,
     UnsupportedModelError,
 )
+from freeze_core.attention.sites import find_sites
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
@@ -48,6 +49,15 @@ def test_storage_and_head_counts_are_found(name):
     assert FREEZER.detect_architecture(tiny_model(name)) is ModelArchitecture(architecture)
 
 
+def test_latent_attention_is_of_separate_projections():
+    found = FREEZER.get_model_config(tiny_model("deepseek_v3"))
+    assert (found["architecture"], found["attention_type"]) == ("separate_qkv", "MHA")
+    site = find_sites(tiny_model("deepseek_v3")).by_layer[0]
+    attention = site.attention
+    assert found["head_dim"] == attention.qk_head_dim == site.layout.features("q") == site.layout.features("k")
+    assert site.layout.features("v") == site.layout.features("z") == attention.v_head_dim
+
+
 def test_what_is_found_does_not_change_while_frozen():
     for name in ("falcon_mqa", "mistral_gqa"):
         model = tiny_model(name)
@@ -69,9 +79,20 @@ def test_a_norm_over_all_heads_is_where_the_activation_is(ids):
     )
     model = transformers.Olmo2ForCausalLM(config).eval()
     attention = model.model.layers[0].self_attn
-    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "q")):
-        assert "forward" in vars(attention.q_norm)
-        assert "forward" not in vars(attention.q_proj)
+    for role in "qk":
+        with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], role)):
+            assert "forward" in vars(attention.get_submodule(f"{role}_norm"))
+            assert "forward" not in vars(attention.get_submodule(f"{role}_proj"))
+
+
+@pytest.mark.parametrize("role", "qkv")
+def test_a_norm_of_each_head_comes_after_the_activation(role):
+    attention = plain()
+    for size, holds in ((8, "norm"), (4, "proj")):
+        setattr(attention, f"{role}_norm", nn.RMSNorm(size))
+        with FREEZER.freeze_circuits(Layered(attention), InterventionConfig(circuit=role)):
+            frozen = [name for name, module in attention.named_modules() if name and "forward" in vars(module)]
+        assert frozen == [f"{role}_{holds}"]
 
 
 class Bare(nn.Module):
@@ -120,6 +141,7 @@ def refusal(model, **kwargs):
 
 def test_a_model_without_attention_is_refused():
     assert "Bare has no attention layer" in refusal(Bare())
+    assert "ModuleList has no attention layer" in refusal(Layered(plain()).layers)  # nothing would run it
     with pytest.raises(UnsupportedModelError, match="no attention"):
         FREEZER.detect_architecture(Bare())
 
@@ -131,6 +153,7 @@ def test_what_is_no_model_is_refused():
 def test_unknown_parts_are_refused_unless_the_storage_is_stated_by_hand():
     model = Layered(Gated())
     assert "k_conv1d" in refusal(model)
+    assert "more like it" not in refusal(model)
     FREEZER.freeze_circuits(model, InterventionConfig(), architecture="separate_qkv").remove()
 
 
@@ -145,6 +168,15 @@ def test_a_stated_storage_that_the_model_contradicts_is_refused():
 def test_hidden_projections_are_detected_as_such():
     assert FREEZER.detect_architecture(HiddenKernel()) is ModelArchitecture.FLASH_ATTENTION
     assert "no attention layer with projections" in refusal(HiddenKernel())
+
+
+def test_attention_that_runs_no_projection_hides_them():
+    attention = type("RawAttention", (nn.Module,), {})()
+    attention.drop = nn.Dropout()
+    assert FREEZER.detect_architecture(Layered(attention)) is ModelArchitecture.FLASH_ATTENTION
+    attention.mix = nn.Linear(4, 4)
+    with pytest.raises(UnsupportedModelError, match="no attention layer"):
+        FREEZER.detect_architecture(Layered(attention))
 
 
 def test_a_scripted_or_replicated_model_is_refused():
@@ -191,6 +223,28 @@ def test_an_output_gate_inside_the_query_projection_is_refused():
             self.q_proj = nn.Linear(8, 16)
 
     assert "q_proj holds more than queries" in refusal(Layered(WideQuery()))
+
+
+def test_attention_without_an_output_projection_is_refused():
+    attention = plain()
+    del attention.o_proj
+    assert "no output projection: it has none of attn_sub_norm, o_proj" in refusal(Layered(attention))
+
+
+def test_a_size_of_heads_that_is_none_is_refused():
+    attention = plain()
+    attention.head_dim = 0
+    assert "does not say how large a head is" in refusal(Layered(attention))
+
+
+def test_readers_that_are_of_no_kind_read_the_same_layer():
+    model = tiny_model("gemma3n_text")
+    attentions = [layer.self_attn for layer in model.model.layers]
+    for attention in attentions:
+        del attention.layer_type
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v", kv_scope="head")):
+        assert attentions[2].num_key_value_groups == 1
+    assert attentions[2].num_key_value_groups == 2
 
 
 def test_an_unshared_view_that_the_attention_cannot_take_is_refused_before_anything_is_installed():
@@ -298,5 +352,8 @@ def test_attention_to_two_sides_by_the_same_projections_is_refused():
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.__class__ = type("T5Gemma2MergedAttention", (type(layer.self_attn),), {})
-    with pytest.raises(UnsupportedModelError, match="of the decoder's tokens and of the encoder's"):
+    reason = (
+        "T5Gemma2MergedAttention cannot be served: its keys and its values are of the decoder's tokens and of the enc"
+    )
+    with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.0\.self_attn \(and 2 more like it\): {reason}"):
         FREEZER.freeze_circuits(model, InterventionConfig())
