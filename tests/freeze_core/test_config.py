@@ -87,3 +87,9 @@ def test_the_circuits_name_their_activations():
         "k": "k",
         "v": "v",
     }
+
+
+@pytest.mark.parametrize("field", ["circuit", "freeze_type", "backward_mode", "kv_scope", "attention"])
+def test_a_word_that_is_none_is_refused_by_its_field(field):
+    with pytest.raises(InterventionError, match=f"^{field}='none such': must be one of "):
+        InterventionConfig(**{field: "none such"})

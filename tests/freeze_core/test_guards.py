@@ -432,3 +432,14 @@ def test_projections_that_give_tokens_before_rows_are_an_error(ids):
     freeze = InterventionConfig([0], [1], "v")
     with FREEZER.freeze_circuits(model, freeze), pytest.raises(FreezeNotInForceError, match="taken for tokens"):
         model(ids)
+
+
+def test_attention_whose_own_forward_was_put_back_is_an_error(ids):
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    with FREEZER.freeze_circuits(model, InterventionConfig([1], [0])):
+        attention.forward = type(attention).forward.__get__(attention)
+        with pytest.raises(FreezeNotInForceError, match=r"layers\.1\.self_attn of LlamaModel was wrapped or replaced"):
+            model(ids)
+    del attention.forward
+    model(ids)
