@@ -157,13 +157,15 @@ def _sites(
     """The sites among the attention modules of one kind in one stack, and why others are none."""
     by_layer: dict[int, AttentionSite] = {}
     refused: dict[int, str] = {}
+    names: dict[int, str] = {}
     for one in found:
         try:
-            if one.layer in by_layer:
+            if one.layer in names:
                 raise UnsupportedModelError(
-                    f"the layer has another attention, {by_layer[one.layer].name}, and a layer index does not say which"
+                    f"the layer has another attention, {names[one.layer]}, and a layer index does not say which"
                 )
             by_layer[one.layer] = _site(one, architecture, probed)
+            names[one.layer] = one.name
         except UnsupportedModelError as error:
             by_layer.pop(one.layer, None)
             refused[one.layer] = f"{one.name}: {error}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -328,6 +330,15 @@ def test_what_cannot_be_served_is_refused_for_its_own_reason(model_type):
     with pytest.raises(UnsupportedModelError, match=REASONS[model_type]):
         FREEZER.freeze_circuits(model, InterventionConfig())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("more", [1, 2])
+def test_a_layer_with_several_attentions_is_refused(more):
+    model = tiny_model("llama")
+    for number in range(more):
+        model.model.layers[1].add_module(f"attention_{number}", copy.deepcopy(model.model.layers[1].self_attn))
+    with pytest.raises(UnsupportedModelError, match="the layer has another attention"):
+        FREEZER.freeze_circuits(model, InterventionConfig([1]))
 
 
 def test_projections_that_give_tokens_before_rows_are_refused():

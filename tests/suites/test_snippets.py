@@ -21,7 +21,7 @@ from honest_engine import HookEngine
 from snippet_runs import demand_the_same, run, snippet_of
 from verdicts import verdict
 
-from freeze_core import AttentionCircuitFreezer, InterventionConfig
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, UnsupportedModelError
 from pytest_circuitfreeze.engines import load_engine
 from pytest_circuitfreeze.loading import load_model
 from pytest_circuitfreeze.models import tiny_model
@@ -160,11 +160,8 @@ class Mute:
 
     name = "mute"
 
-    def supports(self, model: object, config: object) -> str:
-        return "not today"
-
     def freeze(self, model: object, config: object) -> Any:
-        raise NotImplementedError
+        raise UnsupportedModelError("")
 
 
 def test_a_loaded_model_is_loaded_again() -> None:
