@@ -295,6 +295,8 @@ def configs_of_each_kind(draw: st.DrawFn, model: PreTrainedModel, batch: Batch) 
     """
     from freeze_core import UnsupportedModelError
 
+    if STATED.get() is not None:
+        return [draw(configs(model, batch=batch))]
     of_the_pass, own = st.none(), st.floats(0.1, 3.0)
     kinds: list[tuple[str, st.SearchStrategy[float | None]]] = [
         *((kind, of_the_pass) for kind in ("zero", "mean", "noise")),
@@ -319,8 +321,12 @@ def configs_of_each_kind(draw: st.DrawFn, model: PreTrainedModel, batch: Batch) 
 
 
 def in_both_scopes(strategy: st.SearchStrategy[InterventionConfig]) -> st.SearchStrategy[list[InterventionConfig]]:
-    """A config of `strategy` in each `kv_scope`, `group` first. Shrinks as `strategy` does."""
-    return strategy.map(lambda config: [replace(config, kv_scope=scope) for scope in ("group", "head")])
+    """A config of `strategy` in each `kv_scope`, `group` first; a stated one as it is. Shrinks as `strategy` does."""
+
+    def both(config: InterventionConfig) -> list[InterventionConfig]:
+        return [config] if config is STATED.get() else [replace(config, kv_scope=scope) for scope in ("group", "head")]
+
+    return strategy.map(both)
 
 
 def configs_without_statistics(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.stated import STATED
 from pytest_circuitfreeze.strategies import batches, configs, configs_without_statistics, in_both_scopes
 from pytest_circuitfreeze.suites.caching import (
     check_cached_equals_recomputed,
@@ -17,14 +19,24 @@ from pytest_circuitfreeze.suites.properties import proven
 from pytest_circuitfreeze.suites.several import observe_each
 
 
+@st.composite
+def noise_and_another(draw: st.DrawFn, model: PreTrainedModel) -> list[InterventionConfig]:
+    """Noise in both scopes, which alone says which column of the whole a step is at, and another replacement.
+
+    Or the config that is stated.
+    """
+    if STATED.get() is not None:
+        return [draw(configs(model))]
+    other = draw(configs(model, freeze_type=st.sampled_from(["zero", "mean"])))
+    return [other, *draw(in_both_scopes(configs(model, freeze_type=st.just("noise"))))]
+
+
 @proven
 def test_cached_equals_recomputed(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A freeze computes with a cache what it computes without one."""
-    other = data.draw(configs(circuit_model, freeze_type=st.sampled_from(["zero", "mean"])), label="config")
-    # Noise in each example: it alone says which column of the whole a step is at.
-    noise = data.draw(in_both_scopes(configs(circuit_model, freeze_type=st.just("noise"))), label="configs")
+    several = data.draw(noise_and_another(circuit_model), label="configs")
     batch = data.draw(batches(circuit_model, tokens=st.integers(2, 12)), label="batch")
     length = batch.input_ids.shape[1]
     cuts = data.draw(st.lists(st.integers(1, length - 1), min_size=1, unique=True), label="cuts")
@@ -32,7 +44,7 @@ def test_cached_equals_recomputed(
     observe_each(
         circuit_record,
         lambda config: check_cached_equals_recomputed(circuit_engine, circuit_model, config, batch, ends),
-        [other, *noise],
+        several,
     )
 
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
-from pytest_circuitfreeze.strategies import attending_layers, batches, configs
+from pytest_circuitfreeze.stated import STATED
+from pytest_circuitfreeze.strategies import Batch, attending_layers, batches, configs
 from pytest_circuitfreeze.suites.gradients import (
     check_backward_modes_share_the_forward,
     check_gradients_are_the_estimators,
@@ -18,25 +20,34 @@ from pytest_circuitfreeze.suites.properties import proven
 from pytest_circuitfreeze.suites.several import observe_each
 
 
+@st.composite
+def alone_and_in_pairs(draw: st.DrawFn, model: PreTrainedModel, batch: Batch) -> list[list[InterventionConfig]]:
+    """A config alone, which may be stated; else also with another on its layers, each in every backward mode."""
+    layers = draw(attending_layers(model))
+    same = configs(model, batch=batch, layers=st.just(layers))
+    first = draw(same)
+    if first is STATED.get():
+        return [[first]]
+    second, apart = draw(same), draw(st.integers(0, 2))
+    modes = ["stopgrad", "ste", "circuit_ste"]
+    pairs = [
+        [replace(first, backward_mode=modes[turn]), replace(second, backward_mode=modes[(turn + apart) % 3])]
+        for turn in range(3)
+    ]
+    return [[first], *pairs]
+
+
 @proven
 def test_gradients_are_the_estimators(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """Gradients through a freeze are (1 - strength) times, straight through, or of the untouched circuit, by mode."""
     batch = data.draw(batches(circuit_model), label="batch")
-    layers = data.draw(attending_layers(circuit_model), label="layers")
-    same = configs(circuit_model, batch=batch, layers=st.just(layers), backward_mode=st.just("stopgrad"))
-    several = data.draw(st.tuples(same, same), label="configs")
-    ahead = data.draw(st.integers(0, 2), label="modes between two configs")
-    modes = ["stopgrad", "ste", "circuit_ste"]
-    in_each_mode = [
-        [replace(config, backward_mode=modes[(turn + place * ahead) % 3]) for place, config in enumerate(several)]
-        for turn in range(3)
-    ]
+    several = data.draw(alone_and_in_pairs(circuit_model, batch), label="configs")
     observe_each(
         circuit_record,
-        lambda turn: check_gradients_are_the_estimators(circuit_engine, circuit_model, turn, batch),
-        in_each_mode,
+        lambda configs: check_gradients_are_the_estimators(circuit_engine, circuit_model, configs, batch),
+        several,
     )
 
 

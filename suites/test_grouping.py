@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.stated import STATED
 from pytest_circuitfreeze.strategies import batches, configs, in_both_scopes
 from pytest_circuitfreeze.suites.grouping import (
     check_frozen_queries_and_keys_reach_their_readers,
@@ -19,8 +20,10 @@ from pytest_circuitfreeze.suites.several import observe_each
 
 @st.composite
 def zeroed(draw: st.DrawFn, model: PreTrainedModel, circuits: list[str]) -> list[InterventionConfig]:
-    """A freeze of each of `circuits` to zero, in both scopes."""
+    """A freeze of each of `circuits` to zero, in both scopes, or the one that is stated."""
     kind, strength = st.just("zero"), st.just(1.0)
+    if STATED.get() is not None:
+        return [draw(configs(model, circuit=st.sampled_from(circuits), freeze_type=kind, strength=strength))]
     each = (configs(model, circuit=st.just(circuit), freeze_type=kind, strength=strength) for circuit in circuits)
     return [config for one in each for config in draw(in_both_scopes(one))]
 

@@ -106,6 +106,34 @@ def test_a_stated_config_and_batch_are_what_is_tried(model: PreTrainedModel) -> 
     assert asked(engine) == [config] * len(engine.asked)
 
 
+SEVERAL = {
+    "values_are_the_oracles": InterventionConfig([1], [0], "qk", "mean", "ste", kv_scope="head"),
+    "gradients_are_the_estimators": InterventionConfig([1], [0], "ov", "mean", "ste", strength=0.5),
+    "frozen_values_reach_their_readers": InterventionConfig([1], [0], "ov", kv_scope="head"),
+    "frozen_queries_and_keys_reach_their_readers": InterventionConfig([1], [0], "k"),
+    "other_heads_are_untouched": InterventionConfig([1], [0], "q", "mean"),
+    "cached_equals_recomputed": InterventionConfig([1], [0], "q"),
+    "earlier_layers_are_untouched": InterventionConfig([0], [0], "q"),
+    "generators_are_untouched": InterventionConfig([0], [0], "q", "mean"),
+}
+"""Claims that draw several freezes for one example, or some more often than others, and one that they may be about."""
+
+
+@pytest.mark.parametrize("about", SEVERAL)
+def test_of_what_is_stated_nothing_else_is_tried(model: PreTrainedModel, about: str) -> None:
+    engine = Everything()
+    engine.freeze = contextmanager(yielding(engine.freeze))
+    (finding,) = checks.check(about, model, engine, SEVERAL[about], examples=2)
+    assert finding.outcome == "passed"
+    assert asked(engine) == [SEVERAL[about]] * len(engine.asked)
+
+
+@pytest.mark.parametrize("about", SEVERAL)
+def test_a_function_that_takes_one_config_is_tried(model: PreTrainedModel, about: str) -> None:
+    (finding,) = checks.check(about, model, freeze, examples=2)
+    assert (finding.outcome, finding.examples > 0) == ("passed", True)
+
+
 def asked(engine: Everything) -> list[InterventionConfig]:
     """The configs, one of each call."""
     return [config for one in engine.asked for config in (one if isinstance(one, list) else [one])]
