@@ -29,6 +29,7 @@ def test_public_names_are_these():
     names = """
         AttentionCircuitFreezer ExperimentalInterventions InterventionConfig
         CircuitType FreezeType BackwardMode KVScope ModelArchitecture freeze_qk_circuit freeze_ov_circuit
+        score_heads HeadScores
         CircuitFreezeError UnsupportedModelError InterventionError FreezeNotInForceError StaleCacheWarning
     """
     assert sorted(freeze_core.__all__) == sorted(names.split())

@@ -124,4 +124,5 @@ def test_any_other_error_keeps_its_traceback_without_the_fixtures(stand_in: Run)
 def test_a_style_of_traceback_that_was_chosen_is_kept(stand_in: Run, style: str) -> None:
     result = stand_in(*ON, f"--tb={style}", "-k", "breaks and not once", test_gamma=SUITE)
     result.stdout.fnmatch_lines(["*check_small(circuit_model*", "*found: largest: 30"])
-    assert result.stdout.str().count('check_small("phi3", batch, most=29)') == 1
+    failures, _, _ = result.stdout.str().partition("short test summary")  # where CI is set, it has them whole again
+    assert failures.count('check_small("phi3", batch, most=29)') == 1
