@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pytest_circuitfreeze.snippets import Call
+from pytest_circuitfreeze.suites.judge.sites import seen_at_the_ends
 
 __all__ = ["Claim", "ClaimBroken", "Margin", "NotApplicable", "check", "in_run"]
 
@@ -195,15 +197,18 @@ def in_run(run: int) -> dict[str, int]:
 def check(function: Callable[P, T]) -> Callable[P, T]:
     """Marks a check, whose failure then tells how it was called, and shows a snippet that calls it so again.
 
-    Of a check that another one calls, it is the inner call that is told.
+    Of a check that another one calls, it is the inner call that is told. An engine that runs something else in the
+    place of a model (`unfrozen`) is looked at where attention begins and ends: what lies between is its own.
     """
     signature = inspect.signature(function)
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        call = Call(function, signature.bind(*args, **kwargs).arguments)
+        arguments = signature.bind(*args, **kwargs).arguments
+        call = Call(function, arguments)
         try:
-            return function(*args, **kwargs)
+            with seen_at_the_ends() if hasattr(arguments.get("engine"), "unfrozen") else nullcontext():
+                return function(*args, **kwargs)
         except ClaimBroken as broken:
             if broken.call is None:
                 broken.call = call

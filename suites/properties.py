@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -16,7 +15,6 @@ from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.suites.claims import NotApplicable
 from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
-from pytest_circuitfreeze.suites.judge.sites import seen_at_the_ends
 from pytest_circuitfreeze.suites.judge.state import remember_untouched
 from pytest_circuitfreeze.suites.refusals import (
     Refused,
@@ -65,12 +63,10 @@ def proven(test: Test) -> Callable[..., None]:
             circuit_record.refused_model(reason)
             return
         remember_untouched(circuit_model)
-        apart = hasattr(circuit_engine, "unfrozen")
         try:
-            with seen_at_the_ends() if apart else nullcontext():
-                test(Refusing(circuit_engine), circuit_model, circuit_record, data)
+            test(Refusing(circuit_engine), circuit_model, circuit_record, data)
         except CannotJudge as unseen:
-            if not apart:
+            if not hasattr(circuit_engine, "unfrozen"):
                 raise
             circuit_record.not_applicable(f"cannot be judged: {unseen}")
         except NotApplicable as silent:

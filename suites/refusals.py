@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NotOffered", "Refused", "Refusing", "check_refusal", "claim_not_offered", "not_offered", "note", "refusal"]
 
-_REFUSALS: WeakKeyDictionary[Engine, WeakKeyDictionary[nn.Module, str | None]] = WeakKeyDictionary()
+_REFUSALS: WeakKeyDictionary[nn.Module, dict[int, tuple[Engine, str | None]]] = WeakKeyDictionary()
+# By identity: an engine may well compare by value, and then has no hash.
 
 
 class Refused(Exception):
@@ -92,11 +93,11 @@ def claim_not_offered(engine: Engine, claim: str) -> str | None:
 
 def refusal(engine: Engine, model: PreTrainedModel) -> str | None:
     """Why `engine` refuses `model` whatever the config, if it says so; asked once for each pair."""
-    known = _REFUSALS.setdefault(engine, WeakKeyDictionary())
-    if model not in known:
+    known = _REFUSALS.setdefault(model, {})
+    if id(engine) not in known:
         refuses = getattr(engine, "refuses", None)
-        known[model] = None if refuses is None else refuses(model)
-    return known[model]
+        known[id(engine)] = engine, None if refuses is None else refuses(model)
+    return known[id(engine)][1]
 
 
 @check

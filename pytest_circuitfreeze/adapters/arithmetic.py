@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from freeze_core import InterventionConfig, InterventionError
 from freeze_core.attention.sites import find_sites
 from freeze_core.statistics import model_identity
-from pytest_circuitfreeze.adapters.places import Layer
+from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
 
 CIRCUITS = {"qk": "qk", "ov": "v", "both": "qkv", "q": "q", "k": "k", "v": "v"}
 
@@ -38,11 +38,11 @@ class Blend(torch.autograd.Function):
 def several(model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> list[InterventionConfig]:
     """Copies of one config or several, which may be changed later, with layers and heads counted from the front."""
     sizes: Any = model.config
-    layers, heads = sizes.num_hidden_layers, sizes.num_attention_heads
+    depth, heads = sizes.num_hidden_layers, sizes.num_attention_heads
     return [
         replace(
             one,
-            layer_indices=[at % layers for at in (range(layers) if one.layer_indices is None else one.layer_indices)],
+            layer_indices=[at % depth for at in (range(depth) if one.layer_indices is None else one.layer_indices)],
             head_indices=[at % heads for at in (range(heads) if one.head_indices is None else one.head_indices)],
         )
         for one in ([config] if isinstance(config, InterventionConfig) else config)
@@ -52,6 +52,25 @@ def several(model: nn.Module, config: InterventionConfig | Sequence[Intervention
 def unshares(layer: Layer, config: InterventionConfig) -> bool:
     """Whether a freeze gives query heads of a layer keys or values of their own."""
     return layer.kv_heads < layer.heads and config.kv_scope == "head" and bool({*CIRCUITS[config.circuit]} & {*"kv"})
+
+
+def beyond_outputs(
+    model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig], heads_are: str
+) -> str | None:
+    """Why a library cannot freeze so that reads and replaces q, k and v in one run of an attention, if it cannot.
+
+    Args:
+        heads_are: where it has the keys and values that heads share.
+    """
+    reason = unknown(model)
+    if reason is not None:
+        return reason
+    configs = several(model, config)
+    if any(one.backward_mode == "circuit_ste" for one in configs):
+        return "backward_mode 'circuit_ste' takes the untouched attention beside the frozen one, and one is run"
+    if any(unshares(layer, one) for layer in layers(model) for one in configs):
+        return f"kv_scope 'head' takes one query head's keys and values; {heads_are} those that heads share"
+    return None
 
 
 class Arithmetic:
@@ -64,6 +83,25 @@ class Arithmetic:
         self.mask: Tensor | None = None
         self.cached = 0
         self.sparing = False
+
+    def supports(self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
+        """Why a freeze is not offered, if it is not."""
+        raise NotImplementedError
+
+    def asked(
+        self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]
+    ) -> list[InterventionConfig]:
+        """Copies of what is to be put in force: one config or several, without those of no strength.
+
+        Raises:
+            InterventionError: `supports` has a reason, or statistics are of another model.
+        """
+        reason = self.supports(model, config)
+        if reason is not None:
+            raise InterventionError(reason)
+        configs = several(model, config)
+        self.refuse_foreign_statistics(model, configs)
+        return [one for one in configs if one.strength > 0]
 
     def remember(self, arguments: Mapping[str, Any]) -> None:
         """Takes the mask and the number of cached columns from a pass's keyword arguments."""

@@ -51,13 +51,8 @@ class HookEngine(Arithmetic):
         Raises:
             InterventionError: `supports` has a reason, or statistics are of another model.
         """
-        reason = self.supports(model, config)
-        if reason is not None:
-            raise InterventionError(reason)
         token = object()
-        configs = several(model, config)
-        self.refuse_foreign_statistics(model, configs)
-        self.on.append((token, configs))
+        self.on.append((token, self.asked(model, config)))
         self.install(model)
         try:
             yield model
@@ -68,7 +63,7 @@ class HookEngine(Arithmetic):
     def install(self, model: nn.Module) -> None:
         while self.undo:
             self.undo.pop()()
-        configs = [config for _, several in self.on for config in several if config.strength > 0]
+        configs = [config for _, asked in self.on for config in asked]
         if not configs:
             return
         self.mark = ([], repr(configs))

@@ -10,9 +10,9 @@ from typing import Any
 from nnsight import NNsight
 from torch import nn
 
-from freeze_core import InterventionConfig, InterventionError
-from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, several, unshares
-from pytest_circuitfreeze.adapters.places import layers, unknown
+from freeze_core import InterventionConfig
+from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs
+from pytest_circuitfreeze.adapters.places import layers
 
 
 class NNsightEngine(Arithmetic):
@@ -28,15 +28,7 @@ class NNsightEngine(Arithmetic):
 
     def supports(self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
         """Declines what takes more than a module's output in one run of it."""
-        reason = unknown(model)
-        if reason is not None:
-            return reason
-        configs = several(model, config)
-        if any(one.backward_mode == "circuit_ste" for one in configs):
-            return "backward_mode 'circuit_ste' takes the untouched attention beside the frozen one; a trace runs one"
-        if any(unshares(layer, one) for layer in layers(model) for one in configs):
-            return "kv_scope 'head' takes one query head's keys and values, and modules give those that heads share"
-        return None
+        return beyond_outputs(model, config, "modules give")
 
     @contextmanager
     def freeze(
@@ -47,11 +39,7 @@ class NNsightEngine(Arithmetic):
         Raises:
             InterventionError: `supports` has a reason, or statistics are of another model.
         """
-        reason = self.supports(model, config)
-        if reason is not None:
-            raise InterventionError(reason)
-        configs = [one for one in several(model, config) if one.strength > 0]
-        self.refuse_foreign_statistics(model, configs)
+        configs = self.asked(model, config)
         paths = {module: path for path, module in model.named_modules()}
         traced = NNsight(model)
 

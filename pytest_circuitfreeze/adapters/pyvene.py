@@ -11,9 +11,9 @@ from typing import Any
 import pyvene
 from torch import Tensor, nn
 
-from freeze_core import InterventionConfig, InterventionError
-from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, several, unshares
-from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
+from freeze_core import InterventionConfig
+from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs
+from pytest_circuitfreeze.adapters.places import Layer, layers
 
 COMPONENTS = {"q": "head_query_output", "k": "head_key_output", "v": "head_value_output"}
 
@@ -46,17 +46,12 @@ class PyveneEngine(Arithmetic):
         known = pyvene.type_to_module_mapping.get(type(model), {})
         if not set(COMPONENTS.values()) <= known.keys():
             return f"pyvene maps no {', '.join(COMPONENTS.values())} of {type(model).__name__}"
-        reason = unknown(model)
+        reason = beyond_outputs(model, config, "components have")
         if reason is not None:
             return reason
         for layer in layers(model):
             if any(known[COMPONENTS[role]][0].rpartition(".")[2] != name for role, (name, _) in layer.places.items()):
                 return f"pyvene looks for the queries, keys and values of {type(model).__name__} elsewhere"
-        configs = several(model, config)
-        if any(one.backward_mode == "circuit_ste" for one in configs):
-            return "backward_mode 'circuit_ste' takes the untouched attention beside the frozen one"
-        if any(unshares(layer, one) for layer in layers(model) for one in configs):
-            return "kv_scope 'head' takes keys and values of one query head, and components have those that heads share"
         return None
 
     @contextmanager
@@ -68,11 +63,7 @@ class PyveneEngine(Arithmetic):
         Raises:
             InterventionError: `supports` has a reason, or statistics are of another model.
         """
-        reason = self.supports(model, config)
-        if reason is not None:
-            raise InterventionError(reason)
-        configs = [one for one in several(model, config) if one.strength > 0]
-        self.refuse_foreign_statistics(model, configs)
+        configs = self.asked(model, config)
         frozen = [layer for layer in layers(model) if any(self.in_layer(one, layer) for one in configs)]
         places = [(layer, role) for layer in frozen for role in COMPONENTS]
         intervenable = self.intervenable(model, configs, places)

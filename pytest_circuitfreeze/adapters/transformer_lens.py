@@ -14,9 +14,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from freeze_core import InterventionConfig, InterventionError
-from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, several, unshares
-from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
+from freeze_core import InterventionConfig
+from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs
+from pytest_circuitfreeze.adapters.places import Layer, layers
 
 
 class TransformerLensEngine(Arithmetic):
@@ -37,18 +37,13 @@ class TransformerLensEngine(Arithmetic):
 
     def supports(self, model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> str | None:
         """Declines models that no bridge can be built of, and what takes more than a hook on q, k and v."""
-        reason = unknown(model)
+        reason = beyond_outputs(model, config, "hook_k and hook_v have")
         if reason is not None:
             return reason
         try:
             self.bridge(model)
         except Exception as error:  # whatever a library fails with on a model that it does not know
             return f"no bridge can be built of this {type(model).__name__}: {type(error).__name__}: {error}"
-        configs = several(model, config)
-        if any(one.backward_mode == "circuit_ste" for one in configs):
-            return "backward_mode 'circuit_ste' takes the untouched attention beside the frozen one"
-        if any(unshares(layer, one) for layer in layers(model) for one in configs):
-            return "kv_scope 'head' takes one query head's keys and values; hook_k and hook_v have what heads share"
         return None
 
     @contextmanager
@@ -60,11 +55,7 @@ class TransformerLensEngine(Arithmetic):
         Raises:
             InterventionError: `supports` has a reason, or statistics are of another model.
         """
-        reason = self.supports(model, config)
-        if reason is not None:
-            raise InterventionError(reason)
-        configs = [one for one in several(model, config) if one.strength > 0]
-        self.refuse_foreign_statistics(model, configs)
+        configs = self.asked(model, config)
         bridge = self.bridge(model)
         hooks = [
             (f"blocks.{layer.number}.attn.hook_{role}", self.hook(layer, role, configs))

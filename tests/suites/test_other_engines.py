@@ -5,25 +5,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from honest_engine import HookEngine
+from snippet_runs import demand_the_same, run, snippet_of
 from torch import nn
 from transformers import PreTrainedModel
 
 from freeze_core import InterventionConfig
+from pytest_circuitfreeze.engines import load_engine
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import ClaimBroken
 from pytest_circuitfreeze.suites.gradients import check_gradients_are_the_estimators
 from pytest_circuitfreeze.suites.hooks import check_hooks_of_others_stay
 from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
-from pytest_circuitfreeze.suites.judge.sites import seen_at_the_ends
 from pytest_circuitfreeze.suites.judge.state import remember_untouched
 from pytest_circuitfreeze.suites.judge.twins import twins
+from pytest_circuitfreeze.suites.refusals import refusal
 from pytest_circuitfreeze.suites.removal import check_error_in_forward_leaves_no_trace, check_removal_leaves_no_trace
 from pytest_circuitfreeze.suites.storage import check_storage_does_not_matter
 from pytest_circuitfreeze.suites.values import check_values_are_the_oracles
@@ -109,6 +112,21 @@ def model() -> PreTrainedModel:
     return tiny_model("llama_gqa")
 
 
+def test_an_engine_without_a_hash_is_asked_once_whether_it_refuses(model: PreTrainedModel) -> None:
+    @dataclass
+    class Equal:
+        name: str = "equal"
+        asked: int = 0
+
+        def refuses(self, model: nn.Module) -> str:
+            self.asked += 1
+            return "no attention that it knows"
+
+    engine = Equal()
+    assert [refusal(engine, model) for _ in range(2)] == ["no attention that it knows"] * 2  # type: ignore[arg-type]
+    assert engine.asked == 1
+
+
 def test_an_engine_that_removes_hooks_is_seen_through_and_told(model: PreTrainedModel) -> None:
     check_values_are_the_oracles(RemovesHooks(), model, [CONFIG], BATCH)
     check_gradients_are_the_estimators(RemovesHooks(), model, [CONFIG], BATCH)
@@ -118,13 +136,14 @@ def test_an_engine_that_removes_hooks_is_seen_through_and_told(model: PreTrained
 
 
 def test_a_model_that_runs_in_place_of_another_is_looked_into(model: PreTrainedModel) -> None:
-    with seen_at_the_ends():
-        for check in (check_values_are_the_oracles, check_gradients_are_the_estimators):
-            check(RunsACopy(), model, [CONFIG], BATCH)
-        check_error_in_forward_leaves_no_trace(RunsACopy(), model, CONFIG, BATCH)
-        check_hooks_of_others_stay(RunsACopy(), model, CONFIG, BATCH)
-        with pytest.raises(ClaimBroken, match=r"z off by .*\n  at: layer 1"):
-            check_values_are_the_oracles(NextHeadOfACopy(), model, [CONFIG], BATCH)
+    for check in (check_values_are_the_oracles, check_gradients_are_the_estimators):
+        check(RunsACopy(), model, [CONFIG], BATCH)
+    check_error_in_forward_leaves_no_trace(RunsACopy(), model, CONFIG, BATCH)
+    check_hooks_of_others_stay(RunsACopy(), model, CONFIG, BATCH)
+    broken = load_engine(f"{__name__}:NextHeadOfACopy")
+    with pytest.raises(ClaimBroken, match=r"z off by .*\n  at: layer 1") as caught:
+        check_values_are_the_oracles(broken, model, [CONFIG], BATCH)
+    demand_the_same(run(snippet_of(caught.value)), caught.value)
 
 
 def test_what_does_not_run_in_it_cannot_be_judged(model: PreTrainedModel) -> None:
@@ -134,14 +153,14 @@ def test_what_does_not_run_in_it_cannot_be_judged(model: PreTrainedModel) -> Non
             run.stand_in = copy.deepcopy(run.stand_in)  # type: ignore[attr-defined]
             return run
 
-    with seen_at_the_ends(), pytest.raises(CannotJudge, match="attention of layer 1 did not run in the model"):
+    with pytest.raises(CannotJudge, match="attention of layer 1 did not run in the model"):
         check_values_are_the_oracles(RunsNothing(), model, [CONFIG], BATCH)
 
 
 def test_projections_without_a_gradient_break_a_claim() -> None:
     gpt2 = tiny_model("gpt2")
     lost = r"no gradient of c_attn\.weight in GPT2LMHeadModel\n  at: layer 0"
-    with seen_at_the_ends(), pytest.raises(ClaimBroken, match=lost):
+    with pytest.raises(ClaimBroken, match=lost):
         check_storage_does_not_matter(CopiesFused(), gpt2, twins(gpt2)[0], CONFIG, BATCH)
 
 
