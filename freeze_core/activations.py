@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -59,6 +59,32 @@ class Recording(Mapping[int, LayerActivations]):
         """The padding mask `[batch, token]` of the tokens that the activations of `role` belong to."""
         of_encoder = self.attention == "cross" and role in ("k", "v")
         return self.encoder_attention_mask if of_encoder else self.attention_mask
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by a name that says whose they are."""
+        activations = {
+            f"{layer}.{field.name}": values
+            for layer, one in self._layers.items()
+            for field in fields(one)
+            if (values := getattr(one, field.name)) is not None
+        }
+        masks = {"attention_mask": self.attention_mask, "encoder_attention_mask": self.encoder_attention_mask}
+        return activations | {name: mask for name, mask in masks.items() if mask is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], attention: str) -> Recording:
+        """What gave these `tensors`.
+
+        Raises:
+            TypeError, ValueError: one is missing, or no such thing.
+        """
+        masks = ("attention_mask", "encoder_attention_mask")
+        layers: dict[int, dict[str, Tensor]] = {}
+        for name in sorted(tensors.keys() - masks):
+            layer, _, role = name.partition(".")
+            layers.setdefault(int(layer), {})[role] = tensors[name]
+        activations = {layer: LayerActivations(**layers[layer]) for layer in sorted(layers)}
+        return cls(activations, tensors.get("attention_mask"), tensors.get("encoder_attention_mask"), attention)
 
     def __getitem__(self, layer: int) -> LayerActivations:
         return self._layers[layer]

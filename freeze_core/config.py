@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from numbers import Integral, Real
+from os import PathLike
 from typing import TypeVar
+
+from torch import Tensor
 
 from freeze_core.activations import Recording
 from freeze_core.errors import InterventionError, shown
+from freeze_core.files import read_file, write_file
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import ATTENTION, BackwardMode, CircuitType, FreezeType, KVScope
 
-__all__ = ["InterventionConfig", "check_config", "check_on_stale_cache"]
+__all__ = ["InterventionConfig", "check_config", "check_on_stale_cache", "config_of", "parts_of"]
+
+FORMAT = "circuitfreeze-config-1"
 
 
 @dataclass
@@ -94,6 +101,65 @@ class InterventionConfig:
     def checked(self) -> InterventionConfig:
         """A copy of its own, checked anew: what the caller changes later does not reach it."""
         return dataclasses.replace(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the config to a safetensors file, whole or not at all, with its statistics and its recording.
+
+        Raises:
+            InterventionError: a field was changed to what is not allowed.
+            OSError: the file cannot be written.
+        """
+        tensors, facts = parts_of(self.checked())
+        write_file(path, FORMAT, tensors, facts)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> InterventionConfig:
+        """Reads what `save` wrote; tensors lie on the CPU.
+
+        Raises:
+            InterventionError: the file is not there, or holds no config.
+        """
+        tensors, facts = read_file(path, FORMAT, "config")
+        try:
+            return config_of(tensors, facts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InterventionError(f"config of {path}: not what save writes ({error})") from error
+
+
+def parts_of(config: InterventionConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a config, by names that say whose they are, and all else as text."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    statistics, reference = fields.pop("statistics"), fields.pop("reference")
+    for name in ("layer_indices", "head_indices"):
+        fields[name] = fields[name] if fields[name] is None else [int(index) for index in fields[name]]
+    for name, number in (("strength", float), ("seed", int), ("noise_std", float)):
+        fields[name] = fields[name] if fields[name] is None else number(fields[name])
+    tensors: dict[str, Tensor] = {}
+    facts = {"config": json.dumps(fields)}
+    if statistics is not None:
+        tensors |= {f"statistics.{name}": tensor for name, tensor in statistics.tensors().items()}
+        facts["statistics"] = json.dumps(statistics.facts())
+    if reference is not None:
+        tensors |= {f"reference.{name}": tensor for name, tensor in reference.tensors().items()}
+    return tensors, facts
+
+
+def config_of(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> InterventionConfig:
+    """The config that has these parts.
+
+    Raises:
+        KeyError, TypeError, ValueError: one is missing, or no such thing.
+    """
+    fields = json.loads(facts["config"])
+
+    def under(name: str) -> dict[str, Tensor]:
+        return {rest: tensors[whole] for whole in tensors if (rest := whole.removeprefix(f"{name}.")) != whole}
+
+    if "statistics" in facts:
+        fields["statistics"] = ActivationStatistics.of(under("statistics"), json.loads(facts["statistics"]))
+    if fields["freeze_type"] == FreezeType.REFERENCE:
+        fields["reference"] = Recording.of(under("reference"), fields["attention"])
+    return InterventionConfig(**fields)
 
 
 _Choice = TypeVar("_Choice", bound=StrEnum)

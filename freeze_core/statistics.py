@@ -9,11 +9,10 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from freeze_core.errors import InterventionError
+from freeze_core.files import read_file, write_file
 from freeze_core.vocabulary import ROLES, Role
 
 if TYPE_CHECKING:
@@ -90,16 +89,35 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
     def __repr__(self) -> str:
         return f"ActivationStatistics(layers={list(self._layers)}, tokens={self.tokens})"
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Writes the statistics, with the model's identity, to a safetensors file."""
-        tensors = {
-            f"{layer}.{role}.{name}": values[role].contiguous()
+    def tensors(self) -> dict[str, Tensor]:
+        """All values by a name that says whose they are."""
+        return {
+            f"{layer}.{role}.{name}": values[role]
             for layer, one in self.items()
             for name, values in (("mean", one.mean), ("std", one.std))
             for role in values
         }
-        facts = {"format": FORMAT, "tokens": str(self.tokens), "identity": self.identity, "attention": self.attention}
-        save_file(tensors, path, facts)
+
+    def facts(self) -> dict[str, str]:
+        """All else that they are made of, as text."""
+        return {"tokens": str(self.tokens), "identity": self.identity, "attention": self.attention}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> ActivationStatistics:
+        """What gave these `tensors` and `facts`.
+
+        Raises:
+            KeyError, ValueError: one is missing, or no such thing.
+        """
+        layers: dict[int, LayerStatistics] = {}
+        for layer in sorted({int(name.split(".")[0]) for name in tensors}):
+            mean, std = ({role: tensors[f"{layer}.{role}.{name}"] for role in ROLES} for name in ("mean", "std"))
+            layers[layer] = LayerStatistics(mean, std)
+        return cls(layers, int(facts["tokens"]), facts["identity"], facts["attention"])
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the statistics, with the model's identity, to a safetensors file."""
+        write_file(path, FORMAT, self.tensors(), self.facts())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ActivationStatistics:
@@ -108,20 +126,9 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
         Raises:
             InterventionError: the file is not there, or is no file of statistics.
         """
-        layers: dict[int, LayerStatistics] = {}
+        tensors, facts = read_file(path, FORMAT, "statistics")
         try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except Exception as error:
-            raise InterventionError(f"statistics of {path}: cannot be read as safetensors ({error})") from error
-        if facts.get("format") != FORMAT:
-            raise InterventionError(f"statistics of {path}: format {facts.get('format')!r}, must be {FORMAT!r}")
-        try:
-            for layer in sorted({int(name.split(".")[0]) for name in tensors}):
-                mean, std = ({role: tensors[f"{layer}.{role}.{name}"] for role in ROLES} for name in ("mean", "std"))
-                layers[layer] = LayerStatistics(mean, std)
-            return cls(layers, int(facts["tokens"]), facts["identity"], facts["attention"])
+            return cls.of(tensors, facts)
         except (KeyError, ValueError) as error:
             raise InterventionError(f"statistics of {path}: not what save writes, {error} is amiss") from error
 

@@ -1,0 +1,57 @@
+"""Files of tensors and facts: safetensors, so that no pickle is ever read, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from uuid import uuid4
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from freeze_core.errors import InterventionError
+
+__all__ = ["read_file", "write_file"]
+
+
+def write_file(path: str | PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Writes `tensors` and `facts` to `path`, whose former content is there until all is written.
+
+    Args:
+        kind: what it is, with the version of its format.
+    """
+    apart = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    content = save(apart, {"format": kind, **facts})
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{uuid4().hex}")
+    try:
+        with part.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_file(path: str | PathLike[str], kind: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the facts that `write_file` wrote to `path`.
+
+    Args:
+        what: what a user calls it, for errors.
+
+    Raises:
+        InterventionError: it is not there, or of no such kind.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except Exception as error:
+        raise InterventionError(f"{what} of {path}: cannot be read as safetensors ({error})") from error
+    if facts.get("format") != kind:
+        raise InterventionError(f"{what} of {path}: format {facts.get('format')!r}, must be {kind!r}")
+    return tensors, facts
