@@ -11,9 +11,11 @@ from freeze_core.errors import (
 from freeze_core.freezer import AttentionCircuitFreezer, freeze_ov_circuit, freeze_qk_circuit
 from freeze_core.interventions import ExperimentalInterventions
 from freeze_core.scoring import HeadScores, score_heads
+from freeze_core.studies import AblationStudy, run_circuit_ablation_study
 from freeze_core.vocabulary import BackwardMode, CircuitType, FreezeType, KVScope, ModelArchitecture
 
 __all__ = [
+    "AblationStudy",
     "AttentionCircuitFreezer",
     "BackwardMode",
     "CircuitFreezeError",
@@ -30,5 +32,6 @@ __all__ = [
     "UnsupportedModelError",
     "freeze_ov_circuit",
     "freeze_qk_circuit",
+    "run_circuit_ablation_study",
     "score_heads",
 ]

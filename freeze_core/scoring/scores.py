@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
+
+from freeze_core.extras import extra
 
 __all__ = ["HeadScores"]
 
@@ -37,13 +38,7 @@ class HeadScores:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            pandas = import_module("pandas")
-        except ImportError as error:
-            raise ImportError(
-                "to_frame makes a pandas DataFrame, and pandas is not installed: pip install "
-                "'pytest-circuitfreeze[frames]', or read HeadScores.scores"
-            ) from error
+        pandas = extra("pandas", "to_frame makes a pandas DataFrame; HeadScores.scores has the same numbers")
         scored = [
             (circuit, layer, head, float(scores[layer, head]))
             for circuit, scores in self.scores.items()

@@ -203,5 +203,5 @@ def test_a_frame_has_a_row_for_each_score(monkeypatch):
 
 def test_a_frame_without_pandas_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"pytest-circuitfreeze\[frames\]"):
+    with pytest.raises(ImportError, match=r"pytest-circuitfreeze\[studies\]"):
         HeadScores({}, 0.0, "kl", "exact", 1).to_frame()

@@ -1,0 +1,160 @@
+"""The ablation study: each circuit of chosen heads frozen in turn, measured over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from freeze_core.attention.sites import Sites, find_sites
+from freeze_core.config import InterventionConfig
+from freeze_core.errors import InterventionError, shown
+from freeze_core.freezing.install import install, is_frozen
+from freeze_core.freezing.plan import LayerFreeze, resolve
+from freeze_core.inputs import logits_of, run
+from freeze_core.scoring.batches import IGNORED, Batch
+from freeze_core.scoring.generators import Generators
+from freeze_core.studies.dataset import sequences
+from freeze_core.studies.intervals import Resampling
+from freeze_core.studies.measures import Sums, sums
+from freeze_core.studies.origin import origin_of
+from freeze_core.studies.results import CLEAN, AblationStudy
+from freeze_core.vocabulary import CircuitType
+
+__all__ = ["run_circuit_ablation_study"]
+
+CIRCUITS = (*CircuitType, "z")
+
+
+def run_circuit_ablation_study(
+    model: nn.Module,
+    dataset: Any,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    *,
+    circuits: Sequence[CircuitType | str] = ("qk", "ov", "both"),
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    confidence: float = 0.95,
+    resamples: int = 9_999,
+    resampling_seed: int = 0,
+    progress: bool = True,
+    **fields: Any,
+) -> AblationStudy:
+    """What freezing each circuit of `heads` in `layers`, all at once, does to the prediction of the next token.
+
+    The model runs as it is, in its own mode, without gradients, once unfrozen and once for each circuit on each
+    batch; all passes over a batch draw the same dropout, and torch's generators are put back afterwards.
+
+    Args:
+        model: unfrozen; what it was again afterwards, whatever is raised.
+        dataset: token ids `[batch, token]`, a dict of model arguments (with an `attention_mask` where there is
+            padding), an iterable of either, or a list of texts with their `tokenizer`. Each row is a sequence.
+        layers: decoder layers, negative ones count from the end; `None` is all that have attention.
+        heads: query heads, in the same way; `None` is all of them.
+        circuits: `qk`, `ov`, `both`, `q`, `k`, `v`, or `z`, whole heads; each has a row of the result. Under `zero` at
+            full strength `both` is `ov`: where nothing is moved it does not matter where a head looks.
+        tokenizer: for texts.
+        batch_size: how many texts are padded to one length and run at once.
+        confidence: of intervals, in (0, 1).
+        resamples: how often sequences are drawn anew for an interval, and signs for a test.
+        resampling_seed: of these draws.
+        progress: show a bar.
+        fields: other fields of `InterventionConfig`: `freeze_type`, `kv_scope`, `strength`, `seed`, `noise_std`,
+            `statistics`, `reference`, `attention`.
+
+    Raises:
+        UnsupportedModelError: the model, or one of its heads, cannot be served.
+        InterventionError: an argument that cannot be served, before anything is run; or what a pass cannot serve.
+        ImportError: scipy is not installed.
+
+    Example:
+        >>> study = run_circuit_ablation_study(model, texts, [0, 1], [3], tokenizer=tokenizer)  # doctest: +SKIP
+        >>> print(study.to_markdown())  # doctest: +SKIP
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InterventionError(f"batch_size={shown(batch_size)}: must be an int of 1 at least")
+    if not isinstance(progress, bool):
+        raise InterventionError(f"progress={shown(progress)}: must be True or False")
+    resampling = Resampling(confidence, resamples, resampling_seed)
+    names, config = _circuits(circuits), _config(layers, heads, fields)
+    sites = find_sites(model, attention=config.attention)
+    if is_frozen(model):
+        raise InterventionError("model is frozen: study it unfrozen, so that the clean run is its own")
+    freezes = {name: _freezes(name, config, sites) for name in names}
+    batches = sequences(model, dataset, tokenizer, batch_size)
+    if sum(batch.rows for batch in batches) < 2:
+        raise InterventionError("dataset has one sequence: must have two at least, for intervals over sequences")
+    measured = _measured(model, sites, batches, freezes, progress)
+    targets = torch.cat([(batch.labels != IGNORED).sum(1) for batch in batches if batch.labels is not None])
+    return AblationStudy(config, measured, targets, origin_of(model, sites, batches), resampling)
+
+
+def _circuits(circuits: object) -> list[str]:
+    several = [] if isinstance(circuits, str) or not isinstance(circuits, Sequence) else list(circuits)
+    if not several or any(not isinstance(one, str) or one not in CIRCUITS for one in several):
+        raise InterventionError(f"circuits={shown(circuits)}: must be a list of some of {', '.join(CIRCUITS)}")
+    if len(set(several)) < len(several):
+        raise InterventionError(f"circuits={shown(circuits)}: names one twice")
+    return [str(one) for one in several]
+
+
+def _config(layers: Any, heads: Any, fields: Mapping[str, Any]) -> InterventionConfig:
+    taken = {"layer_indices", "head_indices", "circuit", "backward_mode", "preserve_gradients"}
+    unknown = sorted(fields.keys() - (InterventionConfig.__dataclass_fields__.keys() - taken))
+    if unknown:
+        raise InterventionError(
+            f"{', '.join(unknown)}: no such argument of a study, which takes layers=, heads=, circuits="
+        )
+    return InterventionConfig(layers, heads, **fields)
+
+
+def _freezes(circuit: str, config: InterventionConfig, sites: Sites) -> list[LayerFreeze]:
+    if circuit == "z":
+        return resolve(config, sites, ("z",))
+    return resolve(replace(config, circuit=circuit), sites)
+
+
+def _measured(
+    model: nn.Module,
+    sites: Sites,
+    batches: Sequence[Batch],
+    freezes: Mapping[str, Sequence[LayerFreeze]],
+    progress: bool,
+) -> dict[str, Sums]:
+    """The sums of all sequences, clean and under each circuit's freeze."""
+    found: dict[str, list[Sums]] = {name: [] for name in (CLEAN, *freezes)}
+    generators = Generators(model)
+    before = generators.states()
+    try:
+        with tqdm(total=len(batches) * len(found), desc="ablation study", unit="pass", disable=not progress) as bar:
+            for batch in batches:
+                start = generators.states()
+                clean = _logits(model, batch)
+                after = generators.states()
+                found[CLEAN].append(sums(batch, clean, clean))
+                bar.update()
+                for name, several in freezes.items():
+                    generators.put(start)
+                    with install([(sites, several)]):
+                        found[name].append(sums(batch, _logits(model, batch), clean))
+                    bar.update()
+                generators.put(after)
+    finally:
+        generators.put(before)
+    return {name: Sums(*map(torch.cat, zip(*several, strict=True))) for name, several in found.items()}
+
+
+def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        logits = logits_of(run(model, batch.arguments))
+    if logits.shape[:2] != (batch.rows, batch.columns):
+        raise InterventionError(
+            f"{type(model).__name__} gave logits {list(logits.shape)} for a batch of {[batch.rows, batch.columns]} "
+            "[batch, token]: they must be of every token (no logits_to_keep=)"
+        )
+    return logits

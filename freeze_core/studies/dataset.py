@@ -1,0 +1,71 @@
+"""A data set of token ids or of texts as batches, checked before any forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freeze_core.errors import InterventionError, shown
+from freeze_core.scoring.batches import IGNORED, Batch, batches_of
+
+__all__ = ["sequences"]
+
+
+def sequences(model: nn.Module, dataset: object, tokenizer: Any, batch_size: int) -> list[Batch]:
+    """The batches of a data set, each row of which is a sequence with a next token to predict.
+
+    Args:
+        dataset: token ids `[batch, token]`, a dict of model arguments, an iterable of either, or of texts.
+        tokenizer: of transformers; for texts, which are padded to the longest of `batch_size`.
+
+    Raises:
+        InterventionError: no sequence, one with nothing to predict, or texts that cannot be made tokens.
+    """
+    if isinstance(dataset, str):
+        raise InterventionError(f"dataset={shown(dataset)}: must be a list of texts, not one")
+    listed = dataset if isinstance(dataset, Tensor | Mapping) or not isinstance(dataset, Iterable) else list(dataset)
+    if isinstance(listed, list) and any(isinstance(one, str) for one in listed):
+        listed = _tokens(listed, tokenizer, batch_size)
+    elif tokenizer is not None:
+        raise InterventionError("tokenizer: must be None for a data set of token ids; texts are what it is for")
+    elif isinstance(listed, list) and not listed:
+        raise InterventionError("dataset is empty: give at least two sequences")
+    batches = batches_of(model, listed, "all")
+    for number, batch in enumerate(batches):
+        if batch.labels is None:
+            raise InterventionError(f"batch {number} of dataset has no next tokens: give input_ids, or labels with it")
+        nothing = (batch.labels == IGNORED).all(1)
+        if bool(nothing.any()):
+            raise InterventionError(
+                f"row {int(nothing.nonzero()[0])} of batch {number} of dataset has no next token to predict: give "
+                "sequences of two real tokens at least"
+            )
+    return batches
+
+
+def _tokens(texts: Sequence[object], tokenizer: Any, batch_size: int) -> list[dict[str, Tensor]]:
+    if not callable(tokenizer):
+        raise InterventionError(f"tokenizer={shown(tokenizer)}: must be the model's tokenizer, for a data set of texts")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InterventionError(f"text {number} of dataset is {shown(text)}: must be a string, as others are")
+    if getattr(tokenizer, "pad_token", None) is None and len(texts) > 1:
+        raise InterventionError(
+            "tokenizer has no pad_token, and texts of several lengths are padded: set one, which the attention_mask "
+            "hides (tokenizer.pad_token = tokenizer.eos_token)"
+        )
+    batches = []
+    for start in range(0, len(texts), batch_size):
+        made = tokenizer(list(texts[start : start + batch_size]), padding=len(texts) > 1, return_tensors="pt")
+        tokens = {name: made[name] for name in ("input_ids", "attention_mask") if name in made}
+        lengths = torch.as_tensor(tokens["attention_mask"]).sum(1)
+        for row in (lengths < 2).nonzero().flatten().tolist():
+            raise InterventionError(
+                f"text {start + row} of dataset, {shown(texts[start + row])}, makes {int(lengths[row])} tokens: must "
+                "make two at least, one to predict"
+            )
+        batches.append(tokens)
+    return batches

@@ -1,0 +1,32 @@
+"""The numbers of a study as functions of sequences' sums, along any axis, so that they can be drawn anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["accuracy", "effect_size", "mean", "perplexity"]
+
+
+def mean(totals: Any, targets: Any, axis: int) -> Any:
+    """The mean over all targets of all sequences."""
+    return totals.sum(axis) / targets.sum(axis)
+
+
+def perplexity(losses: Any, targets: Any, axis: int) -> Any:
+    """exp of the mean loss over all targets."""
+    return np.exp(mean(losses, targets, axis))
+
+
+accuracy = mean
+
+
+def effect_size(changes: Any, axis: int) -> Any:
+    """Cohen's d of paired samples (J. Cohen, "Statistical Power Analysis for the Behavioral Sciences", 1988, d_z).
+
+    No change at all is 0; the same change of all sequences is infinite.
+    """
+    middle, spread = changes.mean(axis), changes.std(axis, ddof=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(middle == 0, 0.0, middle / spread)

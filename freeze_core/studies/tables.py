@@ -1,0 +1,75 @@
+"""A study as a table for people: Markdown, and LaTeX for a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from freeze_core.studies.intervals import Estimate
+
+if TYPE_CHECKING:
+    from freeze_core.studies.results import AblationStudy, Row
+
+__all__ = ["latex", "markdown"]
+
+
+HEADERS = ["circuit", "perplexity", "accuracy (%)", "KL to clean (nats/token)", "effect size (d)", "p", "p, adjusted"]
+
+SPECIAL = {letter: f"\\{letter}" for letter in "%_&#${}"}
+"""What LaTeX would not print as it stands, among what stands in a caption."""
+
+
+def markdown(study: AblationStudy) -> str:
+    """The table, and below it what it is of."""
+    table = tabulate(_cells(study), HEADERS, tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{_caption(study)}\n"
+
+
+def latex(study: AblationStudy) -> str:
+    """A `table` environment with rules of booktabs."""
+    table = tabulate(_cells(study), HEADERS, tablefmt="latex_booktabs", disable_numparse=True)
+    caption = "".join(SPECIAL.get(letter, letter) for letter in _caption(study))
+    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{caption}}}", "\\end{table}", ""])
+
+
+def _cells(study: AblationStudy) -> list[list[str]]:
+    clean = study.clean
+    first = [clean.circuit, _shown(clean.perplexity), _shown(clean.accuracy, 100), *4 * ["-"]]
+    return [first, *(_of(row) for row in study.rows)]
+
+
+def _of(row: Row) -> list[str]:
+    return [
+        row.circuit,
+        _shown(row.perplexity),
+        _shown(row.accuracy, 100),
+        _shown(row.kl),
+        _shown(row.effect_size),
+        f"{row.p_value:.2g}",
+        f"{row.p_adjusted:.2g}",
+    ]
+
+
+def _shown(estimate: Estimate, unit: float = 1) -> str:
+    value, low, high = (f"{unit * number:.3g}" for number in estimate)
+    return f"{value} [{low}, {high}]"
+
+
+def _caption(study: AblationStudy) -> str:
+    config, resampling = study.config, study.resampling.settings
+    where = f"{_named(config.layer_indices, 'layer')}, {_named(config.head_indices, 'query head')}"
+    how = f"{config.freeze_type}, strength {config.strength:g}, kv_scope {config.kv_scope}"
+    return (
+        f"{study.origin['model']}, {where}, each circuit frozen alone: {how}. "
+        f"n = {len(study.targets)} sequences, {int(study.targets.sum())} predicted tokens. In brackets "
+        f"{100 * resampling['confidence']:g} % percentile bootstrap intervals over sequences; p of a paired sign-flip "
+        "test of the mean loss, adjusted for all circuits (Benjamini-Yekutieli)."
+    )
+
+
+def _named(indices: Sequence[int] | None, what: str) -> str:
+    if indices is None:
+        return f"all {what}s"
+    return f"{what}{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"

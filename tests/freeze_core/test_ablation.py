@@ -1,0 +1,255 @@
+"""The ablation study against a loop by hand, its intervals against draws by hand, and its tables as people see them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from freeze_core import (
+    AblationStudy,
+    AttentionCircuitFreezer,
+    ExperimentalInterventions,
+    InterventionConfig,
+    InterventionError,
+    run_circuit_ablation_study,
+)
+from pytest_circuitfreeze.models import tiny_model
+
+DEFAULT = ["gpt2", "llama", "mistral_gqa", "falcon_mqa"]
+GENERATOR = torch.Generator().manual_seed(0)
+IDS = torch.randint(0, 60, (6, 9), generator=GENERATOR)
+PADDED = {"input_ids": IDS[:3, :7], "attention_mask": (torch.arange(7) >= torch.tensor([[0], [3], [5]])).long()}
+
+
+def study(model: Any, dataset: Any = IDS, *args: Any, **options: Any) -> AblationStudy:
+    return run_circuit_ablation_study(model, dataset, *args, **{"progress": False, "resamples": 999} | options)
+
+
+def by_hand(
+    model: Any, batches: list[dict[str, Tensor]], circuit: str | None, fields: dict[str, Any]
+) -> list[list[float]]:
+    """For each sequence the losses of its real next tokens, token by token, as one writes it without a library."""
+    losses = []
+    for batch in batches:
+        config = {"layer_indices": [0, -1], "head_indices": [1, 2], **fields}
+        if circuit == "z":
+            del config["layer_indices"], config["head_indices"]
+            frozen = ExperimentalInterventions().freeze_attention_heads(model, {0: [1, 2], -1: [1, 2]}, **config)
+        elif circuit:
+            frozen = AttentionCircuitFreezer().freeze_circuits(model, InterventionConfig(circuit=circuit, **config))
+        with torch.no_grad():
+            logits = model(**batch).logits
+        if circuit:
+            frozen.remove()
+        for row, ids in enumerate(batch["input_ids"]):
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[row]
+            found = []
+            for at in range(len(ids) - 1):
+                if mask[at] and mask[at + 1]:
+                    found.append(float(F.cross_entropy(logits[row, at].double(), ids[at + 1])))
+            losses.append(found)
+    return losses
+
+
+@pytest.mark.parametrize("architecture", DEFAULT)
+@pytest.mark.parametrize("freeze_type", ["zero", "mean"])
+def test_numbers_are_those_of_a_loop_by_hand(architecture: str, freeze_type: str) -> None:
+    model = tiny_model(architecture)
+    fields = {"freeze_type": freeze_type, "strength": 0.75}
+    batches = [{"input_ids": IDS}, PADDED]
+    made = study(model, batches, [0, -1], [1, 2], circuits=["qk", "ov", "both", "q", "k", "v", "z"], **fields)
+    clean = by_hand(model, batches, None, {})
+    frame = made.to_frame().set_index("circuit")
+    assert list(frame.index) == ["qk", "ov", "both", "q", "k", "v", "z"]
+    assert set(frame.n) == {9}
+    assert set(frame.tokens) == {6 * 8 + 6 + 3 + 1}
+    assert frame.clean_perplexity["qk"] == pytest.approx(np.exp(np.mean([*chain(*clean)])), rel=1e-6)
+    for circuit, row in frame.iterrows():
+        losses = by_hand(model, batches, str(circuit), fields)
+        assert row.perplexity == pytest.approx(np.exp(np.mean([*chain(*losses)])), rel=1e-6)
+        changes = np.array([np.mean(new) - np.mean(old) for new, old in zip(losses, clean, strict=True)])
+        assert row.effect_size == pytest.approx(changes.mean() / changes.std(ddof=1), rel=1e-3)
+
+
+def test_accuracy_and_kl_are_those_of_a_loop_by_hand() -> None:
+    model = tiny_model("llama_gqa")
+    (row,) = study(model, IDS, [1], circuits=["ov"], freeze_type="resample").rows
+    with torch.no_grad():
+        clean = model(IDS).logits.double().log_softmax(-1)[:, :-1]
+        config = InterventionConfig([1], circuit="ov", freeze_type="resample")
+        with AttentionCircuitFreezer().freeze_circuits(model, config):
+            found = model(IDS).logits.double().log_softmax(-1)[:, :-1]
+    assert row.kl.value == pytest.approx(float((clean.exp() * (clean - found)).sum(-1).mean()), rel=1e-5)
+    assert row.accuracy.value == float((found.argmax(-1) == IDS[:, 1:]).double().mean())
+    assert row.kl.low < row.kl.value < row.kl.high
+
+
+def test_intervals_and_tests_are_of_sequences() -> None:
+    made = study(tiny_model("gpt2"), IDS, circuits=["ov", "qk"], resamples=500, resampling_seed=3, confidence=0.8)
+    row = made.rows[0]
+    losses, clean = made.sums["ov"].loss.numpy(), made.sums["clean"].loss.numpy()
+    draws = np.random.default_rng(3).integers(0, 6, (500, 6))  # as scipy draws them
+    drawn = np.exp(losses[draws].sum(1) / 48)
+    assert row.perplexity[1:] == pytest.approx(np.quantile(drawn, [0.1, 0.9]))
+    signs = np.array(np.meshgrid(*[[1, -1]] * 6)).reshape(6, -1)
+    means = ((losses - clean) / 8) @ signs / 6
+    expected = 2 * min(np.mean(means >= means[0] - 1e-12), np.mean(means <= means[0] + 1e-12))
+    assert row.p_value == pytest.approx(expected)
+    ps = [one.p_value for one in made.rows]
+    assert [one.p_adjusted for one in made.rows] == list(stats.false_discovery_control(ps, method="by"))
+    assert made.clean.p_value == 1
+    assert made.clean.kl == (0, 0, 0)
+
+
+def test_a_freeze_that_does_nothing_has_no_effect() -> None:
+    (row,) = study(tiny_model("gpt2"), circuits=["ov"], strength=0.0).rows
+    assert (row.kl, row.effect_size) == ((0, 0, 0), (0, 0, 0))
+    assert row.p_value == row.p_adjusted == 1
+
+
+def test_a_study_is_made_again_from_its_file(tmp_path: Path) -> None:
+    model = tiny_model("mistral_gqa")
+    statistics = AttentionCircuitFreezer().calibrate(model, [IDS], progress=False)
+    before = study(model, PADDED, [1], freeze_type="noise", statistics=statistics, seed=5, kv_scope="head")
+    before.save(tmp_path / "study")
+    loaded = AblationStudy.load(tmp_path / "study")
+    assert loaded.to_frame().equals(before.to_frame())
+    assert (loaded.to_markdown(), loaded.to_latex()) == (before.to_markdown(), before.to_latex())
+    again = run_circuit_ablation_study(model, PADDED, progress=False, **loaded.settings)
+    assert again.to_frame().equals(before.to_frame())
+    assert again.origin == before.origin == loaded.origin
+    other = study(tiny_model("llama_gqa"), {**PADDED, "input_ids": IDS[3:, :7]})
+    assert other.origin["data"] != before.origin["data"]
+    assert other.origin["identity"] != before.origin["identity"]
+    assert other.origin["model"] == "LlamaForCausalLM"
+    assert other.origin["dtype"] == "torch.float32"
+    with pytest.raises(InterventionError, match=r"ablation study of .*nowhere: cannot be read"):
+        AblationStudy.load(tmp_path / "nowhere")
+    statistics.save(tmp_path / "study")
+    with pytest.raises(InterventionError, match="must be 'circuitfreeze-ablation-study-1'"):
+        AblationStudy.load(tmp_path / "study")
+
+
+def test_dropout_is_the_same_in_every_pass() -> None:
+    model = tiny_model("gpt2").train()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    (row,) = study(model, [IDS[:3], IDS[3:]], circuits=["ov"], strength=0.0).rows
+    assert row.kl == (0, 0, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+class Tokenizer:
+    """One token a word."""
+
+    pad_token: str | None = "."
+
+    def __call__(self, texts: list[str], padding: bool, return_tensors: str) -> dict[str, Tensor]:
+        words = [[len(word) for word in text.split()] for text in texts]
+        longest = max(map(len, words))
+        return {
+            "input_ids": torch.tensor([each + [0] * (longest - len(each)) for each in words]),
+            "attention_mask": torch.tensor([[1] * len(each) + [0] * (longest - len(each)) for each in words]),
+            "token_type_ids": torch.zeros(len(words), longest),
+        }
+
+
+def test_texts_are_sequences() -> None:
+    texts = ["a bb ccc", "dddd a", "bb ccc dddd a bb"]
+    made = study(tiny_model("gpt2"), texts, circuits=["qk"], tokenizer=Tokenizer(), batch_size=2)
+    assert made.targets.tolist() == [2, 1, 4]
+    tokens = {**Tokenizer()(texts, True, "pt")}
+    del tokens["token_type_ids"]
+    whole = study(tiny_model("gpt2"), tokens, circuits=["qk"])
+    assert torch.allclose(made.sums["qk"].loss, whole.sums["qk"].loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ([], {}, "dataset is empty"),
+        (3, {}, "inputs=3"),
+        (IDS[:1], {}, "dataset has one sequence"),
+        (IDS[:, :1], {}, "row 0 of batch 0 of dataset has no next token"),
+        ({"inputs_embeds": torch.zeros(2, 3, 8)}, {}, "batch 0 of dataset has no next tokens"),
+        ("a text", {}, "must be a list of texts"),
+        (["a b", "c d"], {}, "tokenizer=None"),
+        (IDS, {"tokenizer": Tokenizer()}, "tokenizer: must be None"),
+        (["a b", 3], {"tokenizer": Tokenizer()}, "text 1 of dataset is 3"),
+        (["a b", "c"], {"tokenizer": Tokenizer()}, "text 1 of dataset, 'c', makes 1 tokens"),
+        (["a b", ""], {"tokenizer": Tokenizer()}, "text 1 of dataset, '', makes 0 tokens"),
+        (["a b", "c d"], {"tokenizer": type("Bare", (Tokenizer,), {"pad_token": None})()}, "has no pad_token"),
+        (IDS, {"circuits": "qk"}, "circuits='qk'"),
+        (IDS, {"circuits": []}, "circuits"),
+        (IDS, {"circuits": ["qk", "qk"]}, "names one twice"),
+        (IDS, {"circuits": ["pattern"]}, "circuits"),
+        (IDS, {"circuit": "qk"}, "circuit: no such argument"),
+        (IDS, {"colour": 1}, "colour: no such argument"),
+        (IDS, {"layers": [9]}, "layer_indices"),
+        (IDS, {"heads": [9]}, "head_indices"),
+        (IDS, {"strength": 2}, "strength=2"),
+        (IDS, {"confidence": 95}, "confidence=95"),
+        (IDS, {"resamples": 10}, "resamples=10"),
+        (IDS, {"resampling_seed": -1}, "resampling_seed=-1"),
+        (IDS, {"batch_size": 0}, "batch_size=0"),
+        (IDS, {"progress": 1}, "progress=1"),
+    ],
+)
+def test_bad_input_is_an_error_before_any_pass(dataset: Any, options: dict[str, Any], message: str) -> None:
+    model = tiny_model("gpt2")
+    model.forward = None  # type: ignore[assignment]
+    with pytest.raises(InterventionError, match=message):
+        study(model, dataset, **options)
+
+
+def test_a_frozen_model_is_refused() -> None:
+    model = tiny_model("gpt2")
+    with (
+        AttentionCircuitFreezer().freeze_circuits(model, InterventionConfig()),
+        pytest.raises(InterventionError, match="model is frozen"),
+    ):
+        study(model)
+
+
+def test_without_scipy_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"pip install 'pytest-circuitfreeze\[studies\]'"):
+        study(None)
+
+
+def test_the_table_says_of_what_it_is() -> None:
+    made = study(tiny_model("gpt2"), IDS, [0], [1, 2], circuits=["ov"])
+    lines = made.to_markdown().splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:3]] == ["circuit", "perplexity"]
+    clean, row = made.clean.perplexity, made.rows[0]
+    assert lines[2].startswith(f"| clean     | {clean.value:.3g} [{clean.low:.3g}, {clean.high:.3g}]")
+    assert f"| {row.kl.value:.3g} [{row.kl.low:.3g}, {row.kl.high:.3g}]" in lines[3]
+    assert lines[-1].startswith(
+        "GPT2LMHeadModel, layer 0, query heads 1, 2, each circuit frozen alone: zero, strength 1, kv_scope group. "
+        "n = 6 sequences, 48 predicted tokens. In brackets 95 % percentile"
+    )
+
+
+@pytest.mark.latex
+def test_latex_compiles(tmp_path: Path) -> None:
+    made = study(tiny_model("gpt2"), IDS, [0], [1, 2])
+    made.origin["model"] = "My_Model"
+    head, end = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n", "\\end{document}\n"
+    (tmp_path / "paper.tex").write_text(head + made.to_latex() + end)
+    command = shutil.which("pdflatex")
+    if command is None:
+        pytest.skip("pdflatex is not installed (Debian: texlive-latex-recommended)")
+    done = subprocess.run([command, "-halt-on-error", "paper.tex"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "paper.pdf").stat().st_size > 10_000
