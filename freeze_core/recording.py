@@ -17,7 +17,7 @@ from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.frozen import frozen_attention
-from freeze_core.freezing.padding import Arguments, told
+from freeze_core.freezing.padding import Arguments, prompt_of, told
 from freeze_core.freezing.plan import resolve
 from freeze_core.inputs import model_arguments, run
 
@@ -74,7 +74,7 @@ def record(
         _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen, device)
     activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
     given = [one for masks in reversed(seen_masks) for one in masks["attention_mask"]]
-    mask = _copied("attention_mask", told(given, sites.stack))
+    mask = _copied("attention_mask", told(given, prompt_of(sites.stack)))
     of_encoder = _copied("encoder_attention_mask", next(iter(seen_masks[-1]["encoder_attention_mask"]), None))
     return Recording(activations, mask, of_encoder, attention)
 

@@ -28,9 +28,10 @@ def blend(x: Tensor, frozen: Tensor, mask: Tensor, r: Tensor, strength: float, m
         strength: in (0, 1].
         mode: what the gradient does.
     """
-    r = r.to(x.dtype)
+    if r.dtype != x.dtype:
+        r = r.to(x.dtype)
     # Chosen, not multiplied: a product with 0 would keep inf and nan alive.
-    result = torch.where(mask, r if strength == 1 else x.lerp(r, strength), frozen)
+    result = torch.where(mask, r if strength == 1 else x.lerp(r.to(x.device), strength), frozen)
     return straight_through(frozen, result) if mode == BackwardMode.STE else result
 
 

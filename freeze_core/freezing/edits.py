@@ -21,6 +21,10 @@ from freeze_core.vocabulary import ROLES, BackwardMode, FreezeType, Role
 __all__ = ["Edit", "edits_of", "edits_of_z"]
 
 
+ZERO = torch.zeros(())
+"""The replacement of `zero`: a number, and so of any dtype and device."""
+
+
 class Place(NamedTuple):
     """Where some of a role's features, from `start` on, are in a module's output: an index `[heads, features]`."""
 
@@ -45,15 +49,14 @@ class Edit:
 
     def apply(self, x: Tensor, frozen: Tensor, running: Pass | None) -> Tensor:
         """`frozen` with this edit made; `x` is the activation before any, both `[batch, token, feature]`."""
-        mask = self.mask.to(x.device)
-        r = self._replacement(x.detach(), running)
+        mask = self.mask if self.mask.device == x.device else self.mask.to(x.device)
+        zero = self.treatment.freeze_type == FreezeType.ZERO
+        r = ZERO if zero else self._replacement(x.detach(), running)
         return blend(x, frozen, mask, r, self.treatment.strength, self.treatment.backward_mode)
 
     def _replacement(self, x: Tensor, running: Pass | None) -> Tensor:
         """`r`, broadcastable to `x` `[batch, token, feature]`; what it holds outside of `mask` is not read."""
         treatment = self.treatment
-        if treatment.freeze_type == FreezeType.ZERO:
-            return x.new_zeros(())
         if running is None:
             raise InterventionError(
                 f"freeze_type '{treatment.freeze_type}' needs to know the running pass, but the layer was run by "

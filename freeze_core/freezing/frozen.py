@@ -13,7 +13,7 @@ from freeze_core.attention.shards import Shard
 from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import straight_through
-from freeze_core.freezing.passes import Pass
+from freeze_core.freezing.places import Place
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.tracking import PassTracker, tracker_of
 from freeze_core.freezing.wiring import Wiring, wire
@@ -22,17 +22,17 @@ __all__ = ["FrozenAttention", "FrozenProjection", "frozen_attention"]
 
 
 def _whole(own: Tensor, shard: Shard | None, width: int, what: str) -> Tensor:
-    """`own` as `[..., width]`.
+    """`own`, this process's stretch of so many features, as `[..., width]`.
 
     Raises:
-        FreezeNotInForceError: it is neither that wide nor this process's stretch of it.
+        FreezeNotInForceError: it is no such stretch.
     """
-    if own.shape[-1] != (shard.stop - shard.start if shard else width):
+    if shard is None or own.shape[-1] != shard.stop - shard.start:
         raise FreezeNotInForceError(
             f"{what} {own.shape[-1]} features where {width} were expected: its heads are not where the freeze was told "
             "(a projection that was spread over processes after the freeze?)"
         )
-    return shard.whole(own) if shard else own
+    return shard.whole(own)
 
 
 class FrozenProjection(ReplacedForward):
@@ -57,16 +57,21 @@ class FrozenProjection(ReplacedForward):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = self.original(*args, **kwargs)
-        shard = None if x.shape[-1] == self._width else self._shard
-        x = _whole(x, shard, self._width, f"{self.name} of {self._owner} gave")
+        shape, shard = x.shape, None
+        if shape[-1] != self._width:
+            shard = self._shard
+            x = _whole(x, shard, self._width, f"{self.name} of {self._owner} gave")
         if self.source is not None:
             x = x[..., self.source.to(x.device)]
-        shape = x.shape
-        x = x.flatten(1, -2)  # latent attention unpacks its cache as [batch, 1, cached + token, feature]
-        running = self._running()
-        if running and running.turned(x):
+        if len(shape) > 3:  # latent attention unpacks its cache as [batch, 1, cached + token, feature]
+            shape = x.shape
+            x = x.flatten(1, -2)
+        running = self._tracker.current
+        if running and self.reads_encoder:
+            running = running.encoder
+        if running and shape[0] != running.rows and running.turned(shape):
             raise FreezeNotInForceError(
-                f"{self.name} of {self._owner} gives {list(x.shape)} for {running.rows} rows, where [batch, token, "
+                f"{self.name} of {self._owner} gives {list(shape)} for {running.rows} rows, where [batch, token, "
                 "feature] was expected: rows would be taken for tokens"
             )
         frozen = x
@@ -74,12 +79,9 @@ class FrozenProjection(ReplacedForward):
             if not (self.sparing and edit.spares_the_circuit):
                 frozen = edit.apply(x, frozen, running)
         self.runs += 1
-        frozen = frozen.view(shape)
+        if len(shape) > 3:
+            frozen = frozen.view(shape)
         return shard.own(frozen) if shard else frozen
-
-    def _running(self) -> Pass | None:
-        running = self._tracker.current
-        return running.encoder if running and self.reads_encoder else running
 
 
 class FrozenOutput(ReplacedForward):
@@ -103,8 +105,11 @@ class FrozenOutput(ReplacedForward):
             return self.original(z, *args, **kwargs)
         if self.spared is not None:
             z, self.spared = straight_through(self.spared, z), None
-        shard = None if z.shape[-1] == self._width else self._shard
-        frozen = z = _whole(z, shard, self._width, f"the output projection of {self._owner} was given")
+        shard = None
+        if z.shape[-1] != self._width:
+            shard = self._shard
+            z = _whole(z, shard, self._width, f"the output projection of {self._owner} was given")
+        frozen = z
         for edit in self.edits:
             frozen = edit.apply(z, frozen, self._tracker.current)
         return self.original(shard.own(frozen) if shard else frozen, *args, **kwargs)
@@ -119,62 +124,63 @@ class FrozenAttention(ReplacedForward):
         self.path = path  # within the stack
         self.composite: nn.Module | None = None
         self.wiring = wire(site, ())
-        self.projections: list[FrozenProjection] = []
-        self._output: FrozenOutput | None = None
+        self._frozen: list[FrozenProjection | FrozenOutput] = []
         self.stack = stack
         self._tracker: PassTracker | None = None
         self._attributes: list[tuple[nn.Module, str, Any]] = []
-        self._paths: dict[ReplacedForward, str] = {}
+        self._places: dict[ReplacedForward, Place] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_foreign_recomputation()
-        self._refuse_untold_cache(args, kwargs)
-        frozen = self._frozen()
-        for one in frozen:
+        running = self._tracker.current if self._tracker else None
+        if running is None:
+            self._refuse_untold_pass(args, kwargs)
+        elif self.wiring.tells_runs_apart:
+            running.take_turn(self.site.name)
+        for one in self._frozen:
             one.runs = 0
             if one.lost():
                 raise FreezeNotInForceError(
-                    f"{self._paths[one]} of {self.site.name} runs its own forward again, which something else has put "
-                    "back after the freeze (an offloading undone, say): remove the freeze, then freeze the model anew"
+                    f"{self._places[one].path} of {self.site.name} runs its own forward again, which something else "
+                    "has put back after the freeze (an offloading undone, say): remove the freeze, then freeze the "
+                    "model anew"
                 )
-        running = self._tracker.current if self._tracker else None
-        if running and self.wiring.tells_runs_apart:
-            running.take_turn(self.site.name)
         if self.wiring.spares_the_circuit and torch.is_grad_enabled():
             self._run_sparing(args, kwargs)
         output = self.original(*args, **kwargs)
-        for one in frozen:
-            if one.runs > 1:
+        for one in self._frozen:
+            if one.runs != 1 and (one.runs or not self._reads_cache(one)):
+                raise FreezeNotInForceError(self._miscounted(one))
+            if self._places[one].lost():
                 raise FreezeNotInForceError(
-                    f"{self.site.name} ran its {self._paths[one]} {one.runs} times in one pass, so that an activation "
-                    "is not one: its layout is not what it was taken for"
-                )
-            if not one.runs and not self._reads_cache(one):
-                raise FreezeNotInForceError(
-                    f"{self.site.name} ran without its {type(one.module).__name__} that holds frozen activations: this "
-                    "attention does not call its projections, so the freeze had no effect"
-                )
-            if self.site.attention.get_submodule(self._paths[one]) is not one.module:
-                raise FreezeNotInForceError(
-                    f"{self._paths[one]} of {self.site.name} was wrapped or replaced after the freeze, so that "
+                    f"{self._places[one].path} of {self.site.name} was wrapped or replaced after the freeze, so that "
                     "what attention reads is not what is held: remove the freeze, then freeze what is there now"
                 )
         return output
 
-    def _refuse_foreign_recomputation(self) -> None:
-        """What gradient checkpointing runs again runs in the pass it came from; one that was unfrozen has none."""
-        if torch.compiler.is_compiling() or self._tracker is None or self._tracker.current is not None:
+    def _miscounted(self, one: FrozenProjection | FrozenOutput) -> str:
+        if one.runs:
+            return (
+                f"{self.site.name} ran its {self._places[one].path} {one.runs} times in one pass, so that an "
+                "activation is not one: its layout is not what it was taken for"
+            )
+        return (
+            f"{self.site.name} ran without its {type(one.module).__name__} that holds frozen activations: this "
+            "attention does not call its projections, so the freeze had no effect"
+        )
+
+    def _refuse_untold_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses to run outside of a pass through the stack, where it matters what is not told there.
+
+        What gradient checkpointing runs again runs in the pass it came from; one that was unfrozen has none. And a
+        cache is told to be stale by the pass.
+        """
+        if torch.compiler.is_compiling() or self._tracker is None:
             return
         if torch._C._current_graph_task_id() != -1:
             raise FreezeNotInForceError(
                 f"{self.site.name} is run again for its gradient, and its pass ran without this freeze: call backward "
                 "before the freeze is installed"
             )
-
-    def _refuse_untold_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A cache is told to be stale by the pass through the stack; a layer that is run otherwise has none."""
-        if torch.compiler.is_compiling() or self._tracker is None or self._tracker.current is not None:
-            return
         if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
             raise FreezeNotInForceError(
                 f"{self.site.name} is run with a cache, outside of the {type(self.stack).__name__} through which it "
@@ -182,8 +188,10 @@ class FrozenAttention(ReplacedForward):
                 "model that runs it, or run it without a cache (use_cache=False)"
             )
 
-    def _frozen(self) -> list[FrozenProjection | FrozenOutput]:
-        return [*self.projections, *([self._output] if self._output else [])]
+    @property
+    def projections(self) -> list[FrozenProjection]:
+        """The projections whose output is held."""
+        return [one for one in self._frozen if isinstance(one, FrozenProjection)]
 
     def _reads_cache(self, one: FrozenProjection | FrozenOutput) -> bool:
         """Whether cross-attention took these keys and values from a cache, which was filled alike (it is marked)."""
@@ -205,12 +213,12 @@ class FrozenAttention(ReplacedForward):
 
     @contextmanager
     def _sparing(self) -> Iterator[None]:
-        for one in self._frozen():
+        for one in self._frozen:
             one.sparing = True
         try:
             yield
         finally:
-            for one in self._frozen():
+            for one in self._frozen:
                 one.sparing = False
                 one.runs = 0
 
@@ -232,12 +240,12 @@ class FrozenAttention(ReplacedForward):
                 setattr(module, name, value)
         for name in wiring.storage.modules:
             if wiring.edits[name] or name in wiring.storage.sources:
-                self.projections.append(FrozenProjection(name, self, self._tracker))
+                self._frozen.append(FrozenProjection(name, self, self._tracker))
         if wiring.z_edits or wiring.spares_the_circuit:
-            self._output = FrozenOutput(self, self._tracker)
+            self._frozen.append(FrozenOutput(self, self._tracker))
         paths = {module: path for path, module in self.site.attention.named_modules()}
-        for one in self._frozen():
-            self._paths[one] = paths[one.module]
+        for one in self._frozen:
+            self._places[one] = Place(self.site.attention, paths[one.module])
             one.attach()
 
     def refuse_change(self) -> None:
@@ -252,7 +260,7 @@ class FrozenAttention(ReplacedForward):
                 f"{self.site.name} is frozen, and a pass is running: freezes are installed and removed between passes"
             )
         if self.wiring.freezes:
-            for replaced in (self, *self._frozen(), *([self._tracker] if self._tracker else [])):
+            for replaced in (self, *self._frozen, *([self._tracker] if self._tracker else [])):
                 replaced.refuse_if_covered()
             return
         layout = self.site.layout
@@ -265,9 +273,9 @@ class FrozenAttention(ReplacedForward):
 
     def _take_out(self) -> None:
         self.refuse_change()
-        for one in self._frozen():
+        for one in self._frozen:
             one.detach()
-        self.projections, self._output, self._paths = [], None, {}
+        self._frozen, self._places = [], {}
         while self._attributes:
             setattr(*self._attributes.pop())
         if self._tracker:

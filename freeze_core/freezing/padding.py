@@ -16,10 +16,7 @@ from torch.nn import functional as F
 
 from freeze_core.freezing.replaced import ReplacedPass
 
-__all__ = ["PROMPT", "Arguments", "Composite", "told"]
-
-PROMPT = "prompt_length"
-"""What CPM-Ant calls the number of tokens of its own that it puts before those that it is given."""
+__all__ = ["Arguments", "Composite", "prompt_of", "told"]
 
 
 class Arguments:
@@ -56,13 +53,20 @@ class Composite(ReplacedPass):
             self.given = []
 
 
-def told(given: Sequence[Any], stack: nn.Module) -> Any:
-    """The mask that tells padding: the first of those `given`, to the `stack` and what is around it, that does.
+def prompt_of(stack: nn.Module) -> int:
+    """How many tokens of its own a stack of layers puts before those that it is given, as CPM-Ant calls it."""
+    prompt: int = getattr(stack, "prompt_length", 0)
+    return prompt
 
-    What a stack puts before the tokens by itself is no padding.
+
+def told(given: Sequence[Any], prompt: int) -> Any:
+    """The mask that tells padding: the first of those `given`, to a stack and what is around it, that does.
+
+    What a stack puts before the tokens by itself, `prompt` tokens, is no padding.
     """
-    mask = next((mask for mask in given if _tells(mask)), given[0] if given else None)
-    prompt = getattr(stack, PROMPT, 0)
+    mask = given[0] if given else None
+    if not _tells(mask):
+        mask = next((other for other in given if _tells(other)), mask)
     return F.pad(mask, (prompt, 0), value=1) if prompt and isinstance(mask, Tensor) else mask
 
 

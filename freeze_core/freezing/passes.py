@@ -64,10 +64,10 @@ class Pass:
             )
         return runs[self.turn]
 
-    def turned(self, x: Tensor) -> bool:
+    def turned(self, shape: torch.Size) -> bool:
         """Whether an activation is `[token, batch, feature]`; that it is cannot be seen where there are as many."""
         tokens = self.end - self.cached
-        return x.shape[:2] == (tokens, self.rows) and tokens != self.rows
+        return shape[0] == tokens != self.rows == shape[1]
 
     def column(self, tokens: int) -> int:
         """The column of the first of `tokens` activations: they end with the pass, or begin with the cache.

@@ -12,8 +12,9 @@ from torch import nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
-from freeze_core.freezing.padding import PROMPT, Arguments, Composite, told
+from freeze_core.freezing.padding import Arguments, Composite, prompt_of, told
 from freeze_core.freezing.passes import Pass
+from freeze_core.freezing.places import Place
 from freeze_core.freezing.replaced import ReplacedPass, standing_in
 from freeze_core.freezing.rows import RowOrder, refuse_reordering
 
@@ -59,7 +60,9 @@ class PassTracker(ReplacedPass):
         self._arguments = Arguments(self.original, *ARGUMENTS)
         self.current: Pass | None = None
         self.composite: Composite | None = None
+        self._prompt = prompt_of(stack)
         self._in_force: dict[str, InForce] = {}
+        self._places: dict[str, Place] = {}
         self._mark = ""
         self._unshared = self._needs_rows = False
         self._on_stale = "ignore"
@@ -69,8 +72,10 @@ class PassTracker(ReplacedPass):
         """Notes what is in force in the attention at the path `name`; `None` is nothing. Attached while anything is."""
         if in_force is None:
             self._in_force.pop(name, None)
+            self._places.pop(name, None)
         else:
             self._in_force[name] = in_force
+            self._places[name] = Place(self.module, name)
         notes = [self._in_force[name] for name in sorted(self._in_force)]
         frozen = [note.key for note in notes if note.key]
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
@@ -129,8 +134,11 @@ class PassTracker(ReplacedPass):
             check_cache(cache, self._mark, running.cached, self._on_stale)
         elif cache is not None:
             check_emptied_cache(cache, self._mark)
-        with self._running(running), self._checkpoints_keep(running):
-            output = self.original(*args, **kwargs)
+        if self.module.training:
+            with self._checkpoints_keep(running):
+                output = self._run_in(running, self.original, args, kwargs)
+        else:
+            output = self._run_in(running, self.original, args, kwargs)
         cache = cache if cache is not None else _cache_of(output)
         if cache is not None:
             # Counted, not asked for again: a static cache on an accelerator would be waited for.
@@ -143,10 +151,11 @@ class PassTracker(ReplacedPass):
 
     def _refuse_replaced(self) -> None:
         """Raises `FreezeNotInForceError` where a frozen attention is no longer what the model runs."""
-        for name, note in self._in_force.items():
+        for name, place in self._places.items():
+            attention = self._in_force[name].attention
             # Its own forward was put back (an offloading undone, say); one put on top may well run the frozen one.
-            unfrozen = getattr(note.attention.forward, "__self__", None) is note.attention
-            if unfrozen or self.module.get_submodule(name) is not note.attention:
+            unfrozen = getattr(attention.forward, "__self__", None) is attention
+            if unfrozen or place.lost():
                 raise FreezeNotInForceError(
                     f"{name} of {type(self.module).__name__} was wrapped or replaced after the freeze, so that what "
                     "runs is not frozen: remove the freeze, then freeze what is there now"
@@ -168,26 +177,24 @@ class PassTracker(ReplacedPass):
             )
         cross_cached = any(getattr(cache, "is_updated", {}).values())
         masks = self._arguments.given("attention_mask", args, kwargs)
-        mask = told(masks + (self.composite.given if self.composite else []), self.module)
+        mask = told([*masks, *self.composite.given] if self.composite else masks, self._prompt)
         cached = filled(cache)
-        if hasattr(self.module, PROMPT):  # it is given all tokens again at each step, and puts its own in front
-            tokens += getattr(self.module, PROMPT) - cached
+        if self._prompt:  # it is given all tokens again at each step, and puts its own in front
+            tokens += self._prompt - cached
         return Pass(mask, cached, tokens, encoder, cross_cached, rows)
 
-    @contextmanager
-    def _running(self, running: Pass) -> Iterator[None]:
+    def _run_in(
+        self, running: Pass, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         outer, self.current = self.current, running
         try:
-            yield
+            return function(*args, **kwargs)
         finally:
             self.current = outer
 
     @contextmanager
     def _checkpoints_keep(self, running: Pass) -> Iterator[None]:
         """Gradient checkpointing runs layers again in the backward pass: let each do so in the pass it came from."""
-        if not self.module.training:
-            yield
-            return
         name = "_gradient_checkpointing_func"
         originals = {module: vars(module)[name] for module in self.module.modules() if name in vars(module)}
         for module, original in originals.items():
@@ -214,8 +221,7 @@ class PassTracker(ReplacedPass):
                         "gradient checkpointing runs a layer again under other freezes than it first ran under: call "
                         "backward while the same freezes are live, inside the same `with`"
                     )
-                with self._running(running):
-                    return function(*inner, **options)
+                return self._run_in(running, function, inner, options)
 
             return checkpoint(layer, *args, **kwargs)
 
@@ -224,8 +230,10 @@ class PassTracker(ReplacedPass):
 
 def _cache_of(output: Any) -> Any:
     """The cache that a pass has made: by name, or among what was returned as a tuple."""
-    several = (getattr(output, "past_key_values", None), *(output if isinstance(output, tuple) else ()))
-    return next((one for one in several if hasattr(one, "get_seq_length")), None)
+    cache = getattr(output, "past_key_values", None)
+    if hasattr(cache, "get_seq_length") or not isinstance(output, tuple):
+        return cache
+    return next((one for one in output if hasattr(one, "get_seq_length")), None)
 
 
 def tracker_of(stack: nn.Module, composite: nn.Module | None) -> PassTracker:

@@ -29,6 +29,8 @@ class Wiring:
         shards: the stretch of each projection's output that this process has, where they are spread over several.
         z_shard: the same of the output projection's input.
         in_force: what the tracker of passes is told.
+        spares_the_circuit: whether some edit wants the gradient of the attention without it.
+        tells_runs_apart: whether some value was taken of one run of the layer, where a pass has several.
     """
 
     freezes: Sequence[tuple[Any, LayerFreeze]]
@@ -38,17 +40,8 @@ class Wiring:
     shards: Mapping[str, Shard | None]
     z_shard: Shard | None
     in_force: InForce
-
-    @property
-    def spares_the_circuit(self) -> bool:
-        """Whether some edit wants the gradient of the attention without it."""
-        return any(edit.spares_the_circuit for edits in self.edits.values() for edit in edits)
-
-    @property
-    def tells_runs_apart(self) -> bool:
-        """Whether some value was taken of one run of the layer, where a pass has several."""
-        treatments = [freeze.treatment for _, freeze in self.freezes]
-        return any(one.reference or one.statistics for one in treatments)
+    spares_the_circuit: bool
+    tells_runs_apart: bool
 
 
 def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wiring:
@@ -76,4 +69,14 @@ def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wir
     edits = {name: edits_of(site, storage, name, assignment) for name in storage.modules}
     shards = {name: shard_of(module, 0, site.layout.shared.widths[name]) for name, module in storage.modules.items()}
     z_shard = shard_of(site.layout.output, 1, site.layout.z.numel())
-    return Wiring(freezes, storage, edits, edits_of_z(site, assignment), shards, z_shard, in_force)
+    return Wiring(
+        freezes,
+        storage,
+        edits,
+        edits_of_z(site, assignment),
+        shards,
+        z_shard,
+        in_force,
+        spares_the_circuit=any(edit.spares_the_circuit for several in edits.values() for edit in several),
+        tells_runs_apart=any(one.treatment.reference or one.treatment.statistics for one in in_order),
+    )

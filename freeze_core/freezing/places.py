@@ -1,0 +1,30 @@
+"""Where a module hangs beneath another one, so that it can be told at each pass whether it still does."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["Place"]
+
+
+class Place:
+    """The place of a module beneath `root`, looked up once: each pass only compares.
+
+    Args:
+        path: as `root.get_submodule` takes it.
+    """
+
+    def __init__(self, root: nn.Module, path: str) -> None:
+        self.path = path
+        self._links: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+        module = root
+        for name in path.split(".") if path else ():
+            holder, module = module, module.get_submodule(name)
+            self._links.append((holder._modules, name, module))
+
+    def lost(self) -> bool:
+        """Whether another module, or none, is there now, or around there."""
+        for holder, name, module in self._links:  # noqa: SIM110 - a generator costs more than all it looks at
+            if holder.get(name) is not module:
+                return True
+        return False
