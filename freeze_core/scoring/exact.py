@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,14 @@ from freeze_core.attention.sites import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.freezing.plan import LayerFreeze, assign, refuse_dependent, resolve
 from freeze_core.scoring.batches import Batch
+from freeze_core.scoring.checkpoint import Checkpoint
 from freeze_core.scoring.generators import Generators
+from freeze_core.scoring.kept import Kept
+from freeze_core.scoring.ledger import Ledger
 from freeze_core.scoring.metrics import Metric
 from freeze_core.scoring.passes import Passes
+from freeze_core.scoring.processes import Processes
+from freeze_core.scoring.question import question_of
 from freeze_core.vocabulary import ROLES
 
 __all__ = ["Intervention", "exact", "interventions"]
@@ -57,34 +63,76 @@ def exact(
     wanted: Mapping[int, Sequence[Intervention]],
     circuits: Sequence[str],
     progress: bool,
+    checkpoint: Checkpoint | None = None,
+    processes: Processes | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """Each circuit's scores `[layer, head]`, and the metric of the clean passes, means over all rows."""
-    most = max(site.heads for site in sites.by_layer.values())
-    sums = {circuit: torch.full((sites.layers, most), torch.nan, dtype=torch.float64) for circuit in circuits}
-    for layer, several in wanted.items():
-        for one in several:
-            for circuit, head in one.heads:
-                sums[circuit][layer, head] = 0.0
-    clean_sum = 0.0
-    rows = sum(batch.rows for batch in batches)
+    processes = processes or Processes(False)
     generators = Generators(model)
-    total = len(batches) * sum(map(len, wanted.values()))
+    compared = checkpoint is not None or processes.several
+    question = question_of(model, batches, metric, wanted, generators) if compared else {}
+    count = sum(map(len, wanted.values()))
+    ledger = Ledger(processes, checkpoint, question, len(batches), count)
+    bar = tqdm(
+        total=len(batches) * count,
+        initial=ledger.kept.done,
+        desc="score_heads",
+        unit="freeze",
+        disable=not progress or processes.rank > 0,
+    )
     before = generators.states()
     try:
-        with tqdm(total=total, desc="score_heads", unit="freeze", disable=not progress) as bar:
+        with bar, ledger.open():
             for number, batch in enumerate(batches):
-                passes = Passes(model, sites, batch, generators)
-                with passes.running():
-                    clean = metric.rows(number, batch, passes.clean, passes.clean, "unfrozen")
-                    clean_sum += float(clean.sum())
-                    for layer, several in wanted.items():
-                        frozen = passes.frozen(layer, [one.freeze for one in several])
-                        for one, logits in zip(several, frozen, strict=True):
-                            where = f"under {' and '.join(f'{name} of {head}' for name, head in one.heads)} of {layer}"
-                            change = metric.rows(number, batch, logits, passes.clean, where) - clean
-                            for circuit, head in one.heads:
-                                sums[circuit][layer, head] += float(change.sum())
-                            bar.update()
+                _sweep(number, Passes(model, sites, batch, generators), metric, wanted, ledger, bar)
     finally:
         generators.put(before)
-    return {circuit: values / rows for circuit, values in sums.items()}, clean_sum / rows
+    return _table(sites, wanted, circuits, ledger.kept, sum(batch.rows for batch in batches))
+
+
+def _sweep(
+    number: int,
+    passes: Passes,
+    metric: Metric,
+    wanted: Mapping[int, Sequence[Intervention]],
+    ledger: Ledger,
+    bar: Any,
+) -> None:
+    """What is left of one batch. The clean pass is run in any case: later ones draw from where it ends."""
+    numbered = dict(zip(wanted, _stretches(map(len, wanted.values())), strict=True))
+    left = {layer: ledger.left(number, indices) for layer, indices in numbered.items()}
+    with passes.running(any(left.values())):
+        clean = metric.rows(number, passes.batch, passes.clean, passes.clean, "unfrozen")
+        ledger.start(number, clean, passes.clean)
+        for turn, (layer, several) in enumerate(wanted.items()):
+            if not left[layer]:
+                continue
+            first, mine = numbered[layer].start, ledger.share(left[layer], number + turn)
+            frozen = passes.frozen(layer, [one.freeze for one in several], [index - first for index in mine])
+            for index, logits in zip(mine, frozen, strict=True):
+                heads = " and ".join(f"{name} of {head}" for name, head in several[index - first].heads)
+                where = f"under {heads} of {layer}"
+                change = metric.rows(number, passes.batch, logits, passes.clean, where) - clean
+                ledger.add(number, index, float(change.sum()))
+                bar.update()
+            bar.update(ledger.settle(number))
+
+
+def _stretches(lengths: Iterable[int]) -> Iterator[range]:
+    """Stretches of these lengths, one after the other."""
+    start = 0
+    for length in lengths:
+        yield range(start, start + length)
+        start += length
+
+
+def _table(
+    sites: Sites, wanted: Mapping[int, Sequence[Intervention]], circuits: Sequence[str], kept: Kept, rows: int
+) -> tuple[dict[str, Tensor], float]:
+    most = max(site.heads for site in sites.by_layer.values())
+    scores = {circuit: torch.full((sites.layers, most), torch.nan, dtype=torch.float64) for circuit in circuits}
+    listed = [(layer, one) for layer, several in wanted.items() for one in several]
+    for index, (layer, one) in enumerate(listed):
+        for circuit, head in one.heads:
+            scores[circuit][layer, head] = kept.change(index, rows)
+    return scores, kept.clean_mean(rows)

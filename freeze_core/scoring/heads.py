@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from freeze_core.activations import Recording
 from freeze_core.attention.sites import find_sites
@@ -14,8 +16,10 @@ from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
 from freeze_core.scoring.batches import batches_of
+from freeze_core.scoring.checkpoint import Checkpoint
 from freeze_core.scoring.exact import exact, interventions
 from freeze_core.scoring.metrics import metric_of
+from freeze_core.scoring.processes import Processes, refuse_spread
 from freeze_core.scoring.scores import HeadScores
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import CircuitType, FreezeType, KVScope
@@ -44,6 +48,8 @@ def score_heads(
     reference: Recording | None = None,
     attention: str = "self",
     progress: bool = True,
+    checkpoint: str | PathLike[str] | None = None,
+    distributed: bool | ProcessGroup = False,
 ) -> HeadScores:
     """The change of a metric when each head's circuit alone is frozen.
 
@@ -75,35 +81,44 @@ def score_heads(
         UnsupportedModelError: the model, or one of its heads, cannot be served.
         InterventionError: an argument that cannot be served, before anything is run; or what a pass cannot serve.
     """
-    if method != "exact":
-        raise InterventionError(f"method={shown(method)}: must be 'exact'")
-    if not isinstance(progress, bool):
-        raise InterventionError(f"progress={shown(progress)}: must be True or False")
-    names = _circuits(circuits)
-    configs = {
-        name: InterventionConfig(
-            layer_indices=layers,
-            circuit="both" if name == "z" else name,
-            freeze_type=freeze_type,
-            kv_scope=kv_scope,
-            strength=strength,
-            seed=seed,
-            noise_std=noise_std,
-            statistics=statistics,
-            reference=reference,
-            attention=attention,
-        )
-        for name in names
-    }
-    sites = find_sites(model, attention=attention)
-    if is_frozen(model):
-        raise InterventionError("model is frozen: score it unfrozen, so that the clean pass is its own")
-    wanted = interventions(sites, configs)
-    batches = batches_of(model, inputs, positions)
-    measure = metric_of(metric, targets, batches, _words(model))
-    with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
-        scores, clean = exact(model, sites, batches, measure, wanted, names, progress)
-    return HeadScores(scores, clean, measure.name, method, sum(batch.rows for batch in batches))
+    processes = Processes(distributed, _device(model))
+    with processes.telling():
+        if method != "exact":
+            raise InterventionError(f"method={shown(method)}: must be 'exact'")
+        if not isinstance(progress, bool):
+            raise InterventionError(f"progress={shown(progress)}: must be True or False")
+        names = _circuits(circuits)
+        configs = {
+            name: InterventionConfig(
+                layer_indices=layers,
+                circuit="both" if name == "z" else name,
+                freeze_type=freeze_type,
+                kv_scope=kv_scope,
+                strength=strength,
+                seed=seed,
+                noise_std=noise_std,
+                statistics=statistics,
+                reference=reference,
+                attention=attention,
+            )
+            for name in names
+        }
+        sites = find_sites(model, attention=attention)
+        if is_frozen(model):
+            raise InterventionError("model is frozen: score it unfrozen, so that the clean pass is its own")
+        wanted = interventions(sites, configs)
+        refuse_spread(model, processes, checkpoint is not None)
+        file = None if checkpoint is None else Checkpoint(checkpoint)
+        batches = batches_of(model, inputs, positions)
+        measure = metric_of(metric, targets, batches, _words(model))
+        with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
+            scores, clean = exact(model, sites, batches, measure, wanted, names, progress, file, processes)
+        return HeadScores(scores, clean, measure.name, method, sum(batch.rows for batch in batches))
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Of the model's parameters the first device that is not the CPU, if there is one."""
+    return next((one.device for one in model.parameters() if one.is_cuda), torch.device("cpu"))
 
 
 def _circuits(circuits: object) -> list[str]:

@@ -25,12 +25,24 @@ class Situation(NamedTuple):
 
 
 class Metric:
-    """A metric, checked against the batches it is to be taken of, and the name it goes by."""
+    """A metric, checked against the batches it is to be taken of, and the name it goes by.
 
-    def __init__(self, name: str, compute: Callable[[Tensor, Situation], Any], targets: Sequence[Tensor | None]):
+    Args:
+        targets: of each batch `[row, target]`.
+        qualified_name: with the module that it is from, where it is the user's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        compute: Callable[[Tensor, Situation], Any],
+        targets: Sequence[Tensor | None],
+        qualified_name: str = "",
+    ):
         self.name = name
+        self.targets = targets
+        self.qualified_name = qualified_name or name
         self._compute = compute
-        self._targets = targets
 
     def rows(self, number: int, batch: Batch, logits: Tensor, clean: Tensor, what: str) -> Tensor:
         """The metric of batch `number`, `[row]` in float64 on the CPU, for `logits` `[row, position, word]`.
@@ -38,7 +50,7 @@ class Metric:
         Raises:
             InterventionError: it gives something other than one number a row.
         """
-        value = torch.as_tensor(self._compute(logits, Situation(batch, self._targets[number], clean)))
+        value = torch.as_tensor(self._compute(logits, Situation(batch, self.targets[number], clean)))
         if value.shape != (batch.rows,) or value.is_complex():
             raise InterventionError(
                 f"metric={self.name} gave {value.dtype} {list(value.shape)} for logits {list(logits.shape)}: must be "
@@ -63,7 +75,10 @@ def metric_of(metric: object, targets: object, batches: Sequence[Batch], words: 
     if callable(metric):
         if targets is not None:
             raise InterventionError("targets: must be None with a metric of your own, which can hold its own")
-        return Metric(getattr(metric, "__name__", type(metric).__name__), _called(metric), [None] * len(batches))
+        named: Any = metric if hasattr(metric, "__qualname__") else type(metric)
+        return Metric(
+            named.__name__, _called(metric), [None] * len(batches), f"{named.__module__}.{named.__qualname__}"
+        )
     if not isinstance(metric, str) or metric not in BUILT_IN:
         raise InterventionError(f"metric={shown(metric)}: must be a callable or one of {', '.join(BUILT_IN)}")
     compute, width = BUILT_IN[metric]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
@@ -26,13 +26,14 @@ class Passes:
     """Runs a model over one batch, each pass drawing what the clean one drew.
 
     Args:
+        batch: the batch.
         clean: the logits of the unfrozen model at the batch's positions `[row, position, word]`.
     """
 
     def __init__(self, model: nn.Module, sites: Sites, batch: Batch, generators: Generators) -> None:
         self._model = model
         self._sites = sites
-        self._batch = batch
+        self.batch = batch
         self._generators = generators
         self._start = generators.states()
         self._layers: CachedLayers | None = None
@@ -40,10 +41,13 @@ class Passes:
         self.clean = torch.empty(0)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, others: bool = True) -> Iterator[None]:
         """Runs the clean pass and finds out which parts of later ones can be left out; then `frozen` can be called.
 
         Afterwards the generators are as the clean pass left them.
+
+        Args:
+            others: whether there will be later passes.
         """
         layers = [] if _compiled(self._model) else layers_of(self._model, self._sites)
         cached, tail = CachedLayers(layers, self._generators), self._tail_of(layers)
@@ -54,12 +58,17 @@ class Passes:
             with cached.recording():
                 self.clean = self._at_positions(self._logits())
             stack.callback(self._generators.put, self._generators.states())
-            if layers:
+            if layers and others:
                 self._shorten(cached, tail)
             yield
 
-    def frozen(self, layer: int, freezes: Sequence[LayerFreeze]) -> Iterator[Tensor]:
-        """The logits at the positions `[row, position, word]` under each of `freezes`, all of one layer, in turn."""
+    def frozen(self, layer: int, freezes: Sequence[LayerFreeze], wanted: Collection[int]) -> Iterator[Tensor]:
+        """The logits at the positions `[row, position, word]` under freezes of one layer, in turn.
+
+        Args:
+            freezes: all that the sweep has of this layer: they decide which passes are unembedded together.
+            wanted: the indices of those that are run; the bits of their logits do not depend on which these are.
+        """
         with ExitStack() as stack:
             if self._layers:
                 stack.enter_context(self._layers.starting_at(layer))
@@ -67,12 +76,24 @@ class Passes:
                 stack.enter_context(remembering(list(projections), self._generators))
             at_once = self._tail.at_once if self._tail else 1
             for start in range(0, len(freezes), at_once):
-                yield from self._together([[freeze] for freeze in freezes[start : start + at_once]])
+                several = [
+                    [freezes[index]] if index in wanted else None
+                    for index in range(start, min(start + at_once, len(freezes)))
+                ]
+                if any(several):
+                    yield from self._together(several)
 
-    def _together(self, several: Sequence[Sequence[LayerFreeze]]) -> Iterator[Tensor]:
-        """The logits of a pass under each of several lists of freezes, unembedded together where that pays."""
+    def _together(self, several: Sequence[Sequence[LayerFreeze] | None]) -> Iterator[Tensor]:
+        """The logits of a pass under each of several lists of freezes, unembedded together where that pays.
+
+        `None` is a pass that is not run; it has none.
+        """
         together = self._tail is not None and self._tail.at_once > 1
         for freezes in several:
+            if freezes is None:
+                if self._tail and together:
+                    self._tail.leave_out()
+                continue
             with install([(self._sites, freezes)]):
                 if self._tail is None:
                     yield self._at_positions(self._logits())
@@ -84,21 +105,22 @@ class Passes:
                         yield self._logits()
         if self._tail and self._layers and together:
             with self._layers.starting_at(len(self._layers)), self._tail.doing("give"):
-                yield from self._logits().chunk(len(several))
+                chunks = self._logits().chunk(len(several))
+            yield from (logits for logits, freezes in zip(chunks, several, strict=True) if freezes is not None)
 
     def _logits(self) -> Tensor:
         self._generators.put(self._start)
-        return logits_of(run(self._model, self._batch.arguments))
+        return logits_of(run(self._model, self.batch.arguments))
 
     def _at_positions(self, logits: Tensor) -> Tensor:
         """Of logits of all columns those at the positions."""
-        expected = (self._batch.rows, self._batch.columns)
+        expected = (self.batch.rows, self.batch.columns)
         if logits.shape[:2] != expected or logits.dim() != 3:
             raise InterventionError(
                 f"{type(self._model).__name__} gave logits {list(logits.shape)} for {list(expected)} [batch, token]: "
                 "they must be of every token (no logits_to_keep=)"
             )
-        return self._batch.at_positions(logits)
+        return self.batch.at_positions(logits)
 
     def _tail_of(self, layers: Sequence[nn.Module]) -> Tail | None:
         getter = getattr(self._model, "get_output_embeddings", None)
@@ -110,7 +132,7 @@ class Passes:
             for site in self._sites.by_layer.values()
             for module in (site.attention, site.layout.output, *site.layout.shared.modules.values())
         ]
-        return Tail(unembedding, position_wise(layers[-1], held), self._batch)
+        return Tail(unembedding, position_wise(layers[-1], held), self.batch)
 
     def _shorten(self, cached: CachedLayers, tail: Tail | None) -> None:
         """Leaves out of later passes what the clean one shows to make no difference."""

@@ -55,7 +55,7 @@ class Unembedding(ReplacedForward):
         self._batch = batch
         self._like = torch.empty(0)
         self.doing: Literal["look", "skip", "keep", "give", "run"] = "look"
-        self.states: list[Tensor] = []
+        self.states: list[Tensor | None] = []
         self.runs = 0
 
     @property
@@ -78,8 +78,18 @@ class Unembedding(ReplacedForward):
         if self.doing == "keep":
             self.states.append(self._batch.at_positions(states))
             return self._like.new_zeros(*self._batch.positions.shape, *self._like.shape[2:])
-        kept, self.states = torch.cat(self.states), []
+        kept, self.states = _filled(self.states), []
         return self.original(kept, *args, **kwargs)
+
+
+def _filled(states: Sequence[Tensor | None]) -> Tensor:
+    """All states in their order, zeros in the place of those that were left out.
+
+    The product is then of the same shape, and each pass has the same rows of it, whichever passes are left out: its
+    logits are the same bits.
+    """
+    like = next(one for one in states if one is not None)
+    return torch.cat([torch.zeros_like(like) if one is None else one for one in states])
 
 
 def position_wise(layer: nn.Module, others: Sequence[nn.Module]) -> list[nn.Module]:
@@ -141,6 +151,10 @@ class Tail:
         """From now on the parts give zeros at other positions, which cost nothing to go on with."""
         for part in self._restricted:
             part.rest = 0.0
+
+    def leave_out(self) -> None:
+        """Keeps the place of a pass that is not run."""
+        self._unembedding.states.append(None)
 
     def forget(self) -> None:
         """Drops states that were kept."""

@@ -1,0 +1,98 @@
+"""The file in which a sweep keeps what it has done, so that the same sweep goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from os import PathLike
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+
+from freeze_core.errors import InterventionError, shown
+from freeze_core.scoring.kept import Kept
+from freeze_core.scoring.question import Question, differing
+
+__all__ = ["Checkpoint"]
+
+FORMAT = "circuitfreeze-sweep-1"
+
+SECONDS = 5.0
+"""Between two writes of a sweep that goes on."""
+
+INSTEAD = "give the path of a checkpoint of this sweep, or of no file yet"
+
+
+class Checkpoint:
+    """A safetensors file, so that no pickle is ever read; written whole or not at all.
+
+    Args:
+        path: the file; it need not be there yet.
+
+    Raises:
+        InterventionError: something that no file can be at.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        if not isinstance(path, str | PathLike):
+            raise InterventionError(f"checkpoint={shown(path)}: must be None or the path of a file")
+        self.path = Path(path)
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            raise InterventionError(f"checkpoint={shown(str(path))}: must be a file's path, in a folder that is there")
+        self._written = time.monotonic()
+
+    def load(self, question: Question, batches: int, interventions: int) -> Kept:
+        """What is kept in the file, nothing if there is none.
+
+        Raises:
+            InterventionError: the file is none of a sweep, or of another one; says what is another.
+        """
+        kept = Kept.nothing(batches, interventions)
+        if not self.path.exists():
+            return kept
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts = file.metadata() or {}
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except Exception as error:
+            raise self._refusal(f"cannot be read as safetensors ({error})") from error
+        if facts.get("format") != FORMAT:
+            raise self._refusal(f"format {facts.get('format')!r}, must be {FORMAT!r}")
+        try:
+            asked = json.loads(facts["question"])
+        except (KeyError, ValueError) as error:
+            raise self._refusal(f"does not say what it is of ({error!r})") from error
+        if asked != question:
+            raise self._refusal(f"of another sweep; what differs, there and here: {differing(asked, question)}")
+        if {name: (one.shape, one.dtype) for name, one in found.items()} != {
+            name: (one.shape, one.dtype) for name, one in kept.tensors().items()
+        }:
+            raise self._refusal(f"holds { ({name: list(one.shape) for name, one in found.items()}) }")
+        return Kept(**found)
+
+    def save_if_due(self, kept: Kept, question: Question) -> None:
+        """Writes the file, if it was not written just now."""
+        if time.monotonic() - self._written > SECONDS:
+            self.save(kept, question)
+
+    def save(self, kept: Kept, question: Question) -> None:
+        """Writes the file.
+
+        Raises:
+            InterventionError: it cannot be written; the one before is still there.
+        """
+        facts = {"format": FORMAT, "question": json.dumps(question)}
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            beside.write_bytes(save(kept.tensors(), facts))
+            beside.replace(self.path)
+        except OSError as error:
+            raise self._refusal(f"cannot be written ({error})") from error
+        finally:
+            beside.unlink(missing_ok=True)
+        self._written = time.monotonic()
+
+    def _refusal(self, reason: str) -> InterventionError:
+        return InterventionError(f"checkpoint={shown(str(self.path))}: {reason}; {INSTEAD}")
