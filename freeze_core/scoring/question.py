@@ -43,8 +43,7 @@ def question_of(
         "states of torch's generators": _generators(model, generators),
         "metric": metric.qualified_name,
         "targets": _hashed(metric.targets),
-        "inputs": _hashed([batch.arguments for batch in batches]),
-        "labels": _hashed([batch.labels for batch in batches]),
+        "inputs": _hashed([batch.given for batch in batches]),
         "positions": _hashed([batch.positions for batch in batches]),
         "heads, circuits and freezes": _hashed(
             [[(one.heads, *_freeze(one)) for one in several] for several in wanted.values()]

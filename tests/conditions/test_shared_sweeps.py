@@ -1,0 +1,136 @@
+"""A sweep that processes share: each does its part of the passes, and all have the bits that one process gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sweep_worker import BATCHES, CASES, MODELS, Stops, scored, table
+
+from freeze_core import InterventionError
+from pytest_circuitfreeze.models import tiny_model
+
+WORKER = Path(__file__).with_name("sweep_worker.py")
+Told = list[dict[str, Any]]
+
+
+def start(folder: Path, processes: int) -> Told:
+    """What each of so many processes tells."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    run = subprocess.run([*command, str(WORKER), str(folder)], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    return start(tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    return start(tmp_path_factory.mktemp("three"), 3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """As the processes have: products over several threads may be other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("processes", ["two", "three"])
+@pytest.mark.parametrize(("name", "case"), list(product(MODELS, CASES)))
+def test_all_processes_give_the_bits_of_one(
+    processes: str, name: str, case: str, request: pytest.FixtureRequest
+) -> None:
+    told = request.getfixturevalue(processes)
+    model = tiny_model(name)
+    expected = table(scored(model, **CASES[case]))
+    for each in told:
+        assert each["shared"][f"{name} {case}"]["table"] == expected
+
+
+OWN = (3, 3, 5)
+"""Runs of each layer for a batch that every process does: the clean pass, and those that look what can be left out."""
+
+FROZEN = {
+    ("gpt2", "last"): (24, 48, 72),
+    ("gpt2", "all"): (24, 48, 72),
+    ("gpt2", "odd"): (4, 4, 8),
+    ("llama_gqa", "last"): (24, 48, 72),
+    ("llama_gqa", "all"): (18, 36, 54),  # query heads that share a KV head once
+    ("llama_gqa", "odd"): (4, 4, 8),
+}
+"""Runs of each layer under a freeze, all batches together: passes start at the layer that is frozen."""
+
+
+@pytest.mark.parametrize(("name", "case"), list(product(MODELS, CASES)))
+def test_each_of_two_processes_does_half_of_the_passes(two: Told, name: str, case: str) -> None:
+    batches = 1 if "inputs" in CASES[case] else len(BATCHES)
+    frozen = FROZEN[name, case]
+    for each in two:
+        runs = each["shared"][f"{name} {case}"]["counts"]
+        assert runs == [batches * own + passes // 2 for own, passes in zip(OWN, frozen, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "case"), list(product(MODELS, CASES)))
+def test_shares_of_three_processes_are_as_even_as_they_can_be(three: Told, name: str, case: str) -> None:
+    batches = 1 if "inputs" in CASES[case] else len(BATCHES)
+    runs = [each["shared"][f"{name} {case}"]["counts"] for each in three]
+    for layer, passes in enumerate(FROZEN[name, case]):
+        of_layer = [counts[layer] - batches * OWN[layer] for counts in runs]
+        assert sum(of_layer) == passes
+        assert max(of_layer) - min(of_layer) <= 1, of_layer
+
+
+REFUSALS = {
+    "inputs": ["process 0 and process 1: inputs (", "process 0 and process 1: inputs ("],
+    "model": ["process 0 and process 1: model's parameters (", "process 0 and process 1: model's parameters ("],
+    "hooks": ["the clean logits of batch 0 have another norm in each", "the clean logits of batch 0 have another norm"],
+    "metric": ["process 0 and process 1: metric (kl, and loss)", "process 0 and process 1: metric (kl, and loss)"],
+    "argument": ["given up, process 1: InterventionError: strength=2.0", "InterventionError: strength=2.0"],
+    "method": ["given up, process 1: InterventionError: method='guess'", "InterventionError: method='guess'"],
+    "error": ["given up, process 1: ZeroDivisionError: stopped", "ZeroDivisionError: stopped"],
+    "memory": ["OutOfMemoryError: stopped", "given up, process 0: OutOfMemoryError: stopped"],
+    "wrapped": ["the model is a DistributedDataParallel, which run each pass together"] * 2,
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_goes_wrong_in_one_process_is_raised_in_both(two: Told, case: str) -> None:
+    for each, message in zip(two, REFUSALS[case], strict=True):
+        assert message in each["refused"][case]
+
+
+@pytest.mark.parametrize("at", ["first", "second"])
+def test_a_shared_sweep_that_was_stopped_goes_on(two: Told, at: str) -> None:
+    expected = table(scored(tiny_model("gpt2"), metric=Stops(0), positions="last"))
+    messages = ["KeyboardInterrupt: stopped", "given up, process 0: KeyboardInterrupt: stopped"]
+    if at == "second":
+        messages = ["given up, process 1: KeyboardInterrupt: stopped", "KeyboardInterrupt: stopped"]
+    for each, message in zip(two, messages, strict=True):
+        told = each["stopped"][at]
+        assert message in told["raised"]
+        assert told["table"] == expected
+    calls = sum(each["stopped"][at]["calls"] for each in two)
+    assert calls == 2 * 3 + 72 - (24 + 4)  # clean passes; the first batch, and the other's half of a layer, were kept
+
+
+def test_a_group_of_one_process_sweeps_alone(two: Told) -> None:
+    expected = table(scored(tiny_model("gpt2"), **CASES["last"]))
+    assert all(each["alone"]["table"] == expected for each in two)
+
+
+@pytest.mark.parametrize("distributed", [True, 2, "gloo", None])
+def test_no_processes_are_refused(distributed: object) -> None:
+    with pytest.raises(InterventionError, match="distributed="):
+        scored(tiny_model("gpt2"), metric="kl", distributed=distributed)
