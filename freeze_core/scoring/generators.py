@@ -9,10 +9,12 @@ __all__ = ["Generators"]
 
 
 class Generators:
-    """Torch's generators, of the CPU and of the CUDA devices that hold the model."""
+    """Torch's generators, of the CPU and of the CUDA devices that hold the model: of all, where some is offloaded."""
 
     def __init__(self, model: nn.Module) -> None:
         held = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+        if any(parameter.is_meta for parameter in model.parameters()):  # loaded where it runs
+            held = {torch.device("cuda", number) for number in range(torch.cuda.device_count())}
         self._devices = sorted(held, key=str)
 
     def states(self) -> list[Tensor]:

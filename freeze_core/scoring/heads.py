@@ -76,10 +76,23 @@ def score_heads(
         targets: for a built-in metric one word's id, or one a row over all batches; for `logit_difference` two.
         layers: which to score, negative ones count from the end; `None` is all that have attention.
         progress: show a bar.
+        checkpoint: a file to keep what is done in (safetensors; written whole every few seconds, at the end, and
+            whatever is raised, `KeyboardInterrupt`, too). The same call goes on from there and gives the same bits as
+            without a stop, on the same machine. It is refused to a call that asks anything else (a callable metric is
+            told by its qualified name alone), of a model with another config, parameters or clean logits, or of other
+            versions of torch, transformers or this package. Each parameter is read for that once.
+        distributed: `True` shares the passes among all processes of torch.distributed (torchrun, accelerate launch;
+            gloo or nccl), a process group among those of it: each runs the clean passes and, of each layer, its part of
+            the others, and each returns the table that one process gives, bit for bit where their products are. All
+            must give the same arguments, on models of their own, and the first one's `checkpoint` counts. What is
+            raised in one is raised in all. `False`, also for a model that is spread over processes (tensor parallel),
+            is this process by itself.
 
     Raises:
-        UnsupportedModelError: the model, or one of its heads, cannot be served.
-        InterventionError: an argument that cannot be served, before anything is run; or what a pass cannot serve.
+        UnsupportedModelError: the model, or one of its heads, cannot be served; a model that is spread over processes
+            is given `checkpoint` or `distributed`.
+        InterventionError: an argument that cannot be served, before anything is run; what a pass cannot serve; a
+            checkpoint that cannot be read or written, or is of another sweep; or another process failed.
     """
     processes = Processes(distributed, _device(model))
     with processes.telling():

@@ -66,7 +66,8 @@ class Ledger:
         Raises:
             InterventionError: what is kept of this batch is from another clean pass.
         """
-        size, before = float(logits.double().norm()), float(self.kept.sizes[batch])
+        size = _size(logits) if self._question else 0.0
+        before = float(self.kept.sizes[batch])
         self._bound = ROUNDING * torch.finfo(logits.dtype).eps
         if math.isnan(before):
             self.kept.sizes[batch], self.kept.clean[batch] = size, float(clean.sum())
@@ -126,6 +127,12 @@ class Ledger:
     def _save(self) -> None:
         if self._checkpoint:
             self._checkpoint.save(self.kept, self._question)
+
+
+def _size(logits: Tensor) -> float:
+    """The norm of what is finite or infinite in `logits` `[row, position, word]`, a row in float64 at a time."""
+    rows = (row.double() for row in logits)
+    return math.hypot(*(float(torch.where(row.isnan(), 0, row).norm()) for row in rows))
 
 
 def _refuse_others(questions: Sequence[Question]) -> None:

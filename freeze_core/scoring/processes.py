@@ -75,6 +75,9 @@ class Processes:
         """What each process says at the same time, JSON that is an object, in the order of their ranks.
 
         The caller goes on with `raise_failures`, when it has kept what the others did.
+
+        Raises:
+            InterventionError: another process is gone.
         """
         if not self.several:
             return [said]
@@ -83,8 +86,12 @@ class Processes:
             lengths = [int(one) for one in self._gather(torch.tensor([len(own)]))]
             padded = torch.cat([own, own.new_zeros(max(lengths) - len(own))])
             texts = [one[:length] for one, length in zip(self._gather(padded), lengths, strict=True)]
-        except BaseException:
+        except BaseException as error:
             self._over = True  # what the others got of it is not known
+            if isinstance(error, RuntimeError):
+                raise InterventionError(
+                    f"distributed: process {self.rank} cannot reach the others ({error}): see what ended one of them"
+                ) from error
             raise
         return [json.loads(text.numpy().tobytes()) for text in texts]
 

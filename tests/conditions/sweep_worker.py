@@ -6,6 +6,7 @@ Each writes what came of every case into a file of its own in the folder that it
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,16 +124,30 @@ def stopped(rank: int, folder: Path) -> dict[str, Any]:
     return told
 
 
+def left_alone(rank: int) -> str:
+    """What a process is told when the other one ends in the middle of it without a word."""
+
+    def leaves(logits: Tensor) -> Tensor:
+        if rank == 1:
+            os._exit(0)
+        return logits[:, 0, 0]
+
+    return raised(tiny_model("gpt2"), metric=leaves)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     told = {"shared": shared(rank)}
+    file = folder / f"{rank}.json"
     if dist.get_world_size() == 2:
         group = [dist.new_group([one]) for one in range(2)][rank]
         alone = scored(tiny_model("gpt2"), distributed=group, **CASES["last"])
         told |= {"refused": refused(rank), "stopped": stopped(rank, folder), "alone": {"table": table(alone)}}
-    (folder / f"{rank}.json").write_text(json.dumps(told))
+        file.write_text(json.dumps(told))
+        told["left alone"] = left_alone(rank)
+    file.write_text(json.dumps(told))
     dist.destroy_process_group()
 
 

@@ -19,7 +19,7 @@ from plain_freeze import FREEZER, IDS, config_of, frozen_logits, logits, plain_f
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from freeze_core import ExperimentalInterventions, InterventionConfig, UnsupportedModelError
+from freeze_core import ExperimentalInterventions, InterventionConfig, UnsupportedModelError, score_heads
 
 HEADS = ([0], [3], [1, 2])
 """Heads of the first process, of the second, and of both."""
@@ -39,6 +39,7 @@ def main(folders: list[str]) -> None:
             tell(case, frozen_logits(spread, config), unfrozen, wanted.frozen, wanted.bound)
         whole_heads(folder, spread, whole, unfrozen)
         gradients(folder, spread, whole)
+        sweeps(folder, spread, whole)
         refusals(folder, spread)
         if not torch.equal(logits(spread), unfrozen):
             raise AssertionError(f"{folder}: something of a freeze stayed behind")
@@ -74,13 +75,37 @@ def gradients(folder: str, spread: Any, whole: Any) -> None:
     tell(f"{folder} gradient", found[0], found[2], found[1], 1e-4 * float(found[1].abs().max()))
 
 
+def sweeps(folder: str, spread: Any, whole: Any) -> None:
+    """The scores of all heads, each process taking part in every pass."""
+    bound = 2 * plain_freeze(whole, config_of("zero", whole)).bound  # of a difference of two logits
+    asked: dict[str, Any] = {"targets": (5, 7), "circuits": ("qk", "ov", "z"), "progress": False}
+    for positions, scope in product(("last", "all"), ("group", "head")):
+        tables = [
+            torch.stack(
+                [
+                    *score_heads(
+                        model, IDS, "logit_difference", positions=positions, kv_scope=scope, **asked
+                    ).scores.values()
+                ]
+            )
+            for model in (spread, whole)
+        ]
+        tell(f"{folder} sweep {positions} {scope}", tables[0], torch.zeros_like(tables[0]), tables[1], bound)
+
+
 def strength_zero(config: InterventionConfig) -> InterventionConfig:
     """A freeze that leaves everything as it is."""
     return InterventionConfig(config.layer_indices, config.head_indices, strength=0.0)
 
 
 def refusals(folder: str, spread: Any) -> None:
-    """A recording holds all heads, and where a process has its own only there is none."""
+    """A recording holds all heads, and where a process has its own only there is none; passes are not shared out."""
+    with pytest.raises(
+        UnsupportedModelError, match=r"spread over the processes \[0, 1\], which run each pass together"
+    ):
+        score_heads(spread, IDS, "kl", progress=False, distributed=True)
+    with pytest.raises(UnsupportedModelError, match=r"checkpoint: the model is spread over the processes \[0, 1\]"):
+        score_heads(spread, IDS, "kl", progress=False, checkpoint=f"{folder}.sweep")
     if "llama" in folder or "qwen" in folder:
         with pytest.raises(UnsupportedModelError, match="own heads only"):
             FREEZER.record(spread, IDS)

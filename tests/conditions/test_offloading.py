@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from plain_freeze import FREEZER, agrees, config_of, frozen_logits, logits, plain
+from plain_freeze import FREEZER, IDS, agrees, config_of, frozen_logits, logits, plain
 from torch import nn
 
-from freeze_core import FreezeNotInForceError
+from freeze_core import FreezeNotInForceError, score_heads
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
@@ -80,6 +80,28 @@ def test_offloaded_under_the_freeze(name: str, offload: str, tmp_path: Path) -> 
         agrees(logits(model), unfrozen, wanted)
     assert torch.equal(logits(model), unfrozen)
     assert hooks_of(model) == hooks_of(OFFLOADS[offload](tiny_model(name), tmp_path / "again"))
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "falcon_mqa"])
+def test_an_offloaded_model_is_swept_where_it_lies(name: str, offload: str, positions: str, tmp_path: Path) -> None:
+    """The products are those of the plain model, so the scores are its bits; a layer that is left out is not loaded."""
+    asked: dict[str, Any] = {"circuits": ("qk", "ov", "z"), "positions": positions, "progress": False}
+    expected = score_heads(tiny_model(name), IDS, "loss", targets=5, **asked)
+    model = OFFLOADS[offload](tiny_model(name), tmp_path)
+    before, runs = hooks_of(model), list[nn.Module]()
+    first, last = [one for path, one in model.named_modules() if path.endswith("mlp")][::2]
+    for mlp in (first, last):
+        mlp.register_forward_hook(lambda module, args, output: runs.append(module))
+    found = score_heads(model, IDS, "loss", targets=5, **asked)
+    assert found.clean == expected.clean
+    assert all(torch.equal(found.scores[circuit], expected.scores[circuit]) for circuit in asked["circuits"])
+    assert all(float(scores.abs().min()) > 0 for scores in found.scores.values())
+    assert hooks_of(model) == before
+    assert runs.count(first) == 3 + (runs.count(last) - 5) // 3, (
+        "the first of three layers runs in a third of the passes"
+    )
 
 
 @pytest.mark.parametrize("scope", ["group", "head"])

@@ -111,6 +111,10 @@ def test_what_goes_wrong_in_one_process_is_raised_in_both(two: Told, case: str) 
         assert message in each["refused"][case]
 
 
+def test_a_process_that_is_gone_is_waited_for_by_none(two: Told) -> None:
+    assert two[0]["left alone"].startswith("InterventionError: distributed: process 0 cannot reach the others (")
+
+
 @pytest.mark.parametrize("at", ["first", "second"])
 def test_a_shared_sweep_that_was_stopped_goes_on(two: Told, at: str) -> None:
     expected = table(scored(tiny_model("gpt2"), metric=Stops(0), positions="last"))

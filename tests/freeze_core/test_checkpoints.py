@@ -14,6 +14,7 @@ from torch import nn
 from freeze_core import AttentionCircuitFreezer, InterventionError, score_heads
 from freeze_core.scoring.checkpoint import Checkpoint
 from freeze_core.scoring.kept import Kept
+from freeze_core.scoring.ledger import _size
 from pytest_circuitfreeze.models import tiny_model
 
 IDS = torch.arange(14).view(2, 7) * 5 % 97
@@ -77,11 +78,16 @@ def test_what_is_left_alone_is_run(tmp_path):
     model, path = tiny_model("gpt2"), tmp_path / "sweep"
     with pytest.raises(KeyboardInterrupt):
         scored(model, path, Stops(2 * 25 + 1 + 20), positions="last")  # the last of the third batch's third layer
-    runs = []
-    for layer in model.transformer.h:
-        layer.mlp.c_fc.register_forward_hook(lambda module, args, output: runs.append(module))
+    before = done(path)
+    assert 48 + 16 <= before < 72
+    runs, products = [], []
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, args, output: runs.append(1))
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda states: (products.append(tuple(states.shape[:2])), original(states))[1]
     scored(model, path, Stops(), positions="last")
-    assert runs.count(model.transformer.h[0].mlp.c_fc) == 3 + 2  # the clean passes; two that look at the last batch
+    assert len(runs) == 3 + 2  # the clean passes; two that look at the last batch
+    # Clean, clean, clean, two to find out, and the passes of a layer, those that are left out as zeros.
+    assert products == [(2, 7), (1, 5), (2, 7), (4, 1), (16, 1)]
 
 
 def test_a_sweep_is_kept_from_time_to_time(tmp_path, monkeypatch):
@@ -215,6 +221,13 @@ def test_other_versions_and_what_the_weights_do_not_tell_are_refused(begun, tmp_
         scored(model, begun)
 
 
+def test_the_norm_of_clean_logits_that_are_nowhere_finite_is_a_number():
+    logits = torch.tensor([[[3.0, torch.nan]], [[4.0, 0.0]]])
+    assert _size(logits) == 5.0
+    logits[0, 0, 0] = torch.inf
+    assert _size(logits.bfloat16()) == torch.inf
+
+
 def altered(begun, how):
     raw = begun.read_bytes()
     return {"cut": raw[:-9], "empty": b"", "no safetensors": b"\x80\x04pickle", "header": raw[:12] + b"x" + raw[13:]}[
@@ -267,6 +280,8 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypat
     kept.add([(0, 1, 2.0)])
 
     def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:9])
         raise OSError("no space left")
 
     monkeypatch.setattr(type(path), "write_bytes", full)

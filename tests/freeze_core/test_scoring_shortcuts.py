@@ -230,6 +230,18 @@ def test_a_compiled_model_is_run_whole():
     assert len(seen[0]) == 2 * (1 + 12) + 1
 
 
+def test_generators_of_an_offloaded_model_are_those_of_all_devices(monkeypatch):
+    """Its parameters do not tell where they will be loaded."""
+    put = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put.update({str(device): int(state)}))
+    assert len(Generators(torch.nn.Linear(1, 1)).states()) == 1
+    generators = Generators(torch.nn.Linear(1, 1, device="meta"))
+    generators.put(generators.states())
+    assert put == {"cuda:0": 0, "cuda:1": 1}
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("when", [1, 2, 9])
 def test_the_model_is_what_it_was_whatever_is_raised(when, training):
