@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save
+from torch import Tensor
 
 from freeze_core.errors import InterventionError, shown
+from freeze_core.files import read_file, write_file
 from freeze_core.scoring.kept import Kept
 from freeze_core.scoring.question import Question, differing
 
@@ -26,7 +26,7 @@ INSTEAD = "give the path of a checkpoint of this sweep, or of no file yet"
 
 
 class Checkpoint:
-    """A safetensors file, so that no pickle is ever read; written whole or not at all.
+    """A file of tensors and facts, written whole or not at all.
 
     Args:
         path: the file; it need not be there yet.
@@ -52,24 +52,15 @@ class Checkpoint:
         kept = Kept.nothing(batches, interventions)
         if not self.path.exists():
             return kept
-        try:
-            with safe_open(self.path, "pt") as file:
-                facts = file.metadata() or {}
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except Exception as error:
-            raise self._refusal(f"cannot be read as safetensors ({error})") from error
-        if facts.get("format") != FORMAT:
-            raise self._refusal(f"format {facts.get('format')!r}, must be {FORMAT!r}")
+        found, facts = read_file(self.path, FORMAT, "checkpoint")
         try:
             asked = json.loads(facts["question"])
         except (KeyError, ValueError) as error:
             raise self._refusal(f"does not say what it is of ({error!r})") from error
         if asked != question:
             raise self._refusal(f"of another sweep; what differs, there and here: {differing(asked, question)}")
-        if {name: (one.shape, one.dtype) for name, one in found.items()} != {
-            name: (one.shape, one.dtype) for name, one in kept.tensors().items()
-        }:
-            raise self._refusal(f"holds { ({name: list(one.shape) for name, one in found.items()}) }")
+        if _shapes(found) != _shapes(kept.tensors()):
+            raise self._refusal(f"holds {_shapes(found)}, must be {_shapes(kept.tensors())}")
         return Kept(**found)
 
     def save_if_due(self, kept: Kept, question: Question) -> None:
@@ -83,16 +74,15 @@ class Checkpoint:
         Raises:
             InterventionError: it cannot be written; the one before is still there.
         """
-        facts = {"format": FORMAT, "question": json.dumps(question)}
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            beside.write_bytes(save(kept.tensors(), facts))
-            beside.replace(self.path)
+            write_file(self.path, FORMAT, kept.tensors(), {"question": json.dumps(question)})
         except OSError as error:
             raise self._refusal(f"cannot be written ({error})") from error
-        finally:
-            beside.unlink(missing_ok=True)
         self._written = time.monotonic()
 
     def _refusal(self, reason: str) -> InterventionError:
-        return InterventionError(f"checkpoint={shown(str(self.path))}: {reason}; {INSTEAD}")
+        return InterventionError(f"checkpoint of {self.path}: {reason}; {INSTEAD}")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{one.dtype} {list(one.shape)}" for name, one in sorted(tensors.items())}
