@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from freeze_core.activations import Recording
 from freeze_core.attention.sites import find_sites
@@ -23,6 +22,9 @@ from freeze_core.scoring.processes import Processes, refuse_spread
 from freeze_core.scoring.scores import HeadScores
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import CircuitType, FreezeType, KVScope
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["score_heads"]
 
@@ -130,8 +132,9 @@ def score_heads(
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Of the model's parameters the first device that is not the CPU, if there is one."""
-    return next((one.device for one in model.parameters() if one.is_cuda), torch.device("cpu"))
+    """Where a model's parameters are, or are loaded to: what processes that use nccl exchange must be there."""
+    current = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return next((one.device for one in model.parameters() if one.is_cuda), current)
 
 
 def _circuits(circuits: object) -> list[str]:

@@ -42,9 +42,10 @@ class Processes:
         self._over = distributed is False  # nobody listens
         if distributed is False:
             return
-        if distributed is not True and not isinstance(distributed, dist.ProcessGroup):
+        available = dist.is_available()  # not so in every build of torch
+        if distributed is not True and not (available and isinstance(distributed, dist.ProcessGroup)):
             raise InterventionError(f"distributed={shown(distributed)}: must be True, False or a process group")
-        if not dist.is_initialized():
+        if not available or not dist.is_initialized():
             raise InterventionError(
                 "distributed=True: there is no process group; start the script by torchrun or accelerate launch and "
                 "call torch.distributed.init_process_group() first"

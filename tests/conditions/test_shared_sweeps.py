@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sweep_worker import BATCHES, CASES, MODELS, Stops, scored, table
+from torch import nn
 
-from freeze_core import InterventionError
+from freeze_core import InterventionError, UnsupportedModelError
+from freeze_core.scoring.processes import refuse_spread
 from pytest_circuitfreeze.models import tiny_model
 
 WORKER = Path(__file__).with_name("sweep_worker.py")
@@ -132,6 +136,16 @@ def test_a_shared_sweep_that_was_stopped_goes_on(two: Told, at: str) -> None:
 def test_a_group_of_one_process_sweeps_alone(two: Told) -> None:
     expected = table(scored(tiny_model("gpt2"), **CASES["last"]))
     assert all(each["alone"]["table"] == expected for each in two)
+
+
+@pytest.mark.parametrize(("ranks", "fine"), [([0, 1], False), ([1, 2, 3], False), ([0, 2], True), ([1], True)])
+def test_copies_that_are_spread_over_processes_share_passes_among_one_of_each(ranks: list[int], fine: bool) -> None:
+    mesh = SimpleNamespace(size=lambda: 2, mesh=torch.tensor([[1, 2]]) if ranks == [1, 2, 3] else torch.tensor([0, 1]))
+    model = nn.Linear(1, 1)
+    model.weight.device_mesh = mesh  # type: ignore[assignment]
+    processes: Any = SimpleNamespace(several=len(ranks) > 1, ranks=ranks)
+    with nullcontext() if fine else pytest.raises(UnsupportedModelError, match="cannot share the passes out"):
+        refuse_spread(model, processes, checkpoint=False)
 
 
 @pytest.mark.parametrize("distributed", [True, 2, "gloo", None])
