@@ -70,7 +70,7 @@ def exact(
     processes = processes or Processes(False)
     generators = Generators(model)
     compared = checkpoint is not None or processes.several
-    question = question_of(model, batches, metric, wanted, generators) if compared else {}
+    question = question_of(model, batches, metric, wanted) if compared else {}
     count = sum(map(len, wanted.values()))
     ledger = Ledger(processes, checkpoint, question, len(batches), count)
     bar = tqdm(
@@ -103,7 +103,7 @@ def _sweep(
     left = {layer: ledger.left(number, indices) for layer, indices in numbered.items()}
     with passes.running(any(left.values())):
         clean = metric.rows(number, passes.batch, passes.clean, passes.clean, "unfrozen")
-        ledger.start(number, clean, passes.clean)
+        ledger.start(number, clean, passes)
         for turn, (layer, several) in enumerate(wanted.items()):
             if not left[layer]:
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -30,3 +32,10 @@ class Generators:
     def drew(self, before: list[Tensor]) -> bool:
         """Whether anything was drawn since `before`."""
         return not all(torch.equal(one, other) for one, other in zip(before, self.states(), strict=True))
+
+    def drawn(self, before: list[Tensor]) -> float:
+        """What was drawn since `before`, as a number: 0 if nothing was, else a hash of `before`, a whole number."""
+        if not self.drew(before):
+            return 0.0
+        digest = hashlib.sha256(b"".join(state.cpu().numpy().tobytes() for state in before))
+        return float(int.from_bytes(digest.digest()[:6], "big") + 1)

@@ -26,17 +26,19 @@ class Kept:
         changes: `[batch, intervention]`, the metric frozen minus clean.
         clean: `[batch]`, the metric of the clean pass.
         sizes: `[batch]`, the norm of the clean logits, by which another pass over the same batch is told.
+        drawn: `[batch]`, what the clean pass drew, see `Generators.drawn`.
     """
 
     changes: Tensor
     clean: Tensor
     sizes: Tensor
+    drawn: Tensor
 
     @classmethod
     def nothing(cls, batches: int, interventions: int) -> Kept:
         """Nothing done yet."""
-        sizes = ((batches, interventions), (batches,), (batches,))
-        return cls(*(torch.full(size, torch.nan, dtype=torch.float64) for size in sizes))
+        shapes = ((batches, interventions), *[(batches,)] * 3)
+        return cls(*(torch.full(shape, torch.nan, dtype=torch.float64) for shape in shapes))
 
     @classmethod
     def told(cls, lists: dict[str, Any]) -> Kept:

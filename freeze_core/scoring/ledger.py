@@ -13,6 +13,7 @@ from torch import Tensor
 from freeze_core.errors import InterventionError
 from freeze_core.scoring.checkpoint import Checkpoint
 from freeze_core.scoring.kept import Change, Kept
+from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.processes import Processes
 from freeze_core.scoring.question import Question, differing
 
@@ -20,6 +21,11 @@ __all__ = ["Ledger"]
 
 ROUNDING = 16
 """How many times the rounding of a number two clean passes may differ by: other products on another machine."""
+
+OTHER_DRAWS = (
+    "the passes over batch {batch} draw (dropout) from other states of torch's generators: call torch.manual_seed with "
+    "the same seed"
+)
 
 
 class Ledger:
@@ -60,21 +66,26 @@ class Ledger:
         """Those that this process is to do."""
         return self._processes.share(left, turn)
 
-    def start(self, batch: int, clean: Tensor, logits: Tensor) -> None:
-        """Keeps what the clean pass gave: the metric `[row]` of the logits.
+    def start(self, batch: int, clean: Tensor, passes: Passes) -> None:
+        """Keeps the metric `[row]` of the clean pass, and by what another clean pass is told from it.
 
         Raises:
             InterventionError: what is kept of this batch is from another clean pass.
         """
-        size = _size(logits) if self._question else 0.0
-        before = float(self.kept.sizes[batch])
-        self._bound = ROUNDING * torch.finfo(logits.dtype).eps
+        if not self._question:
+            self.kept.clean[batch] = float(clean.sum())
+            return
+        size, before = _size(passes.clean), float(self.kept.sizes[batch])
+        self._bound = ROUNDING * torch.finfo(passes.clean.dtype).eps
         if math.isnan(before):
-            self.kept.sizes[batch], self.kept.clean[batch] = size, float(clean.sum())
+            self.kept.sizes[batch], self.kept.drawn[batch] = size, passes.drawn
+            self.kept.clean[batch] = float(clean.sum())
+        elif passes.drawn != self.kept.drawn[batch]:
+            raise InterventionError(f"checkpoint: {OTHER_DRAWS.format(batch=batch)} as when it was begun")
         elif not self._same(size, before):
             raise InterventionError(
                 f"checkpoint: the clean logits of batch {batch} have norm {size:.9g}, and had {before:.9g} when it was "
-                "written: something about the model (hooks, adapters) is another; put it back, or give another path"
+                "begun: something about the model (hooks, adapters) is another; put it back, or give another path"
             )
 
     def add(self, batch: int, intervention: int, change: float) -> None:
@@ -91,18 +102,24 @@ class Ledger:
             InterventionError: another one failed, or its clean pass gave something else.
         """
         own = len(self._unsaid)
-        clean, size = float(self.kept.clean[batch]), float(self.kept.sizes[batch])
-        heard = self._processes.exchange({"changes": self._unsaid, "clean": clean, "size": size})
+        clean = {name: float(values[batch]) for name, values in self.kept.tensors().items() if name != "changes"}
+        heard = self._processes.exchange({"changes": self._unsaid, **clean})
         found = self._hear(heard)
         self._processes.raise_failures(heard)
-        sizes = [said["size"] for said in heard]
+        if self._processes.several:
+            self._compare(batch, heard)
+            self.kept.clean[batch] = heard[0]["clean"]
+        return found - own
+
+    def _compare(self, batch: int, heard: Sequence[Any]) -> None:
+        if any(said["drawn"] != heard[0]["drawn"] for said in heard):
+            raise InterventionError(f"distributed: {OTHER_DRAWS.format(batch=batch)} in every process")
+        sizes = [said["sizes"] for said in heard]
         if not all(self._same(one, sizes[0]) for one in sizes):
             raise InterventionError(
                 f"distributed: the clean logits of batch {batch} have another norm in each process, {sizes}: give all "
                 "of them the same model (hooks and adapters, too)"
             )
-        self.kept.clean[batch] = heard[0]["clean"]
-        return found - own
 
     @contextmanager
     def open(self) -> Iterator[None]:

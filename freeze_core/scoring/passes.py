@@ -27,6 +27,7 @@ class Passes:
 
     Args:
         batch: the batch.
+        drawn: what the clean pass drew, see `Generators.drawn`.
         clean: the logits of the unfrozen model at the batch's positions `[row, position, word]`.
     """
 
@@ -38,6 +39,7 @@ class Passes:
         self._start = generators.states()
         self._layers: CachedLayers | None = None
         self._tail: Tail | None = None
+        self.drawn = 0.0
         self.clean = torch.empty(0)
 
     @contextmanager
@@ -57,6 +59,7 @@ class Passes:
                 stack.enter_context(tail.attached())
             with cached.recording():
                 self.clean = self._at_positions(self._logits())
+            self.drawn = self._generators.drawn(self._start)
             stack.callback(self._generators.put, self._generators.states())
             if layers and others:
                 self._shorten(cached, tail)

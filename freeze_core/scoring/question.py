@@ -15,7 +15,6 @@ from freeze_core.scoring.batches import Batch
 
 if TYPE_CHECKING:
     from freeze_core.scoring.exact import Intervention
-    from freeze_core.scoring.generators import Generators
     from freeze_core.scoring.metrics import Metric
 
 __all__ = ["Question", "differing", "question_of"]
@@ -31,7 +30,6 @@ def question_of(
     batches: Sequence[Batch],
     metric: Metric,
     wanted: Mapping[int, Sequence[Intervention]],
-    generators: Generators,
 ) -> Question:
     """What decides the table of an exact sweep."""
     return {
@@ -40,7 +38,6 @@ def question_of(
         "model's config": _hashed(_config(model)),
         "model's parameters": _parameters(model),
         "training mode": _hashed([module.training for module in model.modules()]),
-        "states of torch's generators": _generators(model, generators),
         "metric": metric.qualified_name,
         "targets": _hashed(metric.targets),
         "inputs": _hashed([batch.given for batch in batches]),
@@ -74,11 +71,6 @@ def _type_name(value: object) -> str:
 def _parameters(model: nn.Module) -> str:
     """A hash of all parameters and buffers; of those whose values are not here, of their shapes."""
     return _hashed([*model.named_parameters(), *model.named_buffers()])
-
-
-def _generators(model: nn.Module, generators: Generators) -> str:
-    """A hash of the states that a model in training draws its dropout from."""
-    return _hashed(generators.states()) if any(module.training for module in model.modules()) else "not drawn from"
 
 
 def _freeze(one: Intervention) -> tuple[object, ...]:

@@ -92,6 +92,15 @@ def shared(rank: int) -> dict[str, Any]:
     return told
 
 
+def drawing() -> nn.Module:
+    """A model in training, which draws dropout from generators that were seeded by nobody."""
+    model = tiny_model("gpt2").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    return model
+
+
 def refused(rank: int) -> dict[str, str]:
     model, other = tiny_model("gpt2"), tiny_model("gpt2")
     with torch.no_grad():
@@ -102,6 +111,7 @@ def refused(rank: int) -> dict[str, str]:
         "inputs": (model, {"inputs": IDS + rank}),
         "model": (other, {}),
         "hooks": (noisy, {}),
+        "draws": (drawing(), {}),
         "metric": (model, {"metric": ("kl", "loss")[rank]}),
         "argument": (model, {"strength": 1.0 + rank}),
         "method": (model, {"method": ("exact", "guess")[rank]}),

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain_freeze import FREEZER, agrees, config_of, frozen_logits, logits, plain_freeze
+from plain_freeze import FREEZER, IDS, agrees, config_of, frozen_logits, logits, plain_freeze
 from torch import Tensor, nn
 
-from freeze_core import FreezeNotInForceError
+from freeze_core import FreezeNotInForceError, InterventionError, score_heads
 from pytest_circuitfreeze.models import tiny_model
 
 Scheme = tuple[Callable[[Any], Any], Callable[[nn.Module], Tensor]]
@@ -117,3 +118,21 @@ def test_quantised_under_a_freeze(scheme: str) -> None:
             with pytest.raises(FreezeNotInForceError, match=r"q_proj|ran without"):
                 logits(model)
     assert torch.equal(logits(model), logits(wanted))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_checkpoint_is_of_the_quantised_values(scheme: str, tmp_path: Path) -> None:
+    quantise, _ = SCHEMES[scheme]()
+    asked: dict[str, Any] = {"progress": False, "checkpoint": tmp_path / "sweep"}
+    found = score_heads(quantise(tiny_model("llama_gqa")), IDS, "loss", **asked)
+    again = score_heads(quantise(tiny_model("llama_gqa")), IDS, "loss", **asked)
+    assert torch.equal(found.scores["qk"], again.scores["qk"])
+    other = tiny_model("llama_gqa")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    told = (
+        "the clean logits" if "nf4" in scheme else "there and here: model's parameters"
+    )  # whose scales are in neither
+    with pytest.raises(InterventionError, match=told):
+        score_heads(quantise(other), IDS, "loss", **asked)

@@ -100,6 +100,7 @@ REFUSALS = {
     "inputs": ["process 0 and process 1: inputs (", "process 0 and process 1: inputs ("],
     "model": ["process 0 and process 1: model's parameters (", "process 0 and process 1: model's parameters ("],
     "hooks": ["the clean logits of batch 0 have another norm in each", "the clean logits of batch 0 have another norm"],
+    "draws": ["distributed: the passes over batch 0 draw (dropout) from other states of torch's generators"] * 2,
     "metric": ["process 0 and process 1: metric (kl, and loss)", "process 0 and process 1: metric (kl, and loss)"],
     "argument": ["given up, process 1: InterventionError: strength=2.0", "InterventionError: strength=2.0"],
     "method": ["given up, process 1: InterventionError: method='guess'", "InterventionError: method='guess'"],
