@@ -93,7 +93,7 @@ def shared(rank: int) -> dict[str, Any]:
 
 
 def drawing() -> nn.Module:
-    """A model in training, which draws dropout from generators that were seeded by nobody."""
+    """A model in training, which draws dropout."""
     model = tiny_model("gpt2").train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -119,6 +119,7 @@ def refused(rank: int) -> dict[str, str]:
         "memory": (model, {"metric": Stops(0, torch.OutOfMemoryError)}),
         "wrapped": (nn.parallel.DistributedDataParallel(tiny_model("gpt2")), {}),
     }
+    torch.manual_seed(rank)
     return {name: raised(model, **{"metric": "kl", **fields}) for name, (model, fields) in cases.items()}
 
 
