@@ -50,13 +50,17 @@ class Metric:
         Raises:
             InterventionError: it gives something other than one number a row.
         """
+        return self.values(number, batch, logits, clean, what).detach()
+
+    def values(self, number: int, batch: Batch, logits: Tensor, clean: Tensor, what: str) -> Tensor:
+        """The same with its gradient, as far as the metric has one."""
         value = torch.as_tensor(self._compute(logits, Situation(batch, self.targets[number], clean)))
         if value.shape != (batch.rows,) or value.is_complex():
             raise InterventionError(
                 f"metric={self.name} gave {value.dtype} {list(value.shape)} for logits {list(logits.shape)}: must be "
                 f"one number a row, [{batch.rows}]"
             )
-        rows = value.detach().to("cpu", torch.float64)
+        rows = value.to("cpu", torch.float64)
         if bool(rows.isnan().any()):
             raise InterventionError(f"metric={self.name} is nan in batch {number}, {what}: there is nothing to score")
         return rows

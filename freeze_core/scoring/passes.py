@@ -65,6 +65,11 @@ class Passes:
                 self._shorten(cached, tail)
             yield
 
+    def whole(self, freezes: Sequence[LayerFreeze] = ()) -> Tensor:
+        """The logits at the positions `[row, position, word]` of a whole pass under `freezes`, of any layers."""
+        with install([(self._sites, freezes)]):
+            return self._at_positions(self._logits())
+
     def frozen(self, layer: int, freezes: Sequence[LayerFreeze], wanted: Collection[int]) -> Iterator[Tensor]:
         """The logits at the positions `[row, position, word]` under freezes of one layer, in turn.
 

@@ -197,8 +197,10 @@ def test_a_frame_has_a_row_for_each_score(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "pandas", Pandas)
     assert HeadScores(scores, 0.0, "kl", "exact", 1).to_frame() is made
-    assert made["columns"] == ["circuit", "layer", "head", "score"]
-    assert made["rows"] == [("qk", 0, 0, 1.0), ("qk", 1, 0, 2.0), ("qk", 1, 1, 3.0)]
+    assert made["columns"] == ["circuit", "layer", "head", "score", "exact"]
+    assert made["rows"] == [("qk", 0, 0, 1.0, True), ("qk", 1, 0, 2.0, True), ("qk", 1, 1, 3.0, True)]
+    HeadScores(scores, 0.0, "loss", "screened", 1, {"qk": scores["qk"] > 2.5}).to_frame()
+    assert [row[-1] for row in made["rows"]] == [False, False, True]
 
 
 def test_a_frame_without_pandas_says_what_to_install(monkeypatch):
