@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.suites.contenders import twin
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -34,14 +34,15 @@ freezes = pytest.mark.parametrize("freeze", FREEZES)
 def bench_frozen_forward(
     benchmark: BenchmarkFixture, circuit_engine: Engine, circuit_model: PreTrainedModel, freeze: str
 ) -> None:
-    """A frozen forward without gradients; before each one, unmeasured by the benchmark, a plain one of a copy.
+    """A frozen forward without gradients; before each one, unmeasured by the benchmark, a plain one of a twin
+    that has the same weights.
 
     The two alternate in one process, so that what disturbs the one disturbs the other. `extra_info` has the plain
     median in seconds and the median of the pairs' ratios.
     """
     config = _config(freeze)
     batch = _batch(circuit_model)
-    plain_model = copy.deepcopy(circuit_model)
+    plain_model = twin(circuit_model)
     plain: list[float] = []
     frozen: list[float] = []
 

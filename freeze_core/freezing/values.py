@@ -60,8 +60,10 @@ class NoiseTable:
         self._key = (abs(seed), int(seed < 0), *place)
         self._shape = (heads, features)
         self._rows = torch.empty(0, heads, features)
-        self._name = " ".join(map(hex, key))
-        _TABLES[self._name, heads, features] = self
+        name = " ".join(map(hex, key))
+        # As a tensor: a compiled pass takes another one as it takes another mask, where another text is another graph.
+        self._name = torch.tensor(list(name.encode()), dtype=torch.uint8, device="cpu")
+        _TABLES[name, heads, features] = self
 
     def columns(self, start: int, count: int, like: Tensor) -> Tensor:
         """Draws `[count, heads, features]` of columns `start` to `start + count`, on the device of `like`."""
@@ -84,15 +86,16 @@ _TABLES: WeakValueDictionary[tuple[str, int, int], NoiseTable] = WeakValueDictio
 
 
 @torch.library.custom_op("circuitfreeze::normals", mutates_args=())
-def _traced_columns(key: str, heads: int, features: int, start: int, count: int) -> Tensor:
+def _traced_columns(name: Tensor, heads: int, features: int, start: int, count: int) -> Tensor:
     """Columns of a table, in float64 on the CPU, as a step that a compiled pass takes without looking inside."""
+    key = bytes(name.tolist()).decode()
     numbers = tuple(int(part, 16) for part in key.split())
     table = _TABLES.get((key, heads, features)) or NoiseTable(numbers, heads, features)
     return table.columns(start, count, torch.empty(0, dtype=torch.float64)).clone()
 
 
 @_traced_columns.register_fake
-def _(key: str, heads: int, features: int, start: int, count: int) -> Tensor:
+def _(name: Tensor, heads: int, features: int, start: int, count: int) -> Tensor:
     return torch.empty(count, heads, features, dtype=torch.float64)
 
 

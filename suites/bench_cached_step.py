@@ -1,0 +1,37 @@
+"""A frozen step of cached decoding beside a plain one, by the engine, by hand, and by each installed peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import process_time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from torch import Tensor
+
+from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.suites.paired import Call
+from pytest_circuitfreeze.suites.side_by_side import circuits, side_by_side, sizes
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+
+@pytest.mark.benchmark(group="cached step", timer=process_time)
+@circuits
+@sizes
+def bench_cached_step(benchmark: BenchmarkFixture, circuit_engine: Engine, size: str, circuit: str) -> None:
+    """One token after a prompt whose keys and values are cached; the cache is cut back after each."""
+    side_by_side(benchmark, circuit_engine, size, circuit, cached_step)
+
+
+def cached_step(call: Callable[..., Any], prompt: Tensor) -> Call:
+    """A call that runs one token more, always the same."""
+    kept = call(input_ids=prompt, use_cache=True).past_key_values
+    token = prompt[:, :1]
+
+    def step() -> None:
+        call(input_ids=token, past_key_values=kept, use_cache=True)
+        kept.crop(-1)
+
+    return step

@@ -1,0 +1,75 @@
+"""A frozen call beside plain ones, by the engine, by hand, and by each installed peer.
+
+On the CPU, on one thread, without gradients, heads 1 and 2 of every layer at zero. Ratios of CPU time to plain calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from freeze_core import InterventionConfig
+from pytest_circuitfreeze.engines import Engine
+from pytest_circuitfreeze.suites.contenders import BY_HAND, Freeze, check_all_freeze_alike, contenders
+from pytest_circuitfreeze.suites.paired import Call, Pairs, one_thread
+from pytest_circuitfreeze.suites.sizes import SIZES, ids
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+HEADS = [1, 2]
+AT_MOST = 1.01
+"""What a freeze may cost where the model's own products are the cost."""
+
+built = cache(lambda size: SIZES[size][0]())
+sizes = pytest.mark.parametrize("size", SIZES)
+circuits = pytest.mark.parametrize("circuit", ["qk", "ov"])
+
+
+def side_by_side(
+    benchmark: BenchmarkFixture,
+    engine: Engine,
+    size: str,
+    circuit: str,
+    workload: Callable[[Callable[..., Any], Tensor], Call],
+) -> None:
+    """Measures `workload` for each contender, and puts ratios, target and what is missing on record."""
+    model: PreTrainedModel = built(size)
+    _, tokens, rounds = SIZES[size]
+    prompt = ids(model, tokens)
+    freezes, missing = contenders(engine, model, InterventionConfig(head_indices=HEADS, circuit=circuit))
+
+    @contextmanager
+    def frozen(freeze: Freeze) -> Iterator[Call]:
+        with freeze() as call:
+            yield workload(call, prompt)
+
+    with one_thread(), torch.no_grad():
+        for name in [name for name in freezes if name not in (engine.name, *BY_HAND)]:
+            try:
+                with frozen(freezes[name]) as call:
+                    call()
+            except Exception as error:  # whatever a peer's library fails with is told in its place
+                missing[name] = f"{type(error).__name__}: {error}"
+                del freezes[name]
+        check_all_freeze_alike(freezes, model, prompt)
+        pairs = Pairs(workload(model, prompt), {name: partial(frozen, freeze) for name, freeze in freezes.items()})
+        with frozen(freezes[engine.name]) as own:
+            pass
+        benchmark.pedantic(own, setup=pairs.round, rounds=rounds)  # type: ignore[no-untyped-call]
+    ratios = pairs.spreads()
+    best = min(ratios[name]["median"] for name in BY_HAND)
+    benchmark.extra_info.update(
+        row=f"{size}, {circuit}, {tokens} tokens",
+        engine=engine.name,
+        ratios=ratios,
+        target=best if size == "tiny" else AT_MOST,
+        missing=missing,
+    )

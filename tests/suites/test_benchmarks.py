@@ -1,0 +1,76 @@
+"""What the benchmarks measure by: pairs of calls, and hooks by hand that freeze what they are compared with."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import pytest
+import torch
+
+from freeze_core import InterventionConfig
+from pytest_circuitfreeze.engines import FreezeCore
+from pytest_circuitfreeze.models import tiny_model
+from pytest_circuitfreeze.suites.contenders import check_all_freeze_alike, contenders, stretches, twin
+from pytest_circuitfreeze.suites.paired import Pairs, spread
+
+IDS = torch.arange(12).view(1, 12)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "falcon_mqa"])
+@pytest.mark.parametrize("circuit", ["qk", "ov"])
+def test_hooks_by_hand_freeze_what_the_engine_does(name: str, circuit: str) -> None:
+    model = tiny_model(name)
+    freezes, _ = contenders(FreezeCore(), model, InterventionConfig(head_indices=[1, 2], circuit=circuit))
+    with torch.no_grad():
+        check_all_freeze_alike({each: freezes[each] for each in list(freezes)[:3]}, model, IDS)
+
+
+def test_a_contender_that_freezes_nothing_is_told() -> None:
+    model = tiny_model("gpt2")
+    freezes, _ = contenders(FreezeCore(), model, InterventionConfig(head_indices=[1, 2], circuit="qk"))
+    with torch.no_grad(), pytest.raises(AssertionError, match=r"^idle: logits off by"):
+        check_all_freeze_alike({**freezes, "idle": lambda: nullcontext(model)}, model, IDS)
+
+
+def test_a_call_that_does_twice_the_work_costs_twice() -> None:
+    values = torch.rand(200, 200)
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            values @ values
+
+    pairs = Pairs(partial(work, 2), {"twice": lambda: nullcontext(partial(work, 4))})
+    for _ in range(9):
+        pairs.round()
+    found = pairs.spreads()
+    assert 0.7 < found["plain"]["median"] < 1.4
+    assert 1.4 < found["twice"]["median"] < 2.8
+    assert found["twice"]["n"] == 9
+
+
+def test_plain_calls_are_made_outside_of_the_freeze() -> None:
+    on, seen = [], []
+
+    @contextmanager
+    def frozen():
+        on.append(True)
+        yield lambda: None
+        on.pop()
+
+    pairs = Pairs(lambda: seen.append(bool(on)), {"frozen": frozen})
+    pairs.round()
+    assert seen
+    assert not any(seen)
+
+
+def test_a_spread_and_stretches_by_hand() -> None:
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": 2.5, "n": 3}
+    assert stretches([4, 0, 1, 2, 7, 8]) == [(0, 3), (4, 5), (7, 9)]
+
+
+def test_a_twin_shares_all_weights_and_no_module() -> None:
+    model = tiny_model("gpt2")
+    other = twin(model)
+    assert all(one is two for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    assert not {*model.modules()} & {*other.modules()}
