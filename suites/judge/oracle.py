@@ -217,9 +217,9 @@ def _frozen(
 
 
 def blend(x: Tensor, r: Tensor, config: InterventionConfig, touch: Nudge | Exact) -> Tensor:
-    """`x + strength * (r - x)`, with the gradient that the config's estimator has."""
+    """`x + strength * (r - x)`, with the gradient that the config's estimator has: 0 at strength 1, even of nan."""
     strength = config.strength
-    value = x + strength * touch(r - x, 2) if strength < 1 else r + 0 * x
+    value = x + strength * touch(r - x, 2) if strength < 1 else torch.where(x.new_tensor(True, dtype=torch.bool), r, x)
     return value.detach() + (x - x.detach()) if str(config.backward_mode) == "ste" else value
 
 

@@ -51,6 +51,7 @@ class Replay:
         configs: in install order, the later one winning where they meet.
         material: what replacements are made of.
         rounding: run the model off by rounding, for a bound.
+        spoiled: let nan arrive in the place of each gradient that is not 0: what is 0 all the same is so by the freeze.
     """
 
     model: PreTrainedModel
@@ -60,6 +61,7 @@ class Replay:
     configs: Sequence[InterventionConfig]
     material: Material
     rounding: bool = False
+    spoiled: bool = False
 
     def values(self) -> tuple[Tensor, Tensor | None]:
         """z `[batch, token, head, feature]` and, under eager attention, the pattern `[batch, head, query, key]`."""
@@ -80,6 +82,8 @@ class Replay:
             arrived = self.seen.answer.grad if self.seen.answer is not None else None
             if arrived is None:
                 raise CannotJudge(f"no gradient reached the attention of layer {self.site.layer}")
+            if self.spoiled:
+                arrived = arrived.where(arrived == 0, torch.nan)
             total = (self._touch()(arrived, arrived.shape[-1]) * answer).sum()
             elsewhere = tied(self.model if not self.rounding else nudged(self.model))
             own = {name: one for name, one in module.named_parameters() if one.requires_grad and one not in elsewhere}
