@@ -93,7 +93,8 @@ def _mask_keeper(module: nn.Module, seen: list[Mapping[str, list[Any]]]) -> Call
     arguments = Arguments(partial(type(module).forward, module), *MASKS)
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append({name: arguments.given(name, args, kwargs) for name in MASKS})
+        named = arguments.named(args, kwargs)
+        seen.append({name: arguments.given(name, named) for name in MASKS})
 
     return keep
 

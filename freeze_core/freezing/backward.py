@@ -30,8 +30,10 @@ def blend(x: Tensor, frozen: Tensor, mask: Tensor, r: Tensor, strength: float, m
     """
     if r.dtype != x.dtype:
         r = r.to(x.dtype)
+    if strength != 1:
+        r = x.lerp(r.to(x.device), strength)
     # Chosen, not multiplied: a product with 0 would keep inf and nan alive.
-    result = torch.where(mask, r if strength == 1 else x.lerp(r.to(x.device), strength), frozen)
+    result = torch.where(mask, r, frozen)
     return straight_through(frozen, result) if mode == BackwardMode.STE else result
 
 

@@ -39,19 +39,16 @@ class Edit:
     def __init__(self, treatment: Treatment, mask: Tensor, places: Sequence[Place], noise: Mapping[Role, NoiseTable]):
         self.treatment = treatment
         self.mask = mask
+        self.spares_the_circuit = treatment.backward_mode == BackwardMode.CIRCUIT_STE
+        """Whether gradients are to flow as if this edit had not been made."""
+        self._zeroes = treatment.freeze_type == FreezeType.ZERO
         self._places = places
         self._noise = noise
-
-    @property
-    def spares_the_circuit(self) -> bool:
-        """Whether gradients are to flow as if this edit had not been made."""
-        return self.treatment.backward_mode == BackwardMode.CIRCUIT_STE
 
     def apply(self, x: Tensor, frozen: Tensor, running: Pass | None) -> Tensor:
         """`frozen` with this edit made; `x` is the activation before any, both `[batch, token, feature]`."""
         mask = self.mask if self.mask.device == x.device else self.mask.to(x.device)
-        zero = self.treatment.freeze_type == FreezeType.ZERO
-        r = ZERO if zero else self._replacement(x.detach(), running)
+        r = ZERO if self._zeroes else self._replacement(x.detach(), running)
         return blend(x, frozen, mask, r, self.treatment.strength, self.treatment.backward_mode)
 
     def _replacement(self, x: Tensor, running: Pass | None) -> Tensor:

@@ -8,7 +8,7 @@ prompts of its own before the tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,20 +20,22 @@ __all__ = ["Arguments", "Composite", "prompt_of", "told"]
 
 
 class Arguments:
-    """Finds arguments of a forward by name, whether they are given by name or by position."""
+    """Finds arguments of a forward by their `names`, whether they are given by name or by position."""
 
     def __init__(self, forward: Any, *names: str) -> None:
         parameters = list(inspect.signature(forward).parameters)
         self._places = {name: parameters.index(name) for name in names if name in parameters}
 
-    def find(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The argument called `name`, `None` where it is not given."""
-        place = self._places.get(name, len(args))
-        return args[place] if place < len(args) else kwargs.get(name)
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What is given, by name: what was given by name, and of the rest what is looked for."""
+        if not args:
+            return kwargs
+        placed = {name: args[place] for name, place in self._places.items() if place < len(args)}
+        return {**kwargs, **placed}
 
-    def given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The same as a list of one; of none where the forward takes no such argument."""
-        return [self.find(name, args, kwargs)] if name in self._places else []
+    def given(self, name: str, named: Mapping[str, Any]) -> list[Any]:
+        """The argument called `name` as a list of one, `None` by default; none where there is no such argument."""
+        return [named.get(name)] if name in self._places else []
 
 
 class Composite(ReplacedPass):
@@ -46,7 +48,7 @@ class Composite(ReplacedPass):
         """The mask of the pass that is running, if one is."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.given = [self._arguments.find("attention_mask", args, kwargs)]
+        self.given = [self._arguments.named(args, kwargs).get("attention_mask")]
         try:
             return self.original(*args, **kwargs)
         finally:

@@ -89,42 +89,32 @@ class ReplacedPass(ReplacedForward):
         self._busy = threading.Lock()
 
     def bound(self) -> Callable[..., Any]:
-        """Its forward with the signature of the module's own: generation, say, asks for a model's arguments."""
-        return _signed(self.forward, self.original)
+        """Its forward with the signature of the module's own: generation, say, asks for a model's arguments.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs a pass.
-
-        Raises:
-            InterventionError: one is running already.
+        It raises `InterventionError` where a pass is running already.
         """
-        if torch.compiler.is_compiling():
-            return self.run(args, kwargs)
-        if not self._busy.acquire(blocking=False):
-            raise InterventionError(
-                f"a frozen {type(self.module).__name__} is running already, in another thread or from within itself: "
-                "run a frozen model one pass at a time"
-            )
-        try:
-            return self.run(args, kwargs)
-        finally:
-            self._busy.release()
+
+        def forward(self: ReplacedPass, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return self.run(args, kwargs)
+            if not self._busy.acquire(blocking=False):
+                raise InterventionError(
+                    f"a frozen {type(self.module).__name__} is running already, in another thread or from within "
+                    "itself: run a frozen model one pass at a time"
+                )
+            try:
+                return self.run(args, kwargs)
+            finally:
+                self._busy.release()
+
+        shown = inspect.signature(self.original)
+        owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = shown.replace(parameters=[owner, *shown.parameters.values()])  # type: ignore[attr-defined]
+        return MethodType(forward, self)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a pass, the only one for now."""
         raise NotImplementedError
-
-
-def _signed(forward: Callable[..., Any], original: Callable[..., Any]) -> MethodType:
-    """The bound method `forward`, with the signature of `original`."""
-
-    def signed(_: ReplacedForward, *args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    shown = inspect.signature(original)
-    owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    signed.__signature__ = shown.replace(parameters=[owner, *shown.parameters.values()])  # type: ignore[attr-defined]
-    return MethodType(signed, forward.__self__)  # type: ignore[attr-defined]
 
 
 def standing_in(module: nn.Module) -> ReplacedForward | None:

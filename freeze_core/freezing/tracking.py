@@ -62,7 +62,7 @@ class PassTracker(ReplacedPass):
         self.composite: Composite | None = None
         self._prompt = prompt_of(stack)
         self._in_force: dict[str, InForce] = {}
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, tuple[nn.Module, Place]] = {}
         self._mark = ""
         self._unshared = self._needs_rows = False
         self._on_stale = "ignore"
@@ -75,7 +75,7 @@ class PassTracker(ReplacedPass):
             self._places.pop(name, None)
         else:
             self._in_force[name] = in_force
-            self._places[name] = Place(self.module, name)
+            self._places[name] = in_force.attention, Place(self.module, name)
         notes = [self._in_force[name] for name in sorted(self._in_force)]
         frozen = [note.key for note in notes if note.key]
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
@@ -116,18 +116,19 @@ class PassTracker(ReplacedPass):
                 "continuous batching (generate_batch) runs parts of several sequences in one row, on pages that may be "
                 "filled without this freeze: their columns, statistics and heads cannot be told; use generate()"
             )
-        if self._arguments.find("cache", args, kwargs) is not None:
+        named = self._arguments.named(args, kwargs)
+        if named.get("cache") is not None:
             raise InterventionError(
                 f"{type(self.module).__name__} takes a cache of its own kind, cache=, to which it cannot be told "
                 "what a pass adds: run without one"
             )
-        cache = self._arguments.find("past_key_values", args, kwargs)
+        cache = named.get("past_key_values")
         if cache is not None and not hasattr(cache, "get_seq_length"):
             raise InterventionError(
                 f"past_key_values is a {type(cache).__name__}: the tokens in it cannot be counted, nor can it be told "
                 "under which freeze it was filled; pass a cache of transformers (DynamicCache), or run without one"
             )
-        running = self._pass(cache, args, kwargs)
+        running = self._pass(cache, named)
         self._refuse_replaced()
         before = running.cached + running.cross_cached
         if before:
@@ -146,13 +147,12 @@ class PassTracker(ReplacedPass):
             if self._needs_rows:
                 refuse_reordering(cache)
         elif self._needs_rows and not torch.compiler.is_compiling():
-            self._row_order.check(self._arguments.find("input_ids", args, kwargs))
+            self._row_order.check(named.get("input_ids"))
         return output
 
     def _refuse_replaced(self) -> None:
         """Raises `FreezeNotInForceError` where a frozen attention is no longer what the model runs."""
-        for name, place in self._places.items():
-            attention = self._in_force[name].attention
+        for name, (attention, place) in self._places.items():
             # Its own forward was put back (an offloading undone, say); one put on top may well run the frozen one.
             unfrozen = getattr(attention.forward, "__self__", None) is attention
             if unfrozen or place.lost():
@@ -161,24 +161,21 @@ class PassTracker(ReplacedPass):
                     "runs is not frozen: remove the freeze, then freeze what is there now"
                 )
 
-    def _pass(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
-        given = self._arguments.find("input_ids", args, kwargs)
+    def _pass(self, cache: Any, named: Mapping[str, Any]) -> Pass:
+        given = named.get("input_ids")
         if given is None:
-            given = self._arguments.find("inputs_embeds", args, kwargs)
+            given = named.get("inputs_embeds")
             tokens = 0 if given is None else given.shape[-2]  # an encoder of sounds counts its own columns from 0
         else:
             tokens = given.shape[min(1, given.dim() - 1)]  # [batch, token], some with codebooks behind
         rows = 0 if given is None else given.shape[0]
-        states = self._arguments.find("encoder_hidden_states", args, kwargs)
-        encoder = None
+        states, encoder = named.get("encoder_hidden_states"), None
         if states is not None:
-            encoder = Pass(
-                self._arguments.find("encoder_attention_mask", args, kwargs), 0, states.shape[1], rows=len(states)
-            )
-        cross_cached = any(getattr(cache, "is_updated", {}).values())
-        masks = self._arguments.given("attention_mask", args, kwargs)
+            encoder = Pass(named.get("encoder_attention_mask"), 0, states.shape[1], rows=len(states))
+        cross_cached = cache is not None and any(getattr(cache, "is_updated", {}).values())
+        masks = self._arguments.given("attention_mask", named)
         mask = told([*masks, *self.composite.given] if self.composite else masks, self._prompt)
-        cached = filled(cache)
+        cached = 0 if cache is None else filled(cache)
         if self._prompt:  # it is given all tokens again at each step, and puts its own in front
             tokens += self._prompt - cached
         return Pass(mask, cached, tokens, encoder, cross_cached, rows)
