@@ -82,15 +82,13 @@ def mark_cache(cache: Any, mark: str, before: int, length: int) -> None:
     """
     if before and _freezes(cache) != mark:
         mark = f"{mark.partition('|')[0]}|mixed"
-    known: _Mark | None = getattr(cache, ATTRIBUTE, None)
-    if known is None:
-        shrinking = _Shrinking(cache)
+    if not hasattr(cache, ATTRIBUTE):
         for name in ("crop", "reset"):
             if hasattr(cache, name):
-                setattr(cache, name, getattr(shrinking, name))
+                setattr(cache, name, _Shrinking(cache, name))
         setattr(cache, ATTRIBUTE, _Mark(mark, length))
-    else:
-        known.freezes, known.length = mark, length
+    known: _Mark = getattr(cache, ATTRIBUTE)
+    known.freezes, known.length = mark, length
 
 
 def _freezes(cache: Any) -> str:
@@ -99,30 +97,25 @@ def _freezes(cache: Any) -> str:
 
 
 class _Shrinking:
-    """A marked cache's own `crop` and `reset`, after which tokens that it gains without a mark are still told apart.
+    """A marked cache's own `crop` or `reset`, after which tokens that it gains without a mark are still told apart.
 
     It does not keep the cache alive; a copy of the cache gets one of its own.
     """
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, name: str) -> None:
         self._cache = weakref.ref(cache)
+        self._name = name
 
-    def crop(self, *args: Any, **kwargs: Any) -> Any:
-        return self._shrunk("crop", args, kwargs)
-
-    def reset(self, *args: Any, **kwargs: Any) -> Any:
-        return self._shrunk("reset", args, kwargs)
-
-    def _shrunk(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache: Any = self._cache()
         if cache is None:
             raise InterventionError(
-                f"{name} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
+                f"{self._name} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
             )
-        given = getattr(type(cache), name)(cache, *args, **kwargs)
+        given = getattr(type(cache), self._name)(cache, *args, **kwargs)
         known: _Mark = getattr(cache, ATTRIBUTE)
         known.length = min(known.length, filled(cache))
         return given
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Shrinking, (self._cache(),)
+        return _Shrinking, (self._cache(), self._name)
