@@ -78,8 +78,8 @@ def score_heads(
     takes `ig_steps` passes back and forth a layer. `screened` estimates first, then computes exactly the `top` largest
     of each circuit, a few drawn from the others, and those of the others that may be as large as the `top` largest if
     they err by no more than the drawn ones, in the order of their estimates, while the budget lasts. What it found is
-    the top for sure only where `HeadScores.rest` is less than its least score, and then with `HeadScores.confidence` a
-    head.
+    the top for sure only where `HeadScores.rest` is less than its least score, and no head errs by more than the drawn
+    ones: of one head drawn like them that is as probable as `HeadScores.confidence`, at least.
 
     Args:
         model: unfrozen; what it was again afterwards, whatever is raised.

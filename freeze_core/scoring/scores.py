@@ -28,8 +28,9 @@ class HeadScores:
             the others are estimates.
         rest: of a screened sweep, for each circuit the largest absolute score of any head that was only estimated, if
             its estimate errs by no more than those did that were drawn to find that out; 0 if there is none.
-        confidence: of a screened sweep, for each circuit how probable it is at least that one such head errs by no
-            more: `n / (n + 1)` for `n` drawn.
+        confidence: of a screened sweep, for each circuit how probable it is at least that a further head, drawn as
+            those were from all but the largest estimates, errs by no more: `n / (n + 1)` for `n` drawn. It is said of a
+            head, not of all at once, and not of those that are left after the likeliest were computed.
     """
 
     scores: Mapping[str, Tensor]

@@ -46,7 +46,7 @@ class Screening:
         clean: the metric of the clean passes.
         exact: by circuit `[layer, head]` bool, which scores are exact.
         rest: by circuit the largest absolute score of a head that is estimated, if it errs by no more than those drawn.
-        confidence: by circuit, with which probability a head does so, at least.
+        confidence: by circuit, with which probability a further head drawn as they were does so, at least.
     """
 
     scores: Mapping[str, Tensor]
@@ -107,7 +107,7 @@ class Board:
         return bool(self.exact[circuit][layer, head])
 
     def confidence(self, drawn: Sequence[Placed]) -> dict[str, float]:
-        """By circuit, how probable it is at least that one not exact errs by no more than those drawn."""
+        """By circuit, how probable it is at least that a further head drawn errs by no more than those drawn."""
         return {
             circuit: n / (n + 1) if bool(self._left(circuit).any()) else 1.0
             for circuit in self.scores
