@@ -14,8 +14,9 @@ import torch
 from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.suites.contenders import BY_HAND, Freeze, contenders
-from pytest_circuitfreeze.suites.paired import Call, Pairs, one_thread
+from pytest_circuitfreeze.suites.paired import Call, Pairs
 from pytest_circuitfreeze.suites.sizes import gpt2, ids
+from pytest_circuitfreeze.threads import one_thread
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.suites.contenders import IN_PLACE, hooked_by_hand
-from pytest_circuitfreeze.suites.paired import Call, Pairs, one_thread
+from pytest_circuitfreeze.suites.paired import Call, Pairs
 from pytest_circuitfreeze.suites.sizes import gpt2, ids
+from pytest_circuitfreeze.threads import one_thread
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from freeze_core import InterventionConfig, score_heads
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.suites.contenders import BY_HAND, contenders
-from pytest_circuitfreeze.suites.paired import one_thread, spread
+from pytest_circuitfreeze.suites.paired import spread
 from pytest_circuitfreeze.suites.side_by_side import built
 from pytest_circuitfreeze.suites.sizes import ids
+from pytest_circuitfreeze.threads import one_thread
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median, quantiles
 from time import process_time
-
-import torch
 
 Call = Callable[[], object]
 Frozen = Callable[[], AbstractContextManager[Call]]
 
 SECONDS = 0.02
 """CPU time of the plain calls of one round, at least: many ticks of the clock."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for torch, so that CPU time is what a call costs and not what others' threads wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Pairs:

@@ -28,7 +28,7 @@ def tiny() -> PreTrainedModel:
 
 
 SIZES: Mapping[str, tuple[Callable[[], PreTrainedModel], int, int]] = MappingProxyType(
-    {"tiny": (tiny, 16, 24), "llama_gqa": (llama_gqa, 64, 8), "gpt2_small": (gpt2, 64, 5)}
+    {"tiny": (tiny, 16, 40), "llama_gqa": (llama_gqa, 64, 15), "gpt2_small": (gpt2, 64, 9)}
 )
 """By name: how it is built, the tokens of a prompt, and the rounds that are measured."""
 

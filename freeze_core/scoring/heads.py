@@ -114,18 +114,6 @@ def score_heads(
             must give the same arguments, on models of their own (and seeds, where passes draw), and the first one's
             `checkpoint` counts. What is raised in one is raised in all. `False`, also for a model that is spread over
             processes (tensor parallel), is this process by itself.
-        checkpoint: a file to keep what is done in (safetensors; written whole every few seconds, at the end, and
-            whatever is raised, `KeyboardInterrupt`, too). The same call goes on from there and gives the same bits as
-            without a stop, on the same machine. It is refused to a call that asks anything else (a callable metric is
-            told by its qualified name alone), of a model with another config, parameters or clean logits, or of other
-            versions of torch, transformers or this package; where passes draw dropout, seed torch's generators as
-            before. Each parameter is read for that once.
-        distributed: `True` shares the passes among all processes of torch.distributed (torchrun, accelerate launch;
-            gloo or nccl), a process group among those of it: each runs the clean passes and, of each layer, its part of
-            the others, and each returns the table that one process gives, bit for bit where their products are. All
-            must give the same arguments, on models of their own (and seeds, where passes draw), and the first one's
-            `checkpoint` counts. What is raised in one is raised in all. `False`, also for a model that is spread over
-            processes (tensor parallel), is this process by itself.
 
     Raises:
         UnsupportedModelError: the model, or one of its heads, cannot be served; a model that is spread over processes

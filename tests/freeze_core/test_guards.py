@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from encoder_decoders import bart
 
 from freeze_core import (
     AttentionCircuitFreezer,
@@ -17,7 +18,7 @@ from freeze_core import (
     StaleCacheWarning,
     UnsupportedModelError,
 )
-from pytest_circuitfreeze.models import draw_parameters, tiny_model
+from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
 FREEZER = AttentionCircuitFreezer()
@@ -70,22 +71,6 @@ def test_padding_is_left_out_where_layers_see_hidden_states_only(ids):
     with torch.no_grad(), FREEZER.freeze_circuits(model, InterventionConfig([0], None, "v", "mean")):
         one, two = (FREEZER.record(model, {"input_ids": given, "attention_mask": mask})[0].v for given in (ids, other))
     assert torch.equal(one, two)
-
-
-def bart():
-    config = transformers.BartConfig(
-        vocab_size=97,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-    )
-    model = transformers.BartForConditionalGeneration(config).eval()
-    draw_parameters(model, 0)
-    return model
 
 
 def test_a_decoders_activations_are_recorded_under_its_own_mask(ids):

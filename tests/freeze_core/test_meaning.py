@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from encoder_decoders import bart
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, StaleCacheWarning
 from freeze_core.attention.sites import find_sites
@@ -142,23 +143,6 @@ def test_circuit_ste_leaves_dropout_and_generators_as_they_are(ids):
     with FREEZER.freeze_circuits(model, InterventionConfig([1], [0], backward_mode="circuit_ste")):
         model(ids, use_cache=False)
     assert torch.equal(state, torch.get_rng_state())
-
-
-def bart():
-    config = transformers.BartConfig(
-        vocab_size=97,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        dropout=0.0,
-    )
-    model = transformers.BartForConditionalGeneration(config).eval()
-    draw_parameters(model, 0)
-    return model
 
 
 def t5():
