@@ -7,7 +7,6 @@ prompts of its own before the tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from freeze_core.freezing.replaced import ReplacedPass
+from freeze_core.freezing.signatures import signature_of
 
 __all__ = ["Arguments", "Composite", "prompt_of", "told"]
 
@@ -23,7 +23,7 @@ class Arguments:
     """Finds arguments of a forward by their `names`, whether they are given by name or by position."""
 
     def __init__(self, forward: Any, *names: str) -> None:
-        parameters = list(inspect.signature(forward).parameters)
+        parameters = list(signature_of(forward).parameters)
         self._places = {name: parameters.index(name) for name in names if name in parameters}
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from freeze_core.errors import CircuitFreezeError, InterventionError
+from freeze_core.freezing.signatures import signature_of
 
 __all__ = ["ReplacedForward", "ReplacedPass", "standing_in"]
 
@@ -107,7 +108,7 @@ class ReplacedPass(ReplacedForward):
             finally:
                 self._busy.release()
 
-        shown = inspect.signature(self.original)
+        shown = signature_of(self.original)
         owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         forward.__signature__ = shown.replace(parameters=[owner, *shown.parameters.values()])  # type: ignore[attr-defined]
         return MethodType(forward, self)

@@ -45,11 +45,14 @@ class Wiring:
 
 
 def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wiring:
-    """Works out what carries out `freezes`, in order, in the layer at `site`.
+    """Works out what carries out `freezes`, in order, in the layer at `site`; some, or none.
 
     Raises:
         UnsupportedModelError: the layer cannot hold what is asked.
     """
+    if not freezes:
+        nothing = InForce(site.attention, "", (), unshared=False, needs_rows=False, on_stale="ignore")
+        return Wiring((), site.layout.shared, {}, (), {}, None, nothing, False, False)
     in_order = [freeze for _, freeze in freezes]
     refuse_dependent(site, in_order)
     assignment = assign(site, in_order)
@@ -62,9 +65,7 @@ def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wir
         wiring=tuple(chosen),
         unshared=storage is not site.layout.shared,
         needs_rows=any(treatment and treatment.freeze_type == FreezeType.RESAMPLE for treatment in chosen),
-        on_stale=max(
-            (owner.on_stale_cache for owner, _ in freezes), key=("ignore", "warn", "error").index, default="warn"
-        ),
+        on_stale=max((owner.on_stale_cache for owner, _ in freezes), key=("ignore", "warn", "error").index),
     )
     edits = {name: edits_of(site, storage, name, assignment) for name in storage.modules}
     shards = {name: shard_of(module, 0, site.layout.shared.widths[name]) for name, module in storage.modules.items()}
