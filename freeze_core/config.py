@@ -155,6 +155,10 @@ def config_of(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Interv
     def under(name: str) -> dict[str, Tensor]:
         return {rest: tensors[whole] for whole in tensors if (rest := whole.removeprefix(f"{name}.")) != whole}
 
+    known = {"statistics": "statistics" in facts, "reference": fields["freeze_type"] == FreezeType.REFERENCE}
+    for whole in tensors:
+        if not known.get(whole.partition(".")[0]):
+            raise ValueError(f"a tensor {whole}, which no field of this config has")
     if "statistics" in facts:
         fields["statistics"] = ActivationStatistics.of(under("statistics"), json.loads(facts["statistics"]))
     if fields["freeze_type"] == FreezeType.REFERENCE:

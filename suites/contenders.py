@@ -50,7 +50,7 @@ def twin(model: Model) -> Model:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def check_all_freeze_alike(freezes: Mapping[str, Freeze], plain: Callable[..., Any], ids: Tensor) -> None:
+def demand_alike(freezes: Mapping[str, Freeze], plain: Callable[..., Any], ids: Tensor) -> None:
     """Compares each one's logits with the first one's.
 
     Raises:

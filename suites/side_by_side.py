@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
-from pytest_circuitfreeze.suites.contenders import BY_HAND, Freeze, check_all_freeze_alike, contenders
+from pytest_circuitfreeze.suites.contenders import BY_HAND, Freeze, contenders, demand_alike
 from pytest_circuitfreeze.suites.paired import Call, Pairs
 from pytest_circuitfreeze.suites.sizes import SIZES, ids
 from pytest_circuitfreeze.threads import one_thread
@@ -60,7 +60,7 @@ def side_by_side(
             except Exception as error:  # whatever a peer's library fails with is told in its place
                 missing[name] = f"{type(error).__name__}: {error}"
                 del freezes[name]
-        check_all_freeze_alike(freezes, model, prompt)
+        demand_alike(freezes, model, prompt)
         pairs = Pairs(workload(model, prompt), {name: partial(frozen, freeze) for name, freeze in freezes.items()})
         with frozen(freezes[engine.name]) as own:
             pass

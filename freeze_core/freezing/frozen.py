@@ -134,8 +134,10 @@ class FrozenAttention(ReplacedForward):
         running = self._tracker.current if self._tracker else None
         if running is None:
             self._refuse_untold_pass(args, kwargs)
-        elif self.wiring.tells_runs_apart:
-            running.take_turn(self.site.name)
+        else:
+            running.ran.add(self.path)
+            if self.wiring.tells_runs_apart:
+                running.take_turn(self.site.name)
         for one in self._frozen:
             one.runs = 0
             if one.lost():

@@ -12,6 +12,7 @@ from freeze_core.attention.sites import Sites
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenAttention, frozen_attention
 from freeze_core.freezing.plan import LayerFreeze
+from freeze_core.freezing.replaced import standing_in
 from freeze_core.freezing.wiring import wire
 
 __all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen"]
@@ -112,4 +113,5 @@ def _refuse_other_stack(frozen: FrozenAttention, sites: Sites) -> None:
 
 def is_frozen(model: nn.Module) -> bool:
     """Whether any attention in the model, of whatever kind, has a live freeze."""
-    return any(frozen_attention(module) for module in model.modules())
+    # Whatever stands in anywhere: an attention's own may be covered by what others have put on top.
+    return any(standing_in(module) for module in model.modules())

@@ -40,6 +40,8 @@ class Pass:
         self.cross_cached = cross_cached
         self.end = cached + tokens
         self.rows = rows
+        self.ran: set[str] = set()
+        """The frozen attentions that have run, by their paths in the stack."""
         self.runs: dict[str, int] = {}
         self.turn = 0
 

@@ -16,15 +16,15 @@ class Place:
 
     def __init__(self, root: nn.Module, path: str) -> None:
         self.path = path
-        self._links: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+        self._links: list[tuple[nn.Module, str, nn.Module]] = []
         module = root
         for name in path.split(".") if path else ():
             holder, module = module, module.get_submodule(name)
-            self._links.append((holder._modules, name, module))
+            self._links.append((holder, name, module))
 
     def lost(self) -> bool:
         """Whether another module, or none, is there now, or around there."""
         for holder, name, module in self._links:  # noqa: SIM110 - a generator costs more than all it looks at
-            if holder.get(name) is not module:
+            if holder._modules.get(name) is not module:
                 return True
         return False

@@ -15,7 +15,7 @@ from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled
 from freeze_core.freezing.padding import Arguments, Composite, prompt_of, told
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.places import Place
-from freeze_core.freezing.replaced import ReplacedPass, standing_in
+from freeze_core.freezing.replaced import ReplacedForward, ReplacedPass, standing_in
 from freeze_core.freezing.rows import RowOrder, refuse_reordering
 
 __all__ = ["InForce", "PassTracker", "tracker_of"]
@@ -129,7 +129,7 @@ class PassTracker(ReplacedPass):
                 "under which freeze it was filled; pass a cache of transformers (DynamicCache), or run without one"
             )
         running = self._pass(cache, named)
-        self._refuse_replaced()
+        covered = self._covered()
         before = running.cached + running.cross_cached
         if before:
             check_cache(cache, self._mark, running.cached, self._on_stale)
@@ -140,6 +140,9 @@ class PassTracker(ReplacedPass):
                 output = self._run_in(running, self.original, args, kwargs)
         else:
             output = self._run_in(running, self.original, args, kwargs)
+        for name in covered:
+            if name not in running.ran:
+                raise FreezeNotInForceError(self._replaced(name))
         cache = cache if cache is not None else _cache_of(output)
         if cache is not None:
             # Counted, not asked for again: a static cache on an accelerator would be waited for.
@@ -150,16 +153,26 @@ class PassTracker(ReplacedPass):
             self._row_order.check(named.get("input_ids"))
         return output
 
-    def _refuse_replaced(self) -> None:
-        """Raises `FreezeNotInForceError` where a frozen attention is no longer what the model runs."""
+    def _covered(self) -> list[str]:
+        """The frozen attentions that something was put on top of, which may well run them.
+
+        Raises:
+            FreezeNotInForceError: one is no longer what the model runs.
+        """
+        covered = []
         for name, (attention, place) in self._places.items():
-            # Its own forward was put back (an offloading undone, say); one put on top may well run the frozen one.
-            unfrozen = getattr(attention.forward, "__self__", None) is attention
-            if unfrozen or place.lost():
-                raise FreezeNotInForceError(
-                    f"{name} of {type(self.module).__name__} was wrapped or replaced after the freeze, so that what "
-                    "runs is not frozen: remove the freeze, then freeze what is there now"
-                )
+            owner = getattr(attention.forward, "__self__", None)
+            if owner is attention or place.lost():  # its own forward was put back (an offloading undone, say)
+                raise FreezeNotInForceError(self._replaced(name))
+            if not isinstance(owner, ReplacedForward):
+                covered.append(name)
+        return covered
+
+    def _replaced(self, name: str) -> str:
+        return (
+            f"{name} of {type(self.module).__name__} was wrapped or replaced after the freeze, so that what runs is "
+            "not frozen: remove the freeze, then freeze what is there now"
+        )
 
     def _pass(self, cache: Any, named: Mapping[str, Any]) -> Pass:
         given = named.get("input_ids")
@@ -228,9 +241,10 @@ class PassTracker(ReplacedPass):
 def _cache_of(output: Any) -> Any:
     """The cache that a pass has made: by name, or among what was returned as a tuple."""
     cache = getattr(output, "past_key_values", None)
-    if hasattr(cache, "get_seq_length") or not isinstance(output, tuple):
+    if hasattr(cache, "get_seq_length"):
         return cache
-    return next((one for one in output if hasattr(one, "get_seq_length")), None)
+    several = output if isinstance(output, tuple) else ()
+    return next((one for one in several if hasattr(one, "get_seq_length")), None)
 
 
 def tracker_of(stack: nn.Module, composite: nn.Module | None) -> PassTracker:

@@ -134,22 +134,20 @@ def _mask(arguments: Mapping[str, Any], decodes: bool, rows: int, columns: int) 
 
 
 def _labels(arguments: Mapping[str, Any], decodes: bool, tokens: Tensor, mask: Tensor) -> Tensor | None:
-    """The token that each position is to predict `[row, column]`: of a decoder alone, the next one."""
+    """The token that each position is to predict `[row, column]`: of a decoder alone, the next one. None of padding."""
     given = arguments.get("labels")
     if given is not None and (not isinstance(given, Tensor) or given.shape != mask.shape):
         shape = list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise InterventionError(f"labels is {shape}: must be {list(mask.shape)} [batch, token]")
     if decodes:  # its inputs are the labels, shifted to the right
-        return None if given is None else given.detach().cpu().long()
+        return None if given is None else given.detach().cpu().long().masked_fill(~mask, IGNORED)
     if given is None and (tokens.is_floating_point() or tokens.dim() > 2):
         return None
     labels = (tokens if given is None else given).detach().cpu().long()
     nothing = torch.full((len(labels), 1), IGNORED)
     following = torch.cat([labels[:, 1:], nothing], dim=1)
-    if given is None:  # from a real token to a real one
-        beyond = torch.zeros(len(mask), 1, dtype=torch.bool)
-        following = following.masked_fill(~(mask & torch.cat([mask[:, 1:], beyond], dim=1)), IGNORED)
-    return following
+    beyond = torch.zeros(len(mask), 1, dtype=torch.bool)
+    return following.masked_fill(~(mask & torch.cat([mask[:, 1:], beyond], dim=1)), IGNORED)
 
 
 def _positions(positions: Any, mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from freeze_core.attention.sites import Sites
 from freeze_core.config import InterventionConfig
+from freeze_core.errors import InterventionError
 from freeze_core.freezing.plan import LayerFreeze, assign, refuse_dependent, resolve
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.checkpoint import Checkpoint
@@ -113,6 +114,11 @@ def _sweep(
                 heads = " and ".join(f"{name} of {head}" for name, head in several[index - first].heads)
                 where = f"under {heads} of {layer}"
                 change = metric.rows(number, passes.batch, logits, passes.clean, where) - clean
+                if bool(change.isnan().any()):
+                    raise InterventionError(
+                        f"metric={metric.name} is infinite in batch {number}, both unfrozen and {where}: the change is "
+                        "no number; score something that is finite"
+                    )
                 ledger.add(number, index, float(change.sum()))
                 bar.update()
             bar.update(ledger.settle(number))

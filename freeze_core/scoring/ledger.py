@@ -87,6 +87,12 @@ class Ledger:
                 f"checkpoint: the clean logits of batch {batch} have norm {size:.9g}, and had {before:.9g} when it was "
                 "begun: something about the model (hooks, adapters) is another; put it back, or give another path"
             )
+        elif not self._same(float(clean.sum()), float(self.kept.clean[batch])):
+            raise InterventionError(
+                f"checkpoint: the metric of the clean pass over batch {batch} is {float(clean.sum()):.9g} in sum, and "
+                f"was {float(self.kept.clean[batch]):.9g} when it was begun: it is another metric of the same name; "
+                "give that one, or another path"
+            )
 
     def add(self, batch: int, intervention: int, change: float) -> None:
         """Keeps what this process has done."""
@@ -119,6 +125,12 @@ class Ledger:
             raise InterventionError(
                 f"distributed: the clean logits of batch {batch} have another norm in each process, {sizes}: give all "
                 "of them the same model (hooks and adapters, too)"
+            )
+        metrics = [said["clean"] for said in heard]
+        if not all(self._same(one, metrics[0]) for one in metrics):
+            raise InterventionError(
+                f"distributed: the metric of the clean pass over batch {batch} is another in each process, {metrics}: "
+                "give all of them the same metric"
             )
 
     @contextmanager

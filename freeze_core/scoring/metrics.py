@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from freeze_core.errors import InterventionError, shown
 from freeze_core.scoring.batches import IGNORED, Batch
 
-__all__ = ["Metric", "metric_of"]
+__all__ = ["Metric", "log_probabilities", "metric_of"]
 
 
 class Situation(NamedTuple):
@@ -54,7 +54,13 @@ class Metric:
 
     def values(self, number: int, batch: Batch, logits: Tensor, clean: Tensor, what: str) -> Tensor:
         """The same with its gradient, as far as the metric has one."""
-        value = torch.as_tensor(self._compute(logits, Situation(batch, self.targets[number], clean)))
+        given = self._compute(logits, Situation(batch, self.targets[number], clean))
+        try:
+            value = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InterventionError(
+                f"metric={self.name} gave {shown(given)}: must be one number a row, [{batch.rows}]"
+            ) from error
         if value.shape != (batch.rows,) or value.is_complex():
             raise InterventionError(
                 f"metric={self.name} gave {value.dtype} {list(value.shape)} for logits {list(logits.shape)}: must be "
@@ -145,7 +151,8 @@ def _shapes(total: int, width: int) -> tuple[tuple[int, ...], ...]:
     return ((), (total,)) if width == 1 else ((width,), (total, width))
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of `logits` `[..., word]`, in float32 at least."""
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
@@ -172,14 +179,14 @@ def _logit_difference(logits: Tensor, situation: Situation) -> Tensor:
 
 
 def _probability(logits: Tensor, situation: Situation) -> Tensor:
-    found = _at_targets(_log_probabilities(logits), situation.targets)
+    found = _at_targets(log_probabilities(logits), situation.targets)
     return _mean(found[..., 0].exp(), _real(situation.batch))
 
 
 def _loss(logits: Tensor, situation: Situation) -> Tensor:
     batch = situation.batch
     if situation.targets is not None:
-        found = _at_targets(_log_probabilities(logits), situation.targets)
+        found = _at_targets(log_probabilities(logits), situation.targets)
         return _mean(-found[..., 0], _real(batch))
     assert batch.labels is not None
     labels = batch.labels.to(logits.device)
@@ -189,7 +196,7 @@ def _loss(logits: Tensor, situation: Situation) -> Tensor:
 
 
 def _kl(logits: Tensor, situation: Situation) -> Tensor:
-    clean, frozen = _log_probabilities(situation.clean), _log_probabilities(logits)
+    clean, frozen = log_probabilities(situation.clean), log_probabilities(logits)
     terms = torch.where(clean == -torch.inf, 0, clean.exp() * (clean - frozen))
     return _mean(terms.sum(-1), _real(situation.batch))
 

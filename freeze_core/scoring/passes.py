@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from freeze_core.scoring.remembered import remembering
 from freeze_core.scoring.tail import Tail, position_wise
 
 __all__ = ["Passes"]
+
+Under = Callable[[], AbstractContextManager[object]]
+"""What makes a context in which a pass is run."""
 
 
 class Passes:
@@ -85,24 +89,24 @@ class Passes:
             at_once = self._tail.at_once if self._tail else 1
             for start in range(0, len(freezes), at_once):
                 several = [
-                    [freezes[index]] if index in wanted else None
+                    partial(install, [(self._sites, [freezes[index]])]) if index in wanted else None
                     for index in range(start, min(start + at_once, len(freezes)))
                 ]
                 if any(several):
                     yield from self._together(several)
 
-    def _together(self, several: Sequence[Sequence[LayerFreeze] | None]) -> Iterator[Tensor]:
-        """The logits of a pass under each of several lists of freezes, unembedded together where that pays.
+    def _together(self, several: Sequence[Under | None]) -> Iterator[Tensor]:
+        """The logits of a pass under each of several freezes, say, unembedded together where that pays.
 
         `None` is a pass that is not run; it has none.
         """
         together = self._tail is not None and self._tail.at_once > 1
-        for freezes in several:
-            if freezes is None:
+        for under in several:
+            if under is None:
                 if self._tail and together:
                     self._tail.leave_out()
                 continue
-            with install([(self._sites, freezes)]):
+            with under():
                 if self._tail is None:
                     yield self._at_positions(self._logits())
                 elif together:
@@ -114,7 +118,7 @@ class Passes:
         if self._tail and self._layers and together:
             with self._layers.starting_at(len(self._layers)), self._tail.doing("give"):
                 chunks = self._logits().chunk(len(several))
-            yield from (logits for logits, freezes in zip(chunks, several, strict=True) if freezes is not None)
+            yield from (logits for logits, under in zip(chunks, several, strict=True) if under is not None)
 
     def _logits(self) -> Tensor:
         self._generators.put(self._start)
@@ -149,30 +153,36 @@ class Passes:
             if not cached.hand_on_all(self._logits):
                 return
         self._layers = cached
-        if tail is None:
-            return
-        with cached.starting_at(len(cached) - 1):
+        if tail:
             tail.restrict()
-            if not self._agrees(tail):
-                tail.unrestrict()
-                if not self._agrees(tail):
-                    return
-        tail.trust()
+            if self._agrees(cached, tail):
+                tail.trust()
+                return
+            tail.unrestrict()
+            if self._agrees(cached, tail):
+                return
+        if not self._agrees(cached, None):
+            self._layers = None
 
-    def _agrees(self, tail: Tail) -> bool:
-        """Goes on with `tail` if the logits that it gives are the clean ones, but for the products' other shapes."""
+    def _agrees(self, cached: CachedLayers, tail: Tail | None) -> bool:
+        """Goes on with `tail` if the logits that it gives are the clean ones, but for the products' other shapes.
+
+        A pass in which every layer reads other states comes before the one that is compared, and is unembedded with it:
+        what follows the layers may read something behind their backs, or of other rows.
+        """
         self._tail = tail
         try:
-            found = list(self._together([()] * min(2, tail.at_once)))
+            _, found = self._together([cached.upsetting, partial(cached.starting_at, len(cached) - 1)])
         except torch.OutOfMemoryError:
             raise
         except FAULTS:
-            found = []
+            found = None
         bound = 8 * torch.finfo(self.clean.dtype).eps
-        if found and all(close(one, self.clean, bound) for one in found):
-            self.clean = found[0]  # made as the frozen ones are made
+        if found is not None and close(found, self.clean, bound):
+            self.clean = found  # made as the frozen ones are made
             return True
-        tail.forget()
+        if tail:
+            tail.forget()
         self._tail = None
         return False
 

@@ -118,18 +118,23 @@ class CachedLayers:
         with self._doing(["give"] * layer + ["run"] * later):
             yield
 
+    @contextmanager
+    def upsetting(self) -> Iterator[None]:
+        """Every layer reads other states: whatever is kept behind the layers' backs is another then."""
+        with self._doing(["upset"] * len(self._layers)):
+            yield
+
     def hand_on_all(self, run: Callable[[], object]) -> bool:
         """Whether each layer gives what it gave in the clean pass when it alone is run.
 
         Not so where layers read something of others that these do not give them (keys and values of an earlier layer,
-        say), keep something from one pass for the next, or write to
-        what they are given. Such things are upset first, by a pass in which every layer
-        reads other states; the last layer is then looked at first, before earlier ones are put right.
+        say), keep something from one pass for the next, or write to what they are given. Such things are upset first;
+        the last layer is then looked at first, before earlier ones are put right.
         """
         if not all(layer.gives for layer in self._layers):
             return False
         try:
-            with self._doing(["upset"] * len(self._layers)):
+            with self.upsetting():
                 run()
             for number, layer in reversed(list(enumerate(self._layers))):
                 doing: list[Any] = ["give"] * len(self._layers)

@@ -146,7 +146,16 @@ def _measured(
                 generators.put(after)
     finally:
         generators.put(before)
-    return {name: Sums(*map(torch.cat, zip(*several, strict=True))) for name, several in found.items()}
+    whole = {name: Sums(*map(torch.cat, zip(*several, strict=True))) for name, several in found.items()}
+    for name, one in whole.items():
+        for measure, values in one._asdict().items():
+            if not bool(values.isfinite().all()):
+                row = int((~values.isfinite()).nonzero()[0])
+                raise InterventionError(
+                    f"the {measure} of sequence {row} is {float(values[row])} in the {name} run: there is no mean of "
+                    "it; leave out what the model holds to be impossible, or run it in a wider dtype"
+                )
+    return whole
 
 
 def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from freeze_core.scoring.batches import IGNORED, Batch
+from freeze_core.scoring.metrics import log_probabilities
 
 __all__ = ["Sums", "sums"]
 
@@ -32,7 +33,8 @@ def sums(batch: Batch, logits: Tensor, clean: Tensor) -> Sums:
     labels = batch.labels.to(logits.device)
     rows, at = (labels != IGNORED).nonzero(as_tuple=True)
     words = labels[rows, at]
-    found, expected = _log_probabilities(logits[rows, at]), _log_probabilities(clean[rows, at])
+    found, expected = log_probabilities(logits[rows, at]), log_probabilities(clean[rows, at])
+    best = logits[rows, at].argmax(-1)  # of the logits: their logarithms may be equal where they are not
     losses = -found.gather(-1, words[:, None])[:, 0]
     divergences = torch.where(expected == -torch.inf, 0, expected.exp() * (expected - found)).sum(-1)
 
@@ -40,8 +42,4 @@ def sums(batch: Batch, logits: Tensor, clean: Tensor) -> Sums:
         total = torch.zeros(batch.rows, dtype=torch.float64)
         return total.index_add(0, rows.cpu(), values.detach().cpu().double())
 
-    return Sums(of_rows(losses), of_rows(found.argmax(-1) == words), of_rows(divergences))
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return Sums(of_rows(losses), of_rows(best == words), of_rows(divergences))

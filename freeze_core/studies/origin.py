@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from freeze_core.attention.sites import Sites
@@ -17,17 +18,19 @@ __all__ = ["origin_of"]
 
 def origin_of(model: nn.Module, sites: Sites, batches: Sequence[Batch]) -> dict[str, str]:
     """The model (class, dtype, a hash of its attention), a hash of the data, and the versions of what ran."""
-    tensors = [
-        values
+    given = [
+        (name, values)
         for batch in batches
-        for _, values in sorted(batch.arguments.items())
+        for name, values in sorted(batch.arguments.items())
         if isinstance(values, Tensor) and values.numel()
     ]
+    shapes = repr([(name, list(values.shape)) for name, values in given]).encode()
+    data = digest_of([torch.tensor(list(shapes), dtype=torch.uint8), *(values for _, values in given)])
     parameter: Any = next(model.parameters())
     return {
         "model": type(model).__name__,
         "dtype": str(parameter.dtype),
         "identity": model_identity(sites),
-        "data": digest_of(tensors),
+        "data": data,
         **{name: version(name) for name in ("pytest-circuitfreeze", "torch", "transformers", "scipy")},
     }

@@ -9,6 +9,7 @@ from functools import cached_property
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from freeze_core.config import InterventionConfig, config_of, parts_of
@@ -38,7 +39,8 @@ class Row:
         accuracy: share of the targets that were the likeliest token, 0 to 1.
         kl: mean divergence from the clean run's distribution, in nats a target.
         effect_size: Cohen's d of paired samples: over sequences, the mean change of the mean loss in units of that
-            change's standard deviation; positive is worse.
+            change's standard deviation; positive is worse. Of few sequences some draws hold one alone, whose deviation
+            is 0: the interval then has an infinite end.
         p_value: of the paired test whether the mean change of the mean loss is 0.
         p_adjusted: the same, corrected for as many tests as the study has circuits.
     """
@@ -184,15 +186,23 @@ class AblationStudy:
         tensors, facts = read_file(path, FORMAT, "ablation study")
         try:
             parts = {name.removeprefix("config."): tensors[name] for name in tensors if name.startswith("config.")}
-            return cls(
-                config_of(parts, json.loads(facts["config"])),
-                {
-                    circuit: Sums(*(tensors[f"sums.{circuit}.{name}"] for name in Sums._fields))
-                    for circuit in json.loads(facts["circuits"])
-                },
-                tensors["targets"],
-                json.loads(facts["origin"]),
-                Resampling(**json.loads(facts["resampling"])),
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            circuits = json.loads(facts["circuits"])
+            sums = {one: Sums(*(tensors[f"sums.{one}.{name}"] for name in Sums._fields)) for one in circuits}
+            _check(circuits, sums, tensors["targets"])
+            config = config_of(parts, json.loads(facts["config"]))
+            origin, resampling = json.loads(facts["origin"]), Resampling(**json.loads(facts["resampling"]))
+            return cls(config, sums, tensors["targets"], {"model": origin.pop("model"), **origin}, resampling)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InterventionError(f"ablation study of {path}: not what save writes ({error})") from error
+
+
+def _check(circuits: list[str], sums: Mapping[str, Sums], targets: Tensor) -> None:
+    """Raises `ValueError` for what no study has measured."""
+    if circuits[:1] != [CLEAN] or len(sums) < max(2, len(circuits)):
+        raise ValueError(f"of the runs {circuits}")
+    if targets.dtype != torch.int64 or targets.dim() != 1 or len(targets) < 2 or int(targets.min()) < 1:
+        raise ValueError("targets are no numbers of tokens of two sequences at least")
+    for circuit, one in sums.items():
+        for name, values in one._asdict().items():
+            if values.dtype != torch.float64 or values.shape != targets.shape or not bool(values.isfinite().all()):
+                raise ValueError(f"{name} of {circuit} is no finite number for each sequence")

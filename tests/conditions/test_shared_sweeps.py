@@ -63,7 +63,7 @@ def test_all_processes_give_the_bits_of_one(
         assert each["shared"][f"{name} {case}"]["table"] == expected
 
 
-OWN = (3, 3, 5)
+OWN = (4, 4, 5)
 """Runs of each layer for a batch that every process does: the clean pass, and those that look what can be left out."""
 
 FROZEN = {

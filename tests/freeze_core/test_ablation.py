@@ -23,6 +23,10 @@ from freeze_core import (
     InterventionError,
     run_circuit_ablation_study,
 )
+from freeze_core.files import read_file, write_file
+from freeze_core.scoring.batches import batches_of
+from freeze_core.studies.measures import sums
+from freeze_core.studies.results import FORMAT
 from pytest_circuitfreeze.models import tiny_model
 
 DEFAULT = ["gpt2", "llama", "mistral_gqa", "falcon_mqa"]
@@ -138,6 +142,48 @@ def test_a_study_is_made_again_from_its_file(tmp_path: Path) -> None:
     statistics.save(tmp_path / "study")
     with pytest.raises(InterventionError, match="must be 'circuitfreeze-ablation-study-1'"):
         AblationStudy.load(tmp_path / "study")
+
+
+def test_labels_of_padding_are_no_targets() -> None:
+    model = tiny_model("llama_gqa")
+    with_labels = study(model, {**PADDED, "labels": PADDED["input_ids"]}, circuits=["ov"])
+    assert with_labels.targets.tolist() == [6, 3, 1]
+    assert with_labels.to_frame().equals(study(model, PADDED, circuits=["ov"]).to_frame())
+
+
+def test_what_is_infinite_has_no_mean() -> None:
+    model = tiny_model("gpt2")
+    model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, IDS[2, 1:2], -torch.inf))
+    with pytest.raises(InterventionError, match="the loss of sequence 2 is inf in the clean run"):
+        study(model, IDS)
+
+
+def test_the_likeliest_is_told_of_logits_whose_logarithms_are_equal() -> None:
+    logits = torch.zeros(1, 3, 50_000)
+    logits[..., 5], logits[..., 7] = 1e-7, 2e-7
+    (batch,) = batches_of(tiny_model("gpt2"), torch.full((1, 3), 7), "all")
+    assert sums(batch, logits, logits).correct.tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.zeros(6, dtype=torch.int64)}, "targets are no numbers of tokens"),
+        ({"targets": torch.ones(6)}, "targets are no numbers of tokens"),
+        ({"sums.qk.loss": torch.full((6,), torch.nan, dtype=torch.float64)}, "loss of qk is no finite number"),
+        ({"sums.qk.kl": torch.zeros(5, dtype=torch.float64)}, "kl of qk is no finite number"),
+        ({"sums.clean.kl": None}, "sums.clean.kl"),
+        ({"config.statistics.0.q.mean": torch.zeros(1)}, "a tensor statistics.0.q.mean"),
+    ],
+)
+def test_a_file_that_was_written_to_is_refused(tmp_path: Path, change: dict[str, Tensor | None], message: str) -> None:
+    path = tmp_path / "study"
+    study(tiny_model("gpt2"), IDS, circuits=["qk"]).save(path)
+    tensors, facts = read_file(path, FORMAT, "study")
+    changed = {name: one for name, one in (tensors | change).items() if one is not None}
+    write_file(path, FORMAT, changed, {name: fact for name, fact in facts.items() if name != "format"})
+    with pytest.raises(InterventionError, match=message):
+        AblationStudy.load(path)
 
 
 def test_dropout_is_the_same_in_every_pass() -> None:

@@ -86,7 +86,7 @@ def test_what_is_left_alone_is_run(tmp_path):
     original = model.lm_head.forward
     model.lm_head.forward = lambda states: (products.append(tuple(states.shape[:2])), original(states))[1]
     scored(model, path, Stops(), positions="last")
-    assert len(runs) == 3 + 2  # the clean passes; two that look at the last batch
+    assert len(runs) == 3 + 3  # the clean passes; three that look at the last batch
     # Clean, clean, clean, two to find out, and the passes of a layer, those that are left out as zeros.
     assert products == [(2, 7), (1, 5), (2, 7), (4, 1), (16, 1)]
 

@@ -116,7 +116,8 @@ def test_what_is_no_config_is_refused(tmp_path: Path, held: InterventionConfig) 
     facts = {"config": '{"freeze_type": "reference", "attention": "self", "strength": 3}'}
     for tensors, given_facts, message in (
         (whole, facts, r"not what save writes \(strength=3"),
-        (whole, {"config": '{"freeze_type": "zero", "colour": 1}'}, "colour"),
+        ({}, {"config": '{"freeze_type": "zero", "colour": 1}'}, "colour"),
+        (whole, {"config": '{"freeze_type": "zero"}'}, "which no field of this config has"),
         (whole, {}, "'config'"),
         (whole, {"config": "3"}, "int"),
         ({name: whole[name] for name in whole if not name.endswith(".k")}, facts, "'k'"),

@@ -428,3 +428,39 @@ def test_attention_whose_own_forward_was_put_back_is_an_error(ids):
             model(ids)
     del attention.forward
     model(ids)
+
+
+def test_a_frozen_attention_that_is_covered_and_does_not_run_is_an_error(ids):
+    model, other = tiny_model("llama"), tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    with FREEZER.freeze_circuits(model, InterventionConfig([0, 1])):
+        frozen = attention.forward
+        attention.forward = lambda *args, **kwargs: frozen(*args, **kwargs)
+        model(ids)  # what is on top runs it
+        attention.forward = other.model.layers[1].self_attn.forward
+        with pytest.raises(FreezeNotInForceError, match=r"layers\.1\.self_attn of LlamaModel was wrapped or replaced"):
+            model(ids)
+        attention.forward = frozen
+
+
+def test_a_layer_of_a_list_that_was_cut_and_put_together_anew_is_not_taken_for_the_frozen_one(ids):
+    model, other = tiny_model("llama"), tiny_model("llama")
+    first = model.model.layers[0]
+    with FREEZER.freeze_circuits(model, InterventionConfig([0])):
+        del model.model.layers[-1]
+        model.model.layers[0] = other.model.layers[0]
+        with pytest.raises(FreezeNotInForceError, match=r"layers\.0\.self_attn of LlamaModel was wrapped or replaced"):
+            model(ids)
+        model.model.layers[0] = first
+
+
+def test_a_frozen_model_is_known_as_frozen_under_whatever_was_put_on_top(ids):
+    model = tiny_model("gpt2")
+    attention = model.transformer.h[0].attn
+    with FREEZER.freeze_circuits(model, InterventionConfig([0])):
+        frozen = attention.forward
+        attention.forward = lambda *args, **kwargs: frozen(*args, **kwargs)
+        with pytest.raises(InterventionError, match="model is frozen"):
+            FREEZER.calibrate(model, [ids], progress=False)
+        attention.forward = frozen
+    FREEZER.calibrate(model, [ids], progress=False)

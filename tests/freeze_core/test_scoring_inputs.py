@@ -207,3 +207,18 @@ def test_a_frame_without_pandas_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"pytest-circuitfreeze\[studies\]"):
         HeadScores({}, 0.0, "kl", "exact", 1).to_frame()
+
+
+def test_a_change_from_infinite_to_infinite_is_refused():
+    model = tiny_model("gpt2")
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.tensor([7]), -torch.inf)
+    )
+    with pytest.raises(InterventionError, match="metric=loss is infinite in batch 0, both unfrozen and under"):
+        score_heads(model, torch.tensor([[3, 7, 5]]), "loss", circuits=("ov",), progress=False)
+
+
+@pytest.mark.parametrize("given", [None, "a lot", [[1.0], [2.0, 3.0]]])
+def test_a_metric_that_gives_no_numbers_is_refused(given):
+    with pytest.raises(InterventionError, match="must be one number a row"):
+        score_heads(tiny_model("gpt2"), torch.tensor([[3, 7, 5]]), lambda logits: given, progress=False)

@@ -62,7 +62,7 @@ def assert_right(model, positions="last", **fields):
     torch.testing.assert_close(found["qk"], expected["qk"], rtol=0, atol=1e-6 * scale)
 
 
-CLEAN_AND_CHECKS = 3
+CLEAN_AND_CHECKS = 4
 """Each layer runs in the clean pass, in one with other states, and once by itself."""
 
 
@@ -70,9 +70,9 @@ def test_a_pass_starts_at_its_layer_and_ends_at_the_wanted_position():
     model = tiny_model("gpt2")
     with counting(inner(model)) as layers, running(model.lm_head) as unembedding:
         score_heads(model, IDS, spread, circuits=("qk",), positions="last", progress=False)
-    assert [len(shapes) for shapes in layers] == [CLEAN_AND_CHECKS + 4, CLEAN_AND_CHECKS + 8, CLEAN_AND_CHECKS + 2 + 12]
-    assert layers[0][3:] == [7] * 4
-    assert layers[2][3:] == [1] * 14  # the two more find out that one position is enough
+    assert [len(shapes) for shapes in layers] == [CLEAN_AND_CHECKS + 4, CLEAN_AND_CHECKS + 8, CLEAN_AND_CHECKS + 1 + 12]
+    assert layers[0][4:] == [7] * 4
+    assert layers[2][3:] == [1] * 14  # two of them find out that one position is enough
     assert unembedding == [(2, 7), (4, 1), *[(8, 1)] * 3]  # clean, two to find out, and a layer's passes together
 
 
@@ -80,7 +80,7 @@ def test_with_all_positions_the_last_layer_runs_whole():
     model = tiny_model("gpt2")
     with counting(inner(model)) as seen:
         score_heads(model, IDS, spread, circuits=("qk",), progress=False)
-    assert seen[0] == [7] * 7
+    assert seen[0] == [7] * 8
     assert seen[2] == [7] * 17
 
 
@@ -88,7 +88,7 @@ def test_a_projection_runs_once_for_all_freezes_of_its_layer():
     model = tiny_model("gpt2")
     with running(model.transformer.h[2].attn.c_attn) as runs:
         score_heads(model, IDS, spread, circuits=("qk", "ov", "z"), layers=[2], progress=False)
-    assert len(runs) == CLEAN_AND_CHECKS + 2 + 1
+    assert len(runs) == CLEAN_AND_CHECKS + 1 + 1
 
 
 def test_a_projection_that_is_given_something_else_runs_again():
@@ -112,7 +112,7 @@ def test_equal_interventions_are_done_once():
     for scope in ("group", "head"):
         with counting([last]) as seen:
             found = score_heads(model, IDS, spread, circuits=("ov", "v"), kv_scope=scope, progress=False).scores
-        passes[scope] = len(seen[0]) - CLEAN_AND_CHECKS - 2
+        passes[scope] = len(seen[0]) - CLEAN_AND_CHECKS - 1
         assert torch.equal(found["ov"], found["v"])
         assert bool((found["ov"] == found["ov"][:, :1]).all()) == (scope == "group")
     assert passes == {"group": 3, "head": 12}
@@ -212,6 +212,21 @@ def test_an_unembedding_that_mixes_positions_runs_at_all_of_them():
     model.lm_head.register_forward_hook(lambda module, args, output: output + output.mean(1, keepdim=True))
     assert_right(model)
     assert_right(model, positions="all")
+
+
+def test_what_follows_the_layers_may_read_behind_their_backs():
+    model = tiny_model("gpt2")
+    seen = {}
+    model.transformer.h[0].mlp.register_forward_hook(lambda module, args, output: seen.update(inner=output))
+    model.transformer.ln_f.register_forward_hook(lambda module, args, output: output + seen["inner"])
+    assert_right(model)
+    assert_right(model, positions="all")
+
+
+def test_an_unembedding_that_mixes_rows_is_run_for_each_pass():
+    model = tiny_model("gpt2")
+    model.lm_head.register_forward_hook(lambda module, args, output: output - output.amax(0, keepdim=True))
+    assert_right(model)
 
 
 def test_what_is_written_to_in_place_is_not_kept():

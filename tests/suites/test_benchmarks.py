@@ -11,7 +11,7 @@ import torch
 from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import FreezeCore
 from pytest_circuitfreeze.models import tiny_model
-from pytest_circuitfreeze.suites.contenders import check_all_freeze_alike, contenders, stretches, twin
+from pytest_circuitfreeze.suites.contenders import contenders, demand_alike, stretches, twin
 from pytest_circuitfreeze.suites.paired import Pairs, spread
 
 IDS = torch.arange(12).view(1, 12)
@@ -23,14 +23,14 @@ def test_hooks_by_hand_freeze_what_the_engine_does(name: str, circuit: str) -> N
     model = tiny_model(name)
     freezes, _ = contenders(FreezeCore(), model, InterventionConfig(head_indices=[1, 2], circuit=circuit))
     with torch.no_grad():
-        check_all_freeze_alike({each: freezes[each] for each in list(freezes)[:3]}, model, IDS)
+        demand_alike({each: freezes[each] for each in list(freezes)[:3]}, model, IDS)
 
 
 def test_a_contender_that_freezes_nothing_is_told() -> None:
     model = tiny_model("gpt2")
     freezes, _ = contenders(FreezeCore(), model, InterventionConfig(head_indices=[1, 2], circuit="qk"))
     with torch.no_grad(), pytest.raises(AssertionError, match=r"^idle: logits off by"):
-        check_all_freeze_alike({**freezes, "idle": lambda: nullcontext(model)}, model, IDS)
+        demand_alike({**freezes, "idle": lambda: nullcontext(model)}, model, IDS)
 
 
 def test_a_call_that_does_twice_the_work_costs_twice() -> None:
