@@ -50,7 +50,9 @@ def run(files: Sequence[str]) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder, folder]
         command += ["--circuitfreeze", "--circuitfreeze-bench", f"--benchmark-json={into}"]
         command += [f"circuitfreeze/{name}" for name in files]
-        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        # Within a worker of xdist pytest-benchmark would measure nothing.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise RuntimeError(f"{', '.join(files)}: exit status {ran.returncode}\n{ran.stdout}{ran.stderr}")
         measured = json.loads(into.read_text(encoding="utf-8"))
