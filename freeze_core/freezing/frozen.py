@@ -273,6 +273,10 @@ class FrozenAttention(ReplacedForward):
                     f"{self.module.forward!r}: take that out before another freeze is installed"
                 )
 
+    def undone(self) -> bool:
+        """Whether nothing is left of what would notice that it is not in force: passes ran as if it were not there."""
+        return self.lost() and self._tracker is not None and self._tracker.lost()
+
     def _take_out(self) -> None:
         self.refuse_change()
         for one in self._frozen:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import overload
 
 from torch import nn
 
 from freeze_core.attention.sites import Sites
-from freeze_core.errors import InterventionError
+from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.frozen import FrozenAttention, frozen_attention
 from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.freezing.replaced import standing_in
@@ -30,13 +31,20 @@ class FreezeHandle:
 
         Raises:
             CircuitFreezeError: a pass is running, or something else was put on top; the freeze stays as it was.
+            FreezeNotInForceError: the freeze had been undone by something else, and is taken out now.
         """
         self._refuse_change()
+        undone = [frozen.site.name for frozen in self._attentions if frozen.undone()]
         while self._attentions:
             frozen = self._attentions[-1]
             rest = [(handle, freeze) for handle, freeze in frozen.wiring.freezes if handle is not self]
             frozen.rewire(wire(frozen.site, rest))
             self._attentions.pop()
+        if undone:
+            raise FreezeNotInForceError(
+                f"{', '.join(undone)}: something else had put the forwards back that the freeze replaced (an "
+                "offloading undone, say), and passes since then ran without it: freeze the model anew and run them again"
+            )
 
     def _refuse_change(self) -> None:
         for frozen in self._attentions:
@@ -66,8 +74,9 @@ class FrozenCircuits(Sequence[FreezeHandle]):
         """Removes every handle, or on an error none; twice is harmless."""
         for handle in self._handles:
             handle._refuse_change()
-        for handle in self._handles:
-            handle.remove()
+        with ExitStack() as stack:
+            for handle in reversed(self._handles):
+                stack.callback(handle.remove)
 
     def __enter__(self) -> FrozenCircuits:
         return self
@@ -75,7 +84,11 @@ class FrozenCircuits(Sequence[FreezeHandle]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.remove()
+        try:
+            self.remove()
+        except FreezeNotInForceError:
+            if error is None:  # what was raised inside tells more
+                raise
 
 
 def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_cache: str = "warn") -> FrozenCircuits:

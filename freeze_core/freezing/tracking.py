@@ -15,7 +15,7 @@ from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled
 from freeze_core.freezing.padding import Arguments, Composite, prompt_of, told
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.places import Place
-from freeze_core.freezing.replaced import ReplacedForward, ReplacedPass, standing_in
+from freeze_core.freezing.replaced import ReplacedPass, standing_in
 from freeze_core.freezing.rows import RowOrder, refuse_reordering
 
 __all__ = ["InForce", "PassTracker", "tracker_of"]
@@ -154,17 +154,17 @@ class PassTracker(ReplacedPass):
         return output
 
     def _covered(self) -> list[str]:
-        """The frozen attentions that something was put on top of, which may well run them.
+        """The frozen attentions on which, or around which, something was put since; it may well run them.
 
         Raises:
             FreezeNotInForceError: one is no longer what the model runs.
         """
         covered = []
         for name, (attention, place) in self._places.items():
-            owner = getattr(attention.forward, "__self__", None)
-            if owner is attention or place.lost():  # its own forward was put back (an offloading undone, say)
+            # Its own forward was put back (an offloading undone, say), or it is not there any more.
+            if getattr(attention.forward, "__self__", None) is attention or place.lost():
                 raise FreezeNotInForceError(self._replaced(name))
-            if not isinstance(owner, ReplacedForward):
+            if place.covered():
                 covered.append(name)
         return covered
 

@@ -10,53 +10,42 @@ integrated gradients (M. Sundararajan, A. Taly and Q. Yan, "Axiomatic attributio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from freeze_core.attention.sites import Sites
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.changes import apart, together
 from freeze_core.scoring.estimates import Estimates
-from freeze_core.scoring.exact import Intervention
 from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.metrics import Metric
 from freeze_core.scoring.passes import Passes
+from freeze_core.scoring.sweep import Sweep
 
 __all__ = ["attribution"]
 
 
-def attribution(
-    model: nn.Module,
-    sites: Sites,
-    batches: Sequence[Batch],
-    metric: Metric,
-    wanted: Mapping[int, Sequence[Intervention]],
-    circuits: Sequence[str],
-    progress: bool,
-    ig_steps: int,
-) -> tuple[dict[str, Tensor], float]:
+def attribution(sweep: Sweep, ig_steps: int) -> tuple[dict[str, Tensor], float]:
     """Each circuit's estimates `[layer, head]`, and the metric of the clean passes, means over all rows."""
+    layers = {layer: sweep.sites.by_layer[layer] for layer in sweep.wanted}
     changes = {
-        layer: together(sites.by_layer[layer], [one.freeze for one in several]) for layer, several in wanted.items()
+        layer: together(layers[layer], [one.freeze for one in several]) for layer, several in sweep.wanted.items()
     }
-    sums = {layer: [0.0] * len(several) for layer, several in wanted.items()}
+    sums = {layer: [0.0] * len(several) for layer, several in sweep.wanted.items()}
     clean_sum = 0.0
-    generators = Generators(model)
+    generators = Generators(sweep.model)
     before = generators.states()
     try:
         with (
-            tqdm(desc="attribution", unit="pass", disable=not progress) as bar,
+            tqdm(desc="attribution", unit="pass", disable=not sweep.progress) as bar,
             torch.compiler.set_stance("force_eager"),  # what is compiled would be compiled anew to be listened to
         ):
-            for number, batch in enumerate(batches):
-                passes = Passes(model, sites, _differentiable(batch), generators)
-                measure = partial(_measured, metric, number, batch)
-                layers = {layer: sites.by_layer[layer] for layer in wanted}
+            for number, batch in enumerate(sweep.batches):
+                passes = Passes(sweep.model, sweep.sites, _differentiable(batch), generators)
+                measure = partial(_measured, sweep.metric, number, batch)
                 estimates = Estimates(passes, layers, measure, bar.update)
                 with estimates.running(gradients=not ig_steps):
                     clean_sum += estimates.clean
@@ -69,18 +58,12 @@ def attribution(
                         z.update(estimates.changed(mixed))
                     for layer, of_layer in changes.items():
                         by_freeze = estimates.effects(layer, z[layer], ig_steps)
-                        for number_in_layer in range(len(sums[layer])):
-                            sums[layer][number_in_layer] += of_layer.total(number_in_layer, by_freeze)
+                        for index in range(len(sums[layer])):
+                            sums[layer][index] += of_layer.total(index, by_freeze)
     finally:
         generators.put(before)
-    rows = sum(batch.rows for batch in batches)
-    most = max(site.heads for site in sites.by_layer.values())
-    scores = {circuit: torch.full((sites.layers, most), torch.nan, dtype=torch.float64) for circuit in circuits}
-    for layer, several in wanted.items():
-        for intervention, total in zip(several, sums[layer], strict=True):
-            for circuit, head in intervention.heads:
-                scores[circuit][layer, head] = total / rows
-    return scores, clean_sum / rows
+    means = [total / sweep.rows for totals in sums.values() for total in totals]
+    return sweep.table(means), clean_sum / sweep.rows
 
 
 def _measured(metric: Metric, number: int, batch: Batch, logits: Tensor, clean: Tensor, what: str) -> Tensor:

@@ -76,8 +76,8 @@ def batches_of(model: nn.Module, inputs: object, positions: object) -> list[Batc
 def _check_positions(positions: object) -> None:
     if isinstance(positions, str) and positions in ("all", "last"):
         return
-    fine = isinstance(positions, Sequence) and not isinstance(positions, str | bytes) and len(positions) > 0
-    if not fine or any(isinstance(one, bool) or not isinstance(one, Integral) for one in positions):  # type: ignore[attr-defined]
+    several = [] if isinstance(positions, str | bytes) or not isinstance(positions, Sequence) else list(positions)
+    if not several or any(isinstance(one, bool) or not isinstance(one, Integral) for one in several):
         raise InterventionError(f"positions={shown(positions)}: must be 'all', 'last' or a list of columns (ints)")
 
 

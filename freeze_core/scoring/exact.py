@@ -3,95 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from freeze_core.attention.sites import Sites
-from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.plan import LayerFreeze, assign, refuse_dependent, resolve
-from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.checkpoint import Checkpoint
 from freeze_core.scoring.generators import Generators
-from freeze_core.scoring.kept import Kept
 from freeze_core.scoring.ledger import Ledger
 from freeze_core.scoring.metrics import Metric
 from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.processes import Processes
 from freeze_core.scoring.question import question_of
-from freeze_core.vocabulary import ROLES
+from freeze_core.scoring.sweep import Intervention, Sweep
 
-__all__ = ["Intervention", "exact", "interventions"]
-
-
-@dataclass
-class Intervention:
-    """One freeze, and the heads that it is the freeze of: `(circuit, head)`."""
-
-    freeze: LayerFreeze
-    heads: list[tuple[str, int]] = field(default_factory=list)
-
-
-def interventions(sites: Sites, configs: Mapping[str, InterventionConfig]) -> dict[int, list[Intervention]]:
-    """What is to be frozen in each layer: each head by each circuit's config, what comes to the same once.
-
-    Raises:
-        CircuitFreezeError: one of them cannot be served.
-    """
-    by_layer: dict[int, dict[object, Intervention]] = {}
-    for circuit, config in configs.items():
-        for whole in resolve(config, sites, roles=("z",) if circuit == "z" else None):
-            site = sites.by_layer[whole.layer]
-            for head in whole.heads:
-                freeze = replace(whole, heads=(head,))
-                refuse_dependent(site, [freeze])
-                assignment = assign(site, [freeze])
-                key = tuple(assignment[role] for role in ROLES)
-                same = by_layer.setdefault(whole.layer, {}).setdefault(key, Intervention(freeze))
-                same.heads.append((circuit, head))
-    return {layer: list(by_layer[layer].values()) for layer in sorted(by_layer)}
+__all__ = ["exact"]
 
 
 def exact(
-    model: nn.Module,
-    sites: Sites,
-    batches: Sequence[Batch],
-    metric: Metric,
-    wanted: Mapping[int, Sequence[Intervention]],
-    circuits: Sequence[str],
-    progress: bool,
-    checkpoint: Checkpoint | None = None,
-    processes: Processes | None = None,
+    sweep: Sweep, checkpoint: Checkpoint | None = None, processes: Processes | None = None
 ) -> tuple[dict[str, Tensor], float]:
     """Each circuit's scores `[layer, head]`, and the metric of the clean passes, means over all rows."""
     processes = processes or Processes(False)
-    generators = Generators(model)
+    generators = Generators(sweep.model)
     compared = checkpoint is not None or processes.several
-    question = question_of(model, batches, metric, wanted) if compared else {}
-    count = sum(map(len, wanted.values()))
-    ledger = Ledger(processes, checkpoint, question, len(batches), count)
+    question = question_of(sweep.model, sweep.batches, sweep.metric, sweep.wanted) if compared else {}
+    count = len(sweep.placed)
+    ledger = Ledger(processes, checkpoint, question, len(sweep.batches), count)
     bar = tqdm(
-        total=len(batches) * count,
+        total=len(sweep.batches) * count,
         initial=ledger.kept.done,
         desc="score_heads",
         unit="freeze",
-        disable=not progress or processes.rank > 0,
+        disable=not sweep.progress or processes.rank > 0,
     )
     before = generators.states()
     try:
         with bar, ledger.open():
-            for number, batch in enumerate(batches):
-                _sweep(number, Passes(model, sites, batch, generators), metric, wanted, ledger, bar)
+            for number, batch in enumerate(sweep.batches):
+                passes = Passes(sweep.model, sweep.sites, batch, generators)
+                _over_batch(number, passes, sweep.metric, sweep.wanted, ledger, bar)
     finally:
         generators.put(before)
-    return _table(sites, wanted, circuits, ledger.kept, sum(batch.rows for batch in batches))
+    changes = [ledger.kept.change(index, sweep.rows) for index in range(count)]
+    return sweep.table(changes), ledger.kept.clean_mean(sweep.rows)
 
 
-def _sweep(
+def _over_batch(
     number: int,
     passes: Passes,
     metric: Metric,
@@ -130,15 +89,3 @@ def _stretches(lengths: Iterable[int]) -> Iterator[range]:
     for length in lengths:
         yield range(start, start + length)
         start += length
-
-
-def _table(
-    sites: Sites, wanted: Mapping[int, Sequence[Intervention]], circuits: Sequence[str], kept: Kept, rows: int
-) -> tuple[dict[str, Tensor], float]:
-    most = max(site.heads for site in sites.by_layer.values())
-    scores = {circuit: torch.full((sites.layers, most), torch.nan, dtype=torch.float64) for circuit in circuits}
-    listed = [(layer, one) for layer, several in wanted.items() for one in several]
-    for index, (layer, one) in enumerate(listed):
-        for circuit, head in one.heads:
-            scores[circuit][layer, head] = kept.change(index, rows)
-    return scores, kept.clean_mean(rows)

@@ -17,11 +17,12 @@ from freeze_core.freezing.install import is_frozen
 from freeze_core.scoring.attribution import attribution
 from freeze_core.scoring.batches import batches_of
 from freeze_core.scoring.checkpoint import Checkpoint
-from freeze_core.scoring.exact import exact, interventions
+from freeze_core.scoring.exact import exact
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.scoring.processes import Processes, refuse_spread
 from freeze_core.scoring.scores import HeadScores
 from freeze_core.scoring.screened import screened
+from freeze_core.scoring.sweep import Sweep, circuits_of, interventions
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import CircuitType, FreezeType, KVScope
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["score_heads"]
-
-CIRCUITS = (*CircuitType, "z")
 
 METHODS = ("exact", "attribution", "screened")
 
@@ -136,7 +135,7 @@ def score_heads(
         _check_screening(top, budget, method)
         if not isinstance(progress, bool):
             raise InterventionError(f"progress={shown(progress)}: must be True or False")
-        names = _circuits(circuits)
+        names = circuits_of(circuits)
         configs = {
             name: InterventionConfig(
                 layer_indices=layers,
@@ -160,19 +159,18 @@ def score_heads(
         file = None if checkpoint is None else Checkpoint(checkpoint)
         batches = batches_of(model, inputs, positions)
         measure = metric_of(metric, targets, batches, _words(model))
-        rows = sum(batch.rows for batch in batches)
-        asked = (model, sites, batches, measure, wanted, names, progress)
+        sweep = Sweep(model, sites, batches, measure, wanted, names, progress)
         with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
             if method == "screened":
-                found = screened(*asked, ig_steps, 10 if top is None else top, 0.2 if budget is None else budget)
+                found = screened(sweep, ig_steps, 10 if top is None else top, 0.2 if budget is None else budget)
                 of_screening = (found.exact, found.rest, found.confidence)
-                return HeadScores(found.scores, found.clean, measure.name, method, rows, *of_screening)
+                return HeadScores(found.scores, found.clean, measure.name, method, sweep.rows, *of_screening)
             if method == "attribution":
-                scores, clean = attribution(*asked, ig_steps)
+                scores, clean = attribution(sweep, ig_steps)
             else:
-                scores, clean = exact(*asked, file, processes)
+                scores, clean = exact(sweep, file, processes)
         are_exact = {name: ~one.isnan() & (method == "exact") for name, one in scores.items()}
-        return HeadScores(scores, clean, measure.name, method, rows, are_exact)
+        return HeadScores(scores, clean, measure.name, method, sweep.rows, are_exact)
 
 
 def _check_screening(top: object, budget: object, method: str) -> None:
@@ -203,15 +201,6 @@ def _device(model: nn.Module) -> torch.device:
     """Where a model's parameters are, or are loaded to: what processes that use nccl exchange must be there."""
     current = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return next((one.device for one in model.parameters() if one.is_cuda), current)
-
-
-def _circuits(circuits: object) -> list[str]:
-    allowed = f"a list of distinct ones of {', '.join(CIRCUITS)}"
-    if isinstance(circuits, str) or not isinstance(circuits, Sequence) or not circuits:
-        raise InterventionError(f"circuits={shown(circuits)}: must be {allowed}")
-    if any(not isinstance(one, str) or one not in CIRCUITS for one in circuits) or len(set(circuits)) < len(circuits):
-        raise InterventionError(f"circuits={shown(circuits)}: must be {allowed}")
-    return [str(one) for one in circuits]
 
 
 def _words(model: nn.Module) -> int | None:

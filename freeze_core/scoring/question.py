@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from freeze_core.scoring.batches import Batch
 
 if TYPE_CHECKING:
-    from freeze_core.scoring.exact import Intervention
     from freeze_core.scoring.metrics import Metric
+    from freeze_core.scoring.sweep import Intervention
 
 __all__ = ["Question", "differing", "question_of"]
 

@@ -9,17 +9,15 @@ whatever the errors are distributed like (V. Vovk, A. Gammerman and G. Shafer, "
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from freeze_core.attention.sites import Sites
 from freeze_core.scoring.attribution import attribution
-from freeze_core.scoring.batches import Batch
-from freeze_core.scoring.exact import Intervention, exact
-from freeze_core.scoring.metrics import Metric
+from freeze_core.scoring.exact import exact
+from freeze_core.scoring.sweep import Intervention, Sweep
 
 __all__ = ["Screening", "screened"]
 
@@ -127,41 +125,29 @@ class Board:
         return bounds
 
 
-def screened(
-    model: nn.Module,
-    sites: Sites,
-    batches: Sequence[Batch],
-    metric: Metric,
-    wanted: Mapping[int, Sequence[Intervention]],
-    circuits: Sequence[str],
-    progress: bool,
-    ig_steps: int,
-    top: int,
-    budget: float,
-) -> Screening:
+def screened(sweep: Sweep, ig_steps: int, top: int, budget: float) -> Screening:
     """Estimates all, and computes exactly the `top` best of each circuit and what `budget` allows of further ones.
 
     Args:
         top: those of each circuit that are to be found.
         budget: the share of the layers that an exact sweep runs that may be run, the estimates' own counted.
     """
-    estimates, clean = attribution(model, sites, batches, metric, wanted, circuits, progress, ig_steps)
+    estimates, clean = attribution(sweep, ig_steps)
     board = Board(estimates, top)
-    everything = [(layer, one) for layer, several in wanted.items() for one in several]
-    ranked = sorted(everything, key=board.rank)
+    ranked = sorted(sweep.placed, key=board.rank)
+    layers = sweep.sites.layers
 
     def layers_run(some: Sequence[Placed]) -> int:
-        return sum(sites.layers - layer for layer, _ in some)
+        return sum(layers - layer for layer, _ in some)
 
     def measure(some: Sequence[Placed]) -> None:
-        chosen = {layer: [one for one in several if (layer, one) in some] for layer, several in wanted.items()}
-        chosen = {layer: several for layer, several in chosen.items() if several}
-        board.put(exact(model, sites, batches, metric, chosen, circuits, progress)[0])
+        chosen = {layer: [one for one in several if (layer, one) in some] for layer, several in sweep.wanted.items()}
+        board.put(exact(replace(sweep, wanted={layer: several for layer, several in chosen.items() if several}))[0])
 
     best = [placed for placed in ranked if board.rank(placed) < top]
     others = ranked[len(best) :]
-    estimating = sites.layers * (ESTIMATING + len(circuits) * (1 + 3 * ig_steps * len(wanted)))
-    allowed = budget * layers_run(everything) - estimating - 2 * OVERHEAD * sites.layers
+    estimating = layers * (ESTIMATING + len(sweep.circuits) * (1 + 3 * ig_steps * len(sweep.wanted)))
+    allowed = budget * layers_run(ranked) - estimating - 2 * OVERHEAD * layers
     # As many as cost so much on average: what any one of them costs must not decide whether it is among them.
     number = int(max(0, DRAWN * allowed * len(others)) // max(1, layers_run(others)))
     drawn = [others[i] for i in np.random.default_rng(0).permutation(len(others))[:number]]

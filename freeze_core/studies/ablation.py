@@ -18,6 +18,7 @@ from freeze_core.freezing.plan import LayerFreeze, resolve
 from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import IGNORED, Batch
 from freeze_core.scoring.generators import Generators
+from freeze_core.scoring.sweep import circuits_of
 from freeze_core.studies.dataset import sequences
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.measures import Sums, sums
@@ -26,8 +27,6 @@ from freeze_core.studies.results import CLEAN, AblationStudy
 from freeze_core.vocabulary import CircuitType
 
 __all__ = ["run_circuit_ablation_study"]
-
-CIRCUITS = (*CircuitType, "z")
 
 
 def run_circuit_ablation_study(
@@ -81,7 +80,7 @@ def run_circuit_ablation_study(
     if not isinstance(progress, bool):
         raise InterventionError(f"progress={shown(progress)}: must be True or False")
     resampling = Resampling(confidence, resamples, resampling_seed)
-    names, config = _circuits(circuits), _config(layers, heads, fields)
+    names, config = circuits_of(circuits), _config(layers, heads, fields)
     sites = find_sites(model, attention=config.attention)
     if is_frozen(model):
         raise InterventionError("model is frozen: study it unfrozen, so that the clean run is its own")
@@ -92,15 +91,6 @@ def run_circuit_ablation_study(
     measured = _measured(model, sites, batches, freezes, progress)
     targets = torch.cat([(batch.labels != IGNORED).sum(1) for batch in batches if batch.labels is not None])
     return AblationStudy(config, measured, targets, origin_of(model, sites, batches), resampling)
-
-
-def _circuits(circuits: object) -> list[str]:
-    several = [] if isinstance(circuits, str) or not isinstance(circuits, Sequence) else list(circuits)
-    if not several or any(not isinstance(one, str) or one not in CIRCUITS for one in several):
-        raise InterventionError(f"circuits={shown(circuits)}: must be a list of some of {', '.join(CIRCUITS)}")
-    if len(set(several)) < len(several):
-        raise InterventionError(f"circuits={shown(circuits)}: names one twice")
-    return [str(one) for one in several]
 
 
 def _config(layers: Any, heads: Any, fields: Mapping[str, Any]) -> InterventionConfig:

@@ -121,6 +121,22 @@ def test_offloading_undone_under_a_freeze(scope: str, tmp_path: Path) -> None:
     assert torch.equal(logits(model), unfrozen)
 
 
+def test_offloading_undone_of_every_module_at_once_is_told_when_the_freeze_is_removed() -> None:
+    """Nothing is left that a pass could notice it by."""
+    config, wanted = plain("llama", "zero")
+    unfrozen = logits(tiny_model("llama"))
+    model = tiny_model("llama")
+    accelerate.dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    frozen = FREEZER.freeze_circuits(model, config)
+    assert not torch.equal(logits(model), unfrozen)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    with pytest.raises(FreezeNotInForceError, match=r"layers\.2\.self_attn: something else had put the forwards back"):
+        frozen.remove()
+    frozen.remove()
+    assert torch.equal(logits(model), unfrozen)
+    agrees(frozen_logits(model, config), unfrozen, wanted)
+
+
 def test_offloading_undone_where_attention_has_weights_of_its_own(tmp_path: Path) -> None:
     """There accelerate takes the freeze out of the attention itself, so that only the pass can tell."""
     unfrozen = logits(tiny_of_type("gpt_oss", attn="eager"))

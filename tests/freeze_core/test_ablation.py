@@ -238,7 +238,7 @@ def test_texts_are_sequences() -> None:
         (["a b", "c d"], {"tokenizer": type("Bare", (Tokenizer,), {"pad_token": None})()}, "has no pad_token"),
         (IDS, {"circuits": "qk"}, "circuits='qk'"),
         (IDS, {"circuits": []}, "circuits"),
-        (IDS, {"circuits": ["qk", "qk"]}, "names one twice"),
+        (IDS, {"circuits": ["qk", "qk"]}, "must be a list of distinct ones"),
         (IDS, {"circuits": ["pattern"]}, "circuits"),
         (IDS, {"circuit": "qk"}, "circuit: no such argument"),
         (IDS, {"colour": 1}, "colour: no such argument"),
