@@ -43,7 +43,7 @@ class FreezeHandle:
         if undone:
             raise FreezeNotInForceError(
                 f"{', '.join(undone)}: something else had put the forwards back that the freeze replaced (an "
-                "offloading undone, say), and passes since then ran without it: freeze the model anew and run them again"
+                "offloading undone, say), and passes since then ran without it: freeze the model anew, run them again"
             )
 
     def _refuse_change(self) -> None:
