@@ -95,10 +95,12 @@ def run_circuit_ablation_study(
 
 def _config(layers: Any, heads: Any, fields: Mapping[str, Any]) -> InterventionConfig:
     taken = {"layer_indices", "head_indices", "circuit", "backward_mode", "preserve_gradients"}
-    unknown = sorted(fields.keys() - (InterventionConfig.__dataclass_fields__.keys() - taken))
+    allowed = InterventionConfig.__dataclass_fields__.keys() - taken
+    unknown = sorted(fields.keys() - allowed)
     if unknown:
         raise InterventionError(
-            f"{', '.join(unknown)}: no such argument of a study, which takes layers=, heads=, circuits="
+            f"{', '.join(unknown)}: no such argument of a study, which has layers=, heads=, circuits= and "
+            f"{', '.join(sorted(allowed))}"
         )
     return InterventionConfig(layers, heads, **fields)
 
@@ -137,7 +139,13 @@ def _measured(
     finally:
         generators.put(before)
     whole = {name: Sums(*map(torch.cat, zip(*several, strict=True))) for name, several in found.items()}
-    for name, one in whole.items():
+    _refuse_infinite(whole)
+    return whole
+
+
+def _refuse_infinite(measured: Mapping[str, Sums]) -> None:
+    """Raises `InterventionError` for sums that no mean can be made of."""
+    for name, one in measured.items():
         for measure, values in one._asdict().items():
             if not bool(values.isfinite().all()):
                 row = int((~values.isfinite()).nonzero()[0])
@@ -145,7 +153,6 @@ def _measured(
                     f"the {measure} of sequence {row} is {float(values[row])} in the {name} run: there is no mean of "
                     "it; leave out what the model holds to be impossible, or run it in a wider dtype"
                 )
-    return whole
 
 
 def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
