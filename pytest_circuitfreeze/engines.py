@@ -107,7 +107,7 @@ def check_engine_name(spec: str) -> None:
     """
     if spec in BUILT_IN or _is_attribute(spec):
         return
-    installed = _installed()
+    installed = entry_point_engines()
     if sum(entry.name == spec for entry in installed) > 1:
         places = ", ".join(entry.value for entry in installed if entry.name == spec)
         raise ValueError(f"{spec!r} is claimed by several entry points ({places}); name one as module:attribute")
@@ -152,7 +152,7 @@ def _why_not(spec: str, error: Exception) -> str:
 
 def _resolve(spec: str) -> Any:
     if not _is_attribute(spec):
-        return next(entry for entry in _installed() if entry.name == spec).load()
+        return next(entry for entry in entry_point_engines() if entry.name == spec).load()
     module, _, path = spec.partition(":")
     found: Any = import_module(module)
     for attribute in path.split("."):
@@ -168,5 +168,6 @@ def _is_engine(found: object) -> bool:
     return isinstance(found, Engine) and isinstance(found.name, str) and callable(found.freeze)
 
 
-def _installed() -> list[EntryPoint]:
+def entry_point_engines() -> list[EntryPoint]:
+    """The engines that installed packages offer."""
     return list(entry_points(group=GROUP))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_circuitfreeze.options import OPTIONS
 from pytest_circuitfreeze.results import model_of
-from pytest_circuitfreeze.settings import OPTIONS, Settings
+from pytest_circuitfreeze.settings import Settings
 
 if TYPE_CHECKING:
     from pytest_circuitfreeze.suites.claims import ClaimBroken

@@ -39,13 +39,13 @@ def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> tor
         model = _load(request.param, settings)
     except ModelLoadError as error:
         pytest.fail(str(error), pytrace=False)
-    reason = _refusal(circuit_engine, model) if request.param in settings.models else None
+    reason = refusal(circuit_engine, model) if request.param in settings.models else None
     if reason is not None:
         pytest.fail(f"engine {circuit_engine.name!r} cannot serve model {request.param!r}: {reason}", pytrace=False)
     return model
 
 
-def _refusal(engine: Engine, model: torch.nn.Module) -> str | None:
+def refusal(engine: Engine, model: torch.nn.Module) -> str | None:
     """Why an engine cannot serve a model at all, if it says so."""
     from freeze_core import InterventionConfig
 

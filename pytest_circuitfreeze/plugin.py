@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from pytest_circuitfreeze import fixtures, hooks
+from pytest_circuitfreeze import fixtures, github, hooks
 from pytest_circuitfreeze.accepted import AcceptedFailures
 from pytest_circuitfreeze.collect import MARKER, SuiteCollection, is_claim
 from pytest_circuitfreeze.failures import broken_claim, shorten
-from pytest_circuitfreeze.results import CircuitRecord, Results, broken, describe, measured, model_of
-from pytest_circuitfreeze.settings import WORKER_SEED, add_options, is_enabled, settings_of
+from pytest_circuitfreeze.options import add_options
+from pytest_circuitfreeze.results import CircuitRecord, Results, benchmarked, broken, describe, measured, model_of
+from pytest_circuitfreeze.settings import WORKER_SEED, is_enabled, is_listing, settings_of
 from pytest_circuitfreeze.summary import header, versions, write_summary
 from pytest_circuitfreeze.threads import one_thread
 
@@ -26,6 +28,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """The hooks that a project or a plugin may implement."""
     pluginmanager.add_hookspecs(hooks)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Shows what there is instead of a run, if that was asked for."""
+    if not is_listing(config):
+        return None
+    from pytest_circuitfreeze.listing import listing
+
+    print(listing())
+    return 0
 
 
 # Before Hypothesis's own, which looks up the profile that --hypothesis-profile names.
@@ -47,6 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings = settings_of(config)
     if settings.bench:
         _check_benchmarks_can_run(config)
+    elif settings.bench_limit is not None:
+        raise pytest.UsageError("--circuitfreeze-bench-limit is about the benchmarks; give --circuitfreeze-bench too")
     from pytest_circuitfreeze.profiles import register
 
     register(settings.profile)
@@ -71,6 +86,7 @@ class SuiteRun:
         self._record = config.stash[fixtures.RECORD]
         self._accepted = AcceptedFailures(self._settings.accepted)
         self._results = Results()
+        self._started = datetime.now(UTC)
         self._report_lines: list[str] = []
 
     def pytest_report_header(self) -> str:
@@ -102,7 +118,7 @@ class SuiteRun:
             raise
         finally:
             if is_claim(item):
-                item.user_properties.extend(measured(self._record))
+                item.user_properties.extend([*measured(self._record), *benchmarked(item)])
         if is_claim(item) and self._record.offers_nothing:
             pytest.skip(f"not offered: {'; '.join(self._record.not_offered)}")
         return result
@@ -125,21 +141,36 @@ class SuiteRun:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Writes the report, on the controller alone; one that cannot be written fails the run."""
-        if self._settings.report is None or hasattr(self._config, "workerinput"):
+        wanted = self._settings.report is not None or github.summary_is_wanted()
+        if not wanted or hasattr(self._config, "workerinput"):
             return
-        from pytest_circuitfreeze import reports
-
-        document = reports.build(self._settings, versions(), self._results, int(session.exitstatus))
         try:
-            self._report_lines = [f"report: {path}" for path in reports.write(document, self._settings.report)]
+            self._report_lines = self._write_report(session)
         except OSError as error:
             self._report_lines = [f"ERROR the report cannot be written: {error}"]
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+    def _write_report(self, session: pytest.Session) -> list[str]:
+        """Writes what was asked for, and says where it is."""
+        from pytest_circuitfreeze import reports
+
+        # Interrupted, or ended by --maxfail: what was chosen has not all run.
+        stopped = session.exitstatus == pytest.ExitCode.INTERRUPTED or session.shouldstop or session.shouldfail
+        seconds = (datetime.now(UTC) - self._started).total_seconds()
+        ended = reports.Ended(int(session.exitstatus), not stopped, self._started, seconds)
+        document = reports.build(self._settings, versions(), self._results, ended)
+        github.add_summary(reports.markdown.render(reports.parse(document)))
+        if self._settings.report is None:
+            return []
+        lines = [f"report: {path}" for path in reports.write(document, self._settings.report)]
+        if not reports.plots.available():
+            lines.append(f"report: no plots, which need matplotlib ({reports.plots.EXTRA})")
+        return lines
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """The table. Workers have no terminal, so only the controller comes here."""
         results = list(self._results)
         if results:
             write_summary(terminalreporter, results, self._settings)
-        for line in self._report_lines:
+        for line in (*self._report_lines, *github.annotations(results)):
             self._config.get_terminal_writer().line(line)

@@ -114,11 +114,18 @@ class Result:
     """Why the engine does not claim to serve some of them, or any."""
     failure: Mapping[str, Any] | None = None
     """The claim that broke: :func:`broken`'s facts."""
+    benchmark: Mapping[str, Any] | None = None
+    """What was measured, of a benchmark: ``group``, ``row``, ``engine``, ``ratios``, ``target``, ``missing``."""
 
     @property
     def file(self) -> str:
         """The file that holds the test, as its id has it: ``circuitfreeze/test_<subject>.py`` for a shipped one."""
         return self.id.partition("::")[0]
+
+    @property
+    def is_benchmark(self) -> bool:
+        """Whether it was measured and not claimed."""
+        return self.file.rpartition("/")[2].startswith("bench_")
 
 
 def describe(item: pytest.Function, engine: str) -> list[tuple[str, object]]:
@@ -153,6 +160,14 @@ def measured(record: CircuitRecord) -> list[tuple[str, object]]:
     several = {"refusals": list(record.refusals), "not_offered": list(record.not_offered)}
     facts |= {name: value for name, value in {**told, **several}.items() if value}
     return [(PREFIX + key, value) for key, value in facts.items()]
+
+
+def benchmarked(item: pytest.Function) -> list[tuple[str, object]]:
+    """What a benchmark put on record, as a property of its report; nothing of what is none."""
+    fixture = item.funcargs.get("benchmark")
+    if fixture is None or "ratios" not in fixture.extra_info:
+        return []
+    return [(PREFIX + "benchmark", {"group": fixture.group, **fixture.extra_info})]
 
 
 def broken(error: ClaimBroken) -> list[tuple[str, object]]:
@@ -213,6 +228,7 @@ def _result(reports: list[pytest.TestReport]) -> Result:
         message=facts.get("accepted", "") or _message(reports) or facts.get("refused", "") or facts.get("silent", ""),
         refusals=tuple(facts.get("refusals", ())),
         not_offered=tuple(facts.get("not_offered", ())),
+        benchmark=facts.get("benchmark"),
         failure={key.removeprefix(FAILURE): facts[key] for key in facts if key.startswith(FAILURE)} or None,
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_circuitfreeze import __version__, matrix
+from pytest_circuitfreeze import __version__, benchmarks, matrix
 from pytest_circuitfreeze.accepted import AcceptedFailures
 from pytest_circuitfreeze.results import Result
 from pytest_circuitfreeze.settings import Settings
@@ -56,15 +56,23 @@ def write_summary(terminal: pytest.TerminalReporter, results: Sequence[Result], 
     terminal.section(f"circuitfreeze: {settings.engine}")
     # The reporter's own write_line may start with an empty line; the writer below it does what it is told.
     writer = terminal.config.get_terminal_writer()
-    _write_table(writer, results, settings.targets)
-    writer.line()
+    measured = [result.benchmark for result in results if result.benchmark]
+    results = [result for result in results if not result.is_benchmark]
+    if results:
+        _write_table(writer, results, settings.targets)
+        writer.line()
     for message in dict.fromkeys(result.message for result in results if result.outcome == "error"):
         writer.line(f"ERROR {message}", red=True)
     for line in matrix.reasons(results):
         writer.line(line, yellow=True)
     for entry in AcceptedFailures(settings.accepted).elsewhere(settings.targets):
         writer.line(f"accepted, of a model that is not in this run: {entry}", yellow=True)
-    writer.line(matrix.totals(results))
+    if results:
+        writer.line(matrix.totals(results))
+    for table in benchmarks.tables(measured):
+        writer.line()
+        writer.line(f"{table.group}: {benchmarks.ABOUT}", bold=True)
+        writer.line(table.text("simple"))
 
 
 def _write_table(writer: TerminalWriter, results: Sequence[Result], order: Sequence[str]) -> None:

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from pytest_circuitfreeze.reports.document import SCHEMA, ReportError, build, read
-from pytest_circuitfreeze.reports.files import write
+from pytest_circuitfreeze.reports import markdown, plots
+from pytest_circuitfreeze.reports.document import SCHEMA, Ended, Report, ReportError, build, parse, read
+from pytest_circuitfreeze.reports.files import DOCUMENT, render, write
 
-__all__ = ["SCHEMA", "ReportError", "build", "read", "write"]
+__all__ = [
+    "DOCUMENT",
+    "SCHEMA",
+    "Ended",
+    "Report",
+    "ReportError",
+    "build",
+    "markdown",
+    "parse",
+    "plots",
+    "read",
+    "render",
+    "write",
+]

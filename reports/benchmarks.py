@@ -20,8 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tabulate import tabulate
-
+from pytest_circuitfreeze.benchmarks import tables, verdict
 from pytest_circuitfreeze.collect import suite_files
 from pytest_circuitfreeze.engines import EXTRAS, EngineError, load_engine
 from pytest_circuitfreeze.summary import versions
@@ -95,22 +94,11 @@ def render(benchmarks: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) ->
         dict.fromkeys(", ".join(f"{k} {v}" for k, v in one["environment"].items()) for one in benchmarks)
     )
     parts.append("\n".join(f"- {each}" for each in environments))
-    for group in dict.fromkeys(one["group"] for one in benchmarks):
-        own = [one for one in benchmarks if one["group"] == group]
-        names = list(dict.fromkeys(name for one in own for name in one["ratios"]))
-        rows = [
-            [one["row"], *(_cell(one["ratios"].get(name)) for name in names), _bound(one), verdict(one)] for one in own
-        ]
-        parts += [f"## {group.capitalize()}", _table(rows, ["", *names, "at most", ""])]
+    for table in tables(benchmarks):
+        own = [one for one in benchmarks if one["group"] == table.group]
+        parts += [f"## {table.group.capitalize()}", table.text("github")]
         parts += _told(own, notes)
     return "\n\n".join(parts) + "\n"
-
-
-def verdict(one: Mapping[str, Any]) -> str:
-    """Whether the median of what is measured keeps its target."""
-    if one["target"] is None:
-        return ""
-    return "reached" if one["ratios"][one["engine"]]["median"] <= one["target"] else "not reached"
 
 
 def _told(own: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -> list[str]:
@@ -122,22 +110,6 @@ def _told(own: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -> list[st
     missing = dict.fromkeys(f"- {name}, not measured: {why}" for one in own for name, why in one["missing"].items())
     lines += [" ".join(line.split()) for line in missing]
     return ["\n".join(lines)] if lines else []
-
-
-def _bound(one: Mapping[str, Any]) -> str:
-    return "" if one["target"] is None else f"{one['target']:.3g}"
-
-
-def _cell(found: Mapping[str, float] | None) -> str:
-    if found is None:
-        return "-"
-    if found["n"] == 1:
-        return f"{found['median']:.3g}"
-    return f"{found['median']:.3f} [{found['low']:.3f}, {found['high']:.3f}] n={found['n']}"
-
-
-def _table(rows: Iterable[Sequence[str]], heads: Sequence[str]) -> str:
-    return tabulate([*rows], heads, tablefmt="github", disable_numparse=True)
 
 
 def stale(benchmarks: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -> list[str]:

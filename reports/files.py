@@ -1,4 +1,4 @@
-"""Writes a report's files, each whole or not at all."""
+"""Writes a report's files, each whole or not at all: the document first, and what is made of it."""
 
 from __future__ import annotations
 
@@ -9,31 +9,55 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from pytest_circuitfreeze.reports import markdown
-from pytest_circuitfreeze.reports.document import read
+from pytest_circuitfreeze.reports import html, latex, markdown, plots
+from pytest_circuitfreeze.reports.document import Report, read
+
+DOCUMENT = "report.json"
 
 
 def write(document: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Writes ``report.json``, and from that file ``report.md``; returns their paths.
+    """Writes ``report.json``, and from that file all others; returns their paths.
 
     Raises:
         OSError: the folder cannot be made or written into.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    source = folder / "report.json"
+    source = folder / DOCUMENT
     # Strict JSON: a number that is not finite would be unreadable to other programs.
-    _replace(source, json.dumps(document, indent=2, allow_nan=False) + "\n")
-    shown = folder / "report.md"
-    _replace(shown, markdown.render(read(source)))
-    return [source, shown]
+    _replace(source, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+    return [source, *render(read(source), folder)]
 
 
-def _replace(path: Path, text: str) -> None:
-    """Puts ``text`` in place of the file in one step, so that a reader never sees half of it."""
-    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as file:
+def render(report: Report, folder: Path) -> list[Path]:
+    """Writes what is made of a report, and takes away what a former one had and this one has nothing of.
+
+    Raises:
+        OSError: the folder cannot be written into.
+    """
+    drawn = {theme: plots.draw(report, theme) for theme in plots.THEMES} if plots.available() else {}
+    made: dict[str, bytes | None] = {
+        "report.md": markdown.render(report).encode(),
+        "report.html": html.render(report, html.pictures(drawn)).encode(),
+        "claims.tex": latex.claims(report).encode() if report.results else None,
+        "benchmarks.tex": latex.measured(report).encode() if report.benchmarks else None,
+    }
+    for name in plots.NAMES:
+        files = drawn.get("light", {}).get(name, {})
+        made |= {f"{name}.{kind}": files.get(kind) for kind in plots.KINDS}
+    for name, content in made.items():
+        if content is None:
+            folder.joinpath(name).unlink(missing_ok=True)
+        else:
+            _replace(folder / name, content)
+    return [folder / name for name, content in made.items() if content is not None]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Puts ``content`` in place of the file in one step, so that a reader never sees half of it."""
+    with NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         temporary = Path(file.name)
         try:
-            file.write(text)
+            file.write(content)
             file.close()
             # Temporary files are private; a report is as readable as any file that its writer makes.
             mask = os.umask(0)

@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
 from textwrap import indent
 
 from tabulate import tabulate
 
-from pytest_circuitfreeze import matrix
+from pytest_circuitfreeze import benchmarks, matrix
 from pytest_circuitfreeze.reports.document import Report
 from pytest_circuitfreeze.results import Result
+
+INCOMPLETE = "The run was stopped before its end: some tests that were chosen have no result here."
 
 
 def render(report: Report) -> str:
     """The whole document."""
     parts = [
-        f"# circuitfreeze: {_escape(report.settings['engine'])}",
-        matrix.totals(report.results),
+        f"# circuitfreeze: {escape(report.settings['engine'])}",
+        *([] if report.ended.complete else [f"**{INCOMPLETE}**"]),
+        *(map(escape, matrix.totals(report.results).splitlines()) if report.results else ()),
         *_tables(report),
-        *_failures(report.results),
+        *_failures(report.failed),
         *_reasons(report.results),
+        *_benchmarks(report),
         "## What was run",
-        _table([[name, _shown(value)] for name, value in report.settings.items()], ["setting", "value"]),
-        _table(list(report.environment.items()), ["software", "version"]),
+        _table([[escape(name), shown(value)] for name, value in report.settings.items()], ["setting", "value"]),
+        _table([[name, escape(value)] for name, value in facts(report).items()], ["of the run", ""]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def facts(report: Report) -> dict[str, str]:
+    """When the run was, how long, and what software and machine it depends on."""
+    return {
+        "started": f"{report.ended.started:%Y-%m-%d %H:%M} UTC",
+        "seconds": f"{report.ended.seconds:,.0f}",
+        "exit status": str(report.ended.status),
+        **report.environment,
+    }
+
+
+def shown(value: object) -> str:
+    """A setting for a person."""
+    if isinstance(value, list):
+        return escape(", ".join(map(str, value))) or "none"
+    return "default" if value is None else escape(str(value))
+
+
+def escape(text: str) -> str:
+    """Keeps text from ending a cell or being read as mark-up, or as a link or an image."""
+    return " ".join(re.sub(r"([\\|*_`<\[\]~#&])", r"\\\1", text).split(" ")).replace("\n", " ")
 
 
 def _tables(report: Report) -> list[str]:
     """One table a suite file: a row a claim, in its own words, a column a model."""
     models = matrix.columns(report.results, report.targets)
-    heads = ["claim", *map(_escape, models), "of bound"]
+    heads = ["claim", *map(escape, models), "of bound"]
     rows = matrix.rows(report.results, models)
     parts = []
     for file, group in groupby(rows, key=lambda row: row.file):
-        parts.append(f"## {_escape(_capital(matrix.subject(file)))}")
-        parts.append(_table([[_escape(row.sentence), *row.cells, row.closest] for row in group], heads))
+        parts.append(f"## {escape(_capital(matrix.subject(file)))}")
+        parts.append(_table([[escape(row.sentence), *row.cells, row.closest] for row in group], heads))
     return parts
 
 
@@ -44,20 +71,18 @@ def _capital(text: str) -> str:
     return text if "/" in text or "." in text else text.capitalize()
 
 
-def _failures(results: tuple[Result, ...]) -> list[str]:
-    failed = [result for result in results if result.outcome in ("failed", "error")]
-    if not failed:
-        return []
-    return ["## What failed", "\n".join(map(_failure, failed))]
+def _failures(failed: tuple[Result, ...]) -> list[str]:
+    return ["## What failed", "\n".join(map(_failure, failed))] if failed else []
 
 
 def _failure(result: Result) -> str:
     """One failure as a list item, with the snippet that shows it again, if there is one."""
-    line = f"- `{result.id}`: {_escape(result.message)}"
+    line = f"- {escape(result.id)}: {escape(result.message)}"
     snippet = (result.failure or {}).get("snippet")
     if snippet is None:
         return line
-    block = f"```python\n{snippet}```\n"
+    fence = "`" * (1 + max([2, *(len(run) for run in re.findall("`+", snippet))]))
+    block = f"{fence}python\n{snippet}{fence}\n"
     return f"{line}\n\n{indent(block, '  ')}"
 
 
@@ -66,26 +91,23 @@ def _reasons(results: tuple[Result, ...]) -> list[str]:
     return (
         [
             "## What is accepted, was refused, is not offered, or does not apply",
-            "\n".join(f"- {_escape(line)}" for line in told),
+            "\n".join(f"- {escape(line)}" for line in told),
         ]
         if told
         else []
     )
 
 
-def _table(rows: list[list[str]] | list[tuple[str, str]], heads: list[str]) -> str:
+def _benchmarks(report: Report) -> list[str]:
+    if not report.benchmarks:
+        return []
+    parts = ["## Benchmarks", benchmarks.ABOUT]
+    for table in benchmarks.tables(report.benchmarks):
+        rows = [[escape(cell) for cell in row] for row in table.rows]
+        parts += [f"### {escape(_capital(table.group))}", _table(rows, list(map(escape, table.heads)))]
+    return parts
+
+
+def _table(rows: list[list[str]], heads: list[str]) -> str:
     # Nothing is a number to tabulate: '12%' and 'exact' stand in one column, a version is no float.
     return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return _escape(", ".join(map(str, value))) or "none"
-    return "default" if value is None else _escape(str(value))
-
-
-def _escape(text: str) -> str:
-    """Keeps text from ending a cell or being read as mark-up."""
-    for character in r"\|*_`<":
-        text = text.replace(character, "\\" + character)
-    return text.replace("\n", " ")

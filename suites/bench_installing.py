@@ -42,7 +42,8 @@ def bench_install_and_remove(benchmark: BenchmarkFixture, circuit_engine: Engine
     installed = partial(on_and_off, partial(circuit_engine.freeze, model, config))
     with one_thread():
         pairs = Pairs(by_hand, {circuit_engine.name: lambda: nullcontext(installed)}, floor=IN_PLACE)
-        benchmark.pedantic(installed, setup=pairs.round, rounds=ROUNDS)  # type: ignore[no-untyped-call]
+        pairs.rounds(ROUNDS)
+        benchmark.pedantic(installed, rounds=ROUNDS)  # type: ignore[no-untyped-call]
     benchmark.extra_info.update(row=width, engine=circuit_engine.name, ratios=pairs.spreads(), target=HANDS, missing={})
 
 

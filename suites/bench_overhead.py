@@ -1,9 +1,11 @@
-"""What a freeze costs: a frozen forward beside a plain one, and putting a freeze on and off."""
+"""What a freeze of the chosen models costs beside a plain forward: a frozen one, and putting a freeze on and off."""
 
 from __future__ import annotations
 
-from statistics import median
-from time import perf_counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,15 +13,18 @@ import torch
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.engines import Engine
-from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.contenders import twin
+from pytest_circuitfreeze.fixtures import refusal
+from pytest_circuitfreeze.settings import settings_of
+from pytest_circuitfreeze.suites.paired import Call, Pairs
+from pytest_circuitfreeze.suites.sizes import ids
+from pytest_circuitfreeze.threads import one_thread
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
     from freeze_core import InterventionConfig
 
-ROWS, TOKENS, ROUNDS = 1, 64, 30
+TOKENS, ROUNDS = 64, 30
 
 FREEZES: dict[str, dict[str, Any]] = {
     "one_head_ov_zero": {"layer_indices": [0], "head_indices": [0], "circuit": "ov"},
@@ -29,55 +34,70 @@ FREEZES: dict[str, dict[str, Any]] = {
 freezes = pytest.mark.parametrize("freeze", FREEZES)
 
 
-@pytest.mark.benchmark(group="frozen forward")
+@pytest.mark.benchmark(group="frozen forward", timer=process_time)
 @freezes
 def bench_frozen_forward(
-    benchmark: BenchmarkFixture, circuit_engine: Engine, circuit_model: PreTrainedModel, freeze: str
+    benchmark: BenchmarkFixture,
+    circuit_engine: Engine,
+    circuit_model: PreTrainedModel,
+    freeze: str,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """A frozen forward without gradients; before each one, unmeasured by the benchmark, a plain one of a twin
-    that has the same weights.
+    """A frozen forward without gradients, between plain ones of the same model, unfrozen."""
+    _skip_refused(circuit_engine, circuit_model)
+    forward, clock = _forward(circuit_model)
+    limit = settings_of(request.config).bench_limit
 
-    The two alternate in one process, so that what disturbs the one disturbs the other. `extra_info` has the plain
-    median in seconds and the median of the pairs' ratios.
-    """
-    config = _config(freeze)
-    batch = _batch(circuit_model)
-    plain_model = twin(circuit_model)
-    plain: list[float] = []
-    frozen: list[float] = []
+    @contextmanager
+    def frozen() -> Iterator[Call]:
+        with circuit_engine.freeze(circuit_model, _config(freeze)) as call:
+            yield partial(forward, call)
 
-    def forward(call: Any, into: list[float]) -> None:
-        start = perf_counter()
-        call(**batch.arguments(circuit_model))
-        _wait(circuit_model)
-        into.append(perf_counter() - start)
-
-    with torch.no_grad(), circuit_engine.freeze(circuit_model, config) as call:
-        benchmark.pedantic(  # type: ignore[no-untyped-call]
-            lambda: forward(call, frozen),
-            setup=lambda: forward(plain_model, plain),
-            rounds=ROUNDS,
-            warmup_rounds=3,
+    with one_thread(), torch.no_grad():
+        pairs = Pairs(partial(forward, circuit_model), {circuit_engine.name: frozen}, clock=clock)
+        pairs.rounds(ROUNDS)
+        with frozen() as own:
+            benchmark.pedantic(own, rounds=ROUNDS)  # type: ignore[no-untyped-call]
+    _describe(benchmark, request, circuit_engine, pairs, limit)
+    found = benchmark.extra_info["ratios"][circuit_engine.name]
+    if limit is not None and found["low"] > limit:
+        pytest.fail(
+            f"a forward under {freeze} costs {found['median']:.3f} [{found['low']:.3f}, {found['high']:.3f}] of a "
+            f"plain one in {found['n']} rounds; the limit is {limit:g}",
+            pytrace=False,
         )
-    _describe(benchmark, circuit_engine, circuit_model, config)
-    benchmark.extra_info["plain_seconds"] = median(plain)
-    benchmark.extra_info["frozen_over_plain"] = median(f / p for f, p in zip(frozen, plain, strict=True))
 
 
-@pytest.mark.benchmark(group="install and remove")
+@pytest.mark.benchmark(group="install and remove", timer=process_time)
 @freezes
 def bench_install_and_remove(
-    benchmark: BenchmarkFixture, circuit_engine: Engine, circuit_model: PreTrainedModel, freeze: str
+    benchmark: BenchmarkFixture,
+    circuit_engine: Engine,
+    circuit_model: PreTrainedModel,
+    freeze: str,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Putting a freeze on and taking it off again, without a forward."""
-    config = _config(freeze)
+    """Putting a freeze on and taking it off again, without a forward, between plain forwards."""
+    _skip_refused(circuit_engine, circuit_model)
+    forward, clock = _forward(circuit_model)
 
     def install_and_remove() -> None:
-        with circuit_engine.freeze(circuit_model, config):
+        with circuit_engine.freeze(circuit_model, _config(freeze)):
             pass
 
-    benchmark.pedantic(install_and_remove, rounds=ROUNDS, warmup_rounds=3)  # type: ignore[no-untyped-call]
-    _describe(benchmark, circuit_engine, circuit_model, config)
+    with one_thread(), torch.no_grad():
+        plain = partial(forward, circuit_model)
+        pairs = Pairs(plain, {circuit_engine.name: lambda: nullcontext(install_and_remove)}, clock=clock)
+        pairs.rounds(ROUNDS)
+        benchmark.pedantic(install_and_remove, rounds=ROUNDS)  # type: ignore[no-untyped-call]
+    _describe(benchmark, request, circuit_engine, pairs, None)
+
+
+def _skip_refused(engine: Engine, model: PreTrainedModel) -> None:
+    """What an engine refuses, as a claim of the suites has seen, costs nothing."""
+    reason = refusal(engine, model)
+    if reason is not None:
+        pytest.skip(f"refused: {reason}")
 
 
 def _config(freeze: str) -> InterventionConfig:
@@ -86,36 +106,28 @@ def _config(freeze: str) -> InterventionConfig:
     return InterventionConfig(**FREEZES[freeze])
 
 
-def _batch(model: PreTrainedModel) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    return Batch(torch.randint(0, model.config.vocab_size, (ROWS, TOKENS), generator=generator))
+def _forward(model: PreTrainedModel) -> tuple[Callable[[Callable[..., Any]], object], Callable[[], float]]:
+    """A forward by any callable that is the model, and the clock that sees what it costs."""
+    prompt = ids(model, TOKENS)
+    if model.device.type == "cpu":
+        return lambda call: call(input_ids=prompt), process_time
 
-
-def _wait(model: PreTrainedModel) -> None:
-    """Waits for an accelerator to finish; a CPU has when a call returns."""
-    if model.device.type != "cpu":
+    def forward(call: Callable[..., Any]) -> None:
+        call(input_ids=prompt.to(model.device))
         torch.accelerator.synchronize(model.device)
 
+    return forward, perf_counter
 
-def _describe(benchmark: BenchmarkFixture, engine: Engine, model: PreTrainedModel, config: InterventionConfig) -> None:
-    """Says in the benchmark's own record what was run."""
-    import transformers
 
+def _describe(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, engine: Engine, pairs: Pairs, target: float | None
+) -> None:
+    """What the report says of it."""
+    chosen = request.node.callspec.params
     benchmark.extra_info.update(
+        row=f"{chosen['circuit_model']}, {chosen['freeze'].replace('_', ' ')}, {TOKENS} tokens",
         engine=engine.name,
-        model=type(model).__name__,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=model.config.num_hidden_layers,
-        heads=model.config.num_attention_heads,
-        freeze={name: str(getattr(config, name)) for name in ("circuit", "freeze_type", "kv_scope", "strength")},
-        frozen_layers=config.layer_indices or "all",
-        frozen_heads=config.head_indices or "all",
-        rows=ROWS,
-        tokens=TOKENS,
-        dtype=str(model.dtype),
-        device=str(model.device),
-        attention=model.config._attn_implementation,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
+        ratios=pairs.spreads(),
+        target=target,
+        missing={},
     )

@@ -25,16 +25,29 @@ class Pairs:
         plain: what all are compared with.
         contenders: by name, a context in which a call is frozen, and that gives it.
         floor: what the plain calls are called.
+        clock: seconds; CPU time where the CPU does the work.
     """
 
-    def __init__(self, plain: Call, contenders: Mapping[str, Frozen], floor: str = "plain") -> None:
+    def __init__(
+        self,
+        plain: Call,
+        contenders: Mapping[str, Frozen],
+        floor: str = "plain",
+        clock: Callable[[], float] = process_time,
+    ) -> None:
         self._plain = plain
+        self._clock = clock
         self._contenders: dict[str, Frozen] = {floor: lambda: nullcontext(plain), **contenders}
         plain()
-        start = process_time()
+        start = clock()
         plain()
-        self._calls = max(1, round(SECONDS / max(process_time() - start, 1e-6)))
+        self._calls = max(1, round(SECONDS / max(clock() - start, 1e-6)))
         self._ratios: dict[str, list[float]] = {name: [] for name in self._contenders}
+
+    def rounds(self, number: int) -> None:
+        """That many more ratios for each."""
+        for _ in range(number):
+            self.round()
 
     def round(self) -> None:
         """One more ratio for each."""
@@ -57,9 +70,9 @@ class Pairs:
         gc.disable()  # a collection would be charged to whichever call it falls into
         try:
             for _ in range(self._calls):
-                start = process_time()
+                start = self._clock()
                 call()
-                times.append(process_time() - start)
+                times.append(self._clock() - start)
         finally:
             gc.enable()
         return median(times)

@@ -62,9 +62,9 @@ def side_by_side(
                 del freezes[name]
         demand_alike(freezes, model, prompt)
         pairs = Pairs(workload(model, prompt), {name: partial(frozen, freeze) for name, freeze in freezes.items()})
+        pairs.rounds(rounds)
         with frozen(freezes[engine.name]) as own:
-            pass
-        benchmark.pedantic(own, setup=pairs.round, rounds=rounds)  # type: ignore[no-untyped-call]
+            benchmark.pedantic(own, rounds=rounds)  # type: ignore[no-untyped-call]
     ratios = pairs.spreads()
     best = min(ratios[name]["median"] for name in BY_HAND)
     benchmark.extra_info.update(

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_circuitfreeze.architectures import every_architecture, model_types
 from pytest_circuitfreeze.models import TINY
-from pytest_circuitfreeze.settings import parse_architectures
+from pytest_circuitfreeze.options import parse_architectures
 from pytest_circuitfreeze.shrinking import causal_lm_types
 
 ONE = "circuitfreeze/test_values.py::test_zero_strength_is_unfrozen"
@@ -33,7 +33,7 @@ def test_a_type_is_taken_by_its_name() -> None:
 
 def test_names_are_checked_without_torch_or_transformers() -> None:
     code = (
-        "import sys; from pytest_circuitfreeze.settings import parse_architectures as p; p('zamba2'); p('all'); "
+        "import sys; from pytest_circuitfreeze.options import parse_architectures as p; p('zamba2'); p('all'); "
         "print(*[name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

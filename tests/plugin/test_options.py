@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_circuitfreeze.settings import OPTIONS
+from pytest_circuitfreeze.architectures import model_types
+from pytest_circuitfreeze.engines import BUILT_IN
+from pytest_circuitfreeze.models import TINY
+from pytest_circuitfreeze.options import OPTIONS
 
 Run = Callable[..., pytest.RunResult]
 BAD = {
@@ -20,6 +23,7 @@ BAD = {
     "dtype": ["int8", "torch.float32"],
     "attn": ["flash"],
     "report": ["", "taken.txt"],
+    "bench-limit": ["", "fast", "0", "-1", "nan", "inf"],
 }
 
 
@@ -44,8 +48,9 @@ def test_bad_value_on_the_command_line_is_a_usage_error(pytester: pytest.Pyteste
 @pytest.mark.parametrize(("word", "value"), [case for case in CASES if case != ("model", "")])
 def test_bad_value_in_the_ini_file_is_a_usage_error(pytester: pytest.Pytester, word: str, value: str) -> None:
     pytester.path.joinpath("taken.txt").touch()
-    pytester.makeini(f"[pytest]\ncircuitfreeze_{word} = {value}")
-    assert_refused(pytester.runpytest_inprocess("--circuitfreeze"), f"circuitfreeze_{word} (ini file)", value)
+    name = f"circuitfreeze_{word.replace('-', '_')}"
+    pytester.makeini(f"[pytest]\n{name} = {value}")
+    assert_refused(pytester.runpytest_inprocess("--circuitfreeze"), f"{name} (ini file)", value)
 
 
 def assert_refused(result: pytest.RunResult, named: str, value: str) -> None:
@@ -78,6 +83,22 @@ def test_options_of_the_suites_need_the_switch(pytester: pytest.Pytester, flag: 
     result.stderr.fnmatch_lines(
         [f"ERROR: {flag.partition('=')[0]} is about the shipped suites; give --circuitfreeze too"]
     )
+
+
+def test_limit_of_benchmarks_that_do_not_run_is_refused(pytester: pytest.Pytester) -> None:
+    result = pytester.runpytest_inprocess("--circuitfreeze", "--circuitfreeze-bench-limit=1.2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--circuitfreeze-bench-limit is about the benchmarks; give --circuitfreeze-bench *"])
+
+
+def test_list_shows_what_there_is_and_runs_nothing(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("raise SystemExit('collected')")
+    result = pytester.runpytest_subprocess("--circuitfreeze-list")
+    assert result.ret == 0
+    shown = " ".join(result.stdout.str().split())
+    for found in (*TINY, *model_types(), *BUILT_IN, "qk_leaves_ov: Freezing QK leaves values, and"):
+        assert found in shown
+    assert "collected" not in shown
 
 
 def test_model_and_architecture_of_one_name_are_refused(pytester: pytest.Pytester) -> None:

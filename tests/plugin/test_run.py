@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from tables import table
+
+from pytest_circuitfreeze import reports
 
 Run = Callable[..., pytest.RunResult]
 ON = ("--circuitfreeze", "--circuitfreeze-arch", "gpt2,falcon_mqa", "circuitfreeze")
@@ -140,7 +143,11 @@ def test_junit_carries_the_findings(stand_in: Run, workers: tuple[str, ...]) -> 
 def test_report_is_written(stand_in: Run, workers: tuple[str, ...]) -> None:
     result = stand_in(*ON, "--circuitfreeze-report", "out/deep", *workers, test_gamma=BREAKS)
     result.stdout.fnmatch_lines(["report: out/deep/report.json", "report: out/deep/report.md"])
-    assert sorted(path.name for path in Path("out/deep").iterdir()) == ["report.json", "report.md"]
+    plots = {"bounds.svg", "bounds.png"} if reports.plots.available() else set()
+    faces = {"report.json", "report.md", "report.html", "claims.tex"} | plots
+    assert {path.name for path in Path("out/deep").iterdir()} == faces
+    told = {Path(line.removeprefix("report: ")).name for line in result.stdout.lines if line.startswith("report: out")}
+    assert told == faces
     document = json.loads(Path("out/deep/report.json").read_text())
     assert document["exit_status"] == 1
     outcomes = [(entry["claim"], entry["model"], entry["outcome"]) for entry in document["results"]]
@@ -153,6 +160,45 @@ def test_report_is_written(stand_in: Run, workers: tuple[str, ...]) -> None:
         "| A claim that one model breaks. | pass   | FAIL          | -          |"
         in Path("out/deep/report.md").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "tests", "status"),
+    [
+        ((), "raise KeyboardInterrupt", pytest.ExitCode.INTERRUPTED),
+        (("--maxfail=1",), "assert False", pytest.ExitCode.TESTS_FAILED),
+    ],
+)
+def test_run_that_is_stopped_leaves_a_report_that_says_so(
+    stand_in: Run, options: tuple[str, ...], tests: str, status: int
+) -> None:
+    stops = f"""
+        def test_stops(circuit_model):
+            '''A claim after which nothing runs.'''
+            {tests}
+    """
+    result = stand_in(*ON, "--circuitfreeze-report=out", *options, test_aardvark=stops)
+    assert result.ret == status
+    document = json.loads(Path("out/report.json").read_text())
+    assert not document["complete"]
+    assert len(document["results"]) < 8
+    assert "stopped before its end" in Path("out/report.html").read_text()
+
+
+def test_run_that_is_killed_leaves_the_former_report(stand_in: Run) -> None:
+    stand_in(*ON, "--circuitfreeze-report=out")
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    dies = """
+        import os
+        import signal
+
+        def test_dies(circuit_model):
+            '''A claim in the middle of which the process ends.'''
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    result = stand_in(*ON, "--circuitfreeze-report=out", test_beta=dies)
+    assert result.ret == -signal.SIGKILL
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
 def test_report_that_cannot_be_written_fails_the_run(stand_in: Run) -> None:

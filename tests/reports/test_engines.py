@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from pytest_circuitfreeze.reports import engines
-from pytest_circuitfreeze.reports.document import Report
+from pytest_circuitfreeze.reports.document import Ended, Report
 from pytest_circuitfreeze.results import Result
 
 PASSED = Result("circuitfreeze/test_a.py::test_x[m]", "x", "X holds.", "m", "e", "passed", 90.0, 5, 0.0, 0.0, "")
@@ -28,12 +29,13 @@ RESULTS = (
     ),
 )
 ENVIRONMENT = {"transformers": "5.1", "torch": "2.3", "hypothesis": "6.1"}
+ENDED = Ended(0, True, datetime(2020, 1, 2, tzinfo=UTC), 3.0)
 SETTINGS = {"architectures": ["m", "n"], "models": [], "profile": "standard", "seed": 0}
 
 
 @pytest.fixture
 def made() -> dict[str, object]:
-    entry = engines.entry("hooks", Report(SETTINGS, ENVIRONMENT, RESULTS))
+    entry = engines.entry("hooks", Report(SETTINGS, ENVIRONMENT, ENDED, RESULTS))
     return json.loads(json.dumps({"engines": {"hooks": entry}}))
 
 
@@ -67,7 +69,7 @@ def test_named_engines_replace_theirs(tmp_path: Path, made: dict[str, object], m
 
     def run(options: list[str], seconds: float) -> Report | None:
         asked.append(options[1])
-        return None if options[1] == "freeze_core" else Report(SETTINGS, ENVIRONMENT, RESULTS[:1])
+        return None if options[1] == "freeze_core" else Report(SETTINGS, ENVIRONMENT, ENDED, RESULTS[:1])
 
     monkeypatch.setattr(engines, "run_suites", run)
     made["engines"]["pyvene"] = made["engines"]["hooks"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,7 @@ HOLDS = Result(
     bound=4e-9,
     message="",
 )
+ENDED = reports.Ended(1, True, datetime(2020, 1, 2, 3, 4, tzinfo=UTC), 61.04)
 BREAKS = replace(
     HOLDS,
     id="circuitfreeze/test_values.py::test_values_agree[my|model]",
@@ -51,6 +54,7 @@ BREAKS = replace(
 MARKDOWN = r"""# circuitfreeze: freeze\_core
 
 1 claim on 2 models: 1 failed, 1 passed; 28 examples
+
 closest to its bound: values agree, gpt2, 25% of it
 
 ## Values
@@ -61,7 +65,7 @@ closest to its bound: values agree, gpt2, 25% of it
 
 ## What failed
 
-- `circuitfreeze/test_values.py::test_values_agree[my|model]`: v differs by 1 \| at \<token> 0
+- circuitfreeze/test\_values.py::test\_values\_agree\[my\|model\]: v differs by 1 \| at \<token> 0
 
 ## What was run
 
@@ -76,23 +80,29 @@ closest to its bound: values agree, gpt2, 25% of it
 | dtype         | default           |
 | attn          | default           |
 | bench         | False             |
+| accepted      | none              |
+| bench\_limit  | default           |
 """
 
 
 @pytest.fixture
 def document() -> dict[str, object]:
-    return reports.build(SETTINGS, {"torch": "2.13.0"}, [HOLDS, BREAKS], 1)
+    return reports.build(SETTINGS, {"torch": "2.13.0"}, [HOLDS, BREAKS], ENDED)
+
+
+def written(document: Mapping[str, object], folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in reports.write(document, folder)}
 
 
 def test_markdown_says_it_all(document: dict[str, object], tmp_path: Path) -> None:
-    _, shown = reports.write(document, tmp_path)
+    shown = written(document, tmp_path)["report.md"]
     text = shown.read_text(encoding="utf-8")
     assert text.startswith(MARKDOWN)
     assert [line.split() for line in text.splitlines() if "torch" in line] == [["|", "torch", "|", "2.13.0", "|"]]
 
 
 def test_what_was_written_is_what_is_read(document: dict[str, object], tmp_path: Path) -> None:
-    source, _ = reports.write(document, tmp_path / "new" / "folder")
+    source = written(document, tmp_path / "new" / "folder")["report.json"]
     found = reports.read(source)
     assert found.results == (HOLDS, BREAKS)
     assert found.targets == ("gpt2", "falcon_mqa", "my|model")
@@ -103,9 +113,9 @@ def test_snippet_of_a_failure_is_code_in_markdown_and_its_facts_are_kept(tmp_pat
     place = {"layer": 1, "head": 2}
     failure = {"claim": "v stays", "place": place, "error": "inf", "bound": 0.0, "snippet": "x = [1]\ncheck_v(x)\n"}
     told = replace(BREAKS, failure=failure)
-    source, shown = reports.write(reports.build(SETTINGS, {}, [told, BREAKS], 1), tmp_path)
+    source, shown, *_ = reports.write(reports.build(SETTINGS, {}, [told, BREAKS], ENDED), tmp_path)
     assert reports.read(source).results == (told, BREAKS)
-    assert "at \\<token> 0\n\n  ```python\n  x = [1]\n  check_v(x)\n  ```\n\n- `circuitfreeze/" in shown.read_text(
+    assert "at \\<token> 0\n\n  ```python\n  x = [1]\n  check_v(x)\n  ```\n\n- circuitfreeze/" in shown.read_text(
         "utf-8"
     )
 
@@ -116,16 +126,18 @@ def test_place_of_the_report_is_not_in_it(document: dict[str, object]) -> None:
 
 def test_second_report_replaces_the_first(document: dict[str, object], tmp_path: Path) -> None:
     reports.write({**document, "results": []}, tmp_path)
-    source, shown = reports.write(document, tmp_path)
+    paths = reports.write(document, tmp_path)
+    source = paths[0]
     assert len(reports.read(source).results) == 2
-    assert sorted(tmp_path.iterdir()) == [source, shown]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
     assert source.stat().st_mode & stat.S_IRUSR
 
 
 def test_failed_write_leaves_the_old_report(
     document: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, shown = reports.write(document, tmp_path)
+    paths = reports.write(document, tmp_path)
+    source = paths[0]
     before = source.read_text()
 
     def no_space(*_: object) -> None:
@@ -135,11 +147,11 @@ def test_failed_write_leaves_the_old_report(
     with pytest.raises(OSError, match="no space left"):
         reports.write({**document, "results": []}, tmp_path)
     assert source.read_text() == before
-    assert sorted(tmp_path.iterdir()) == [source, shown]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    document = reports.build(SETTINGS, {}, [replace(HOLDS, error=float("inf"))], 0)
+    document = reports.build(SETTINGS, {}, [replace(HOLDS, error=float("inf"))], ENDED)
     with pytest.raises(ValueError, match="Out of range float"):
         reports.write(document, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -151,8 +163,8 @@ def test_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         ("{", "is no circuitfreeze report: JSONDecodeError"),
         ("{}", "is no circuitfreeze report: KeyError: 'schema'"),
         ("[]", "is no circuitfreeze report: TypeError"),
-        ('{"schema": 99}', "has schema 99; this version reads 1"),
-        ('{"schema": 1, "results": [{"id": "x"}]}', "is no circuitfreeze report: TypeError"),
+        ('{"schema": 99}', "has schema 99; this version reads 2"),
+        ('{"schema": 2, "results": [{"id": "x"}]}', "is no circuitfreeze report: TypeError"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str, reason: str) -> None:
