@@ -11,7 +11,10 @@ Benchmark = Mapping[str, Any]
 """``group``, ``row`` (what was measured), ``engine``, ``ratios`` by contender (``median``, ``low`` and ``high``
 quartiles, ``n`` rounds), ``target`` (or ``None``), ``missing`` (contenders that could not run, and why)."""
 
-ABOUT = "Ratios of time to the plain calls between which they stand: median [quartiles], n rounds."
+ABOUT = (
+    "Ratios of time to the plain calls between which they stand: median [quartiles], n rounds. A number alone was "
+    "counted once: graphs, or bytes as a share of the parameters'."
+)
 
 
 class Table(NamedTuple):

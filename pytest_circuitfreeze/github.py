@@ -17,7 +17,7 @@ MOST = 10
 """Annotations of one kind that GitHub shows of a step."""
 
 
-def annotations(results: Iterable[Result], environment: Mapping[str, str] = os.environ) -> list[str]:
+def workflow_commands(results: Iterable[Result], environment: Mapping[str, str] = os.environ) -> list[str]:
     """A workflow command for each test that failed, in a job; none elsewhere."""
     if environment.get("GITHUB_ACTIONS") != "true":
         return []

@@ -172,5 +172,5 @@ class SuiteRun:
         results = list(self._results)
         if results:
             write_summary(terminalreporter, results, self._settings)
-        for line in (*self._report_lines, *github.annotations(results)):
+        for line in (*self._report_lines, *github.workflow_commands(results)):
             self._config.get_terminal_writer().line(line)

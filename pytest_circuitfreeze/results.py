@@ -164,7 +164,7 @@ def measured(record: CircuitRecord) -> list[tuple[str, object]]:
 
 def benchmarked(item: pytest.Function) -> list[tuple[str, object]]:
     """What a benchmark put on record, as a property of its report; nothing of what is none."""
-    fixture = item.funcargs.get("benchmark")
+    fixture: Any = item.funcargs.get("benchmark")
     if fixture is None or "ratios" not in fixture.extra_info:
         return []
     return [(PREFIX + "benchmark", {"group": fixture.group, **fixture.extra_info})]

@@ -2,9 +2,9 @@
 
     python -m pytest_circuitfreeze.reports.benchmarks docs/benchmarks [file ...]
 
-runs the shipped benchmarks in a process of its own and writes `benchmarks.json` and `benchmarks.md`. Files that are
-named (`bench_forward.py`) replace theirs in a report that is there. Libraries that are installed are measured too.
-What keeps a figure from its target is said by hand, in `notes.json`: by benchmark, one line.
+runs the shipped benchmarks in a process of its own and writes `benchmarks.json`, `benchmarks.md` and, with matplotlib,
+`benchmarks.svg`. Files that are named (`bench_forward.py`) replace theirs in a report that is there. Libraries that are
+installed are measured too. What keeps a figure from its target is said by hand, in `notes.json`: by benchmark, one line.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from pytest_circuitfreeze.benchmarks import tables, verdict
 from pytest_circuitfreeze.collect import suite_files
 from pytest_circuitfreeze.engines import EXTRAS, EngineError, load_engine
+from pytest_circuitfreeze.reports import plots
 from pytest_circuitfreeze.summary import versions
 
 COMMAND = "python -m pytest_circuitfreeze.reports.benchmarks"
@@ -94,6 +95,7 @@ def render(benchmarks: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) ->
         dict.fromkeys(", ".join(f"{k} {v}" for k, v in one["environment"].items()) for one in benchmarks)
     )
     parts.append("\n".join(f"- {each}" for each in environments))
+    parts.append("![What each contender costs, by group: medians with their quartiles.](benchmarks.svg)")
     for table in tables(benchmarks):
         own = [one for one in benchmarks if one["group"] == table.group]
         parts += [f"## {table.group.capitalize()}", table.text("github")]
@@ -143,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(name, flush=True)
     notes = json.loads(notes_path.read_text(encoding="utf-8")) if notes_path.exists() else {}
     path.with_suffix(".md").write_text(render(found, notes), encoding="utf-8")
+    path.with_suffix(".svg").write_bytes(plots.draw_benchmarks(found))
     for name in stale(found, notes):
         print(f"note about what is reached, or not measured: {name}")
     return int(bool(failed or stale(found, notes)))

@@ -67,7 +67,7 @@ class Comparison(NamedTuple):
     @property
     def worse(self) -> bool:
         """Whether something got worse."""
-        return any(one.worse for one in (*self.claims, *self.costs))
+        return any(one.worse for one in self.claims) or any(one.worse for one in self.costs)
 
 
 def compare(old: Report, new: Report) -> Comparison:
@@ -156,5 +156,5 @@ def _noise(one: Benchmark) -> float:
     floor = next(iter(ratios.values()))  # plain calls beside plain calls
     if own["n"] == 1 or not own["median"]:
         return 0.0
-    spread = (own["high"] - own["low"]) / own["median"] / own["n"] ** 0.5
+    spread: float = (own["high"] - own["low"]) / own["median"] / own["n"] ** 0.5
     return spread + abs(floor["median"] - 1)

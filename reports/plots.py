@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
+from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
 from pytest_circuitfreeze import matrix
+from pytest_circuitfreeze.benchmarks import Benchmark
 from pytest_circuitfreeze.reports.document import Report
 from pytest_circuitfreeze.results import Result, used
 
@@ -40,12 +43,21 @@ def available() -> bool:
 
 def draw(report: Report, theme: str = "light") -> dict[str, dict[str, bytes]]:
     """By the name of a plot its files by format, ``svg`` and ``png``; none of what the report has nothing of."""
+    return _drawn(theme, {"bounds": lambda: _bounds(report), "benchmarks": lambda: _costs(report.benchmarks)})
+
+
+def draw_benchmarks(benchmarks: Sequence[Benchmark]) -> bytes:
+    """What each contender costs, as SVG."""
+    return _drawn("light", {"benchmarks": lambda: _costs(benchmarks)})["benchmarks"]["svg"]
+
+
+def _drawn(theme: str, makers: Mapping[str, Callable[[], Figure | None]]) -> dict[str, dict[str, bytes]]:
     from matplotlib import style
 
     with style.context([THEMES[theme], DRAWN]), warnings.catch_warnings():
         # A letter of a name that the font lacks is a box; where warnings are errors, it would be no plot.
         warnings.simplefilter("ignore", UserWarning)
-        made = dict(zip(NAMES, (_bounds(report), _costs(report)), strict=True))
+        made = {name: make() for name, make in makers.items()}
         return {name: _files(figure) for name, figure in made.items() if figure is not None}
 
 
@@ -64,11 +76,11 @@ def _bounds(report: Report) -> Figure | None:
     from matplotlib.figure import Figure
 
     models = matrix.columns(report.results, report.targets)
-    rows = {}
+    rows: dict[str, list[float]] = {}
     for row in matrix.rows(report.results, models):
         shares = [_share(report.results, row, model) for model in models]
-        if any(share is not None for share in shares):
-            rows[matrix.words(row.claim)] = [float("nan") if share is None else 100 * share for share in shares]
+        if not all(map(isnan, shares)):
+            rows[matrix.words(row.claim)] = shares
     if not rows:
         return None
     figure = Figure(figsize=(3.6 + 0.62 * len(models), 1.6 + 0.26 * len(rows)))
@@ -78,7 +90,7 @@ def _bounds(report: Report) -> Figure | None:
     axes.set_xticks(range(len(models)), map(_label, models), rotation=45, ha="right", rotation_mode="anchor")
     for y, shares in enumerate(rows.values()):
         for x, share in enumerate(shares):
-            if share == share:
+            if not isnan(share):
                 axes.text(x, y, f"{share:.0f}", ha="center", va="center", color="black" if share > 60 else "white")
     examples = sum(result.examples for result in report.results)
     figure.colorbar(image, ax=axes, label="largest error, % of its bound")
@@ -86,27 +98,29 @@ def _bounds(report: Report) -> Figure | None:
     return figure
 
 
-def _share(results: tuple[Result, ...], row: matrix.Row, model: str) -> float | None:
-    """The largest share of a bound on one model, as a fraction; nothing where all was bit for bit, or failed."""
+def _share(results: tuple[Result, ...], row: matrix.Row, model: str) -> float:
+    """The largest share of a bound on one model, in %; nan where all was bit for bit, or failed."""
     own = [one for one in results if (one.file, one.claim, one.model) == (row.file, row.claim, model)]
     held = [one for one in own if one.outcome == "passed" and one.bound > 0]
-    return max((used(one.error, one.bound) for one in held), default=None)
+    return max((100 * used(one.error, one.bound) for one in held), default=nan)
 
 
-def _costs(report: Report) -> Figure | None:
+def _costs(benchmarks: Sequence[Benchmark]) -> Figure | None:
     """A panel a group: each contender's median with its quartiles, and the target as a line across."""
     from matplotlib.figure import Figure
 
-    if not report.benchmarks:
+    if not benchmarks:
         return None
-    groups = list(dict.fromkeys(one["group"] for one in report.benchmarks))
-    sizes = [sum(len(one["ratios"]) + 1 for one in report.benchmarks if one["group"] == group) for group in groups]
+    groups = list(dict.fromkeys(one["group"] for one in benchmarks))
+    sizes = [sum(len(one["ratios"]) + 1 for one in benchmarks if one["group"] == group) for group in groups]
     figure = Figure(figsize=(6.0, 0.8 * len(groups) + 0.17 * sum(sizes)))
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=sizes, gridspec_kw={"hspace": 0.4})[:, 0]
     for group, axes in zip(groups, panels, strict=True):
-        _panel(axes, [one for one in report.benchmarks if one["group"] == group])
+        own = [one for one in benchmarks if one["group"] == group]
+        _panel(axes, own)
         axes.set_title(group, loc="left")
-        axes.set_xlabel("ratio of time to the plain calls beside it: median and quartiles")
+        once = all(found["n"] == 1 for one in own for found in one["ratios"].values())
+        axes.set_xlabel("a count, or a share of the parameters" if once else "ratio of time: median and quartiles")
     return figure
 
 

@@ -47,12 +47,12 @@ def test_elsewhere_there_is_nothing(stand_in: Run, monkeypatch: pytest.MonkeyPat
 
 
 def test_commands_end_where_they_should() -> None:
-    (line,) = github.annotations([replace(FAILED, message="a\r\nb%")], {"GITHUB_ACTIONS": "true"})
+    (line,) = github.workflow_commands([replace(FAILED, message="a\r\nb%")], {"GITHUB_ACTIONS": "true"})
     assert line == "::error title=circuitfreeze/test_a.py%3A%3Atest_x[m%2Cn]::a%0D%0Ab%25"
 
 
 def test_only_as_many_annotations_as_are_shown() -> None:
-    assert len(github.annotations([FAILED] * 25, {"GITHUB_ACTIONS": "true"})) == github.MOST
+    assert len(github.workflow_commands([FAILED] * 25, {"GITHUB_ACTIONS": "true"})) == github.MOST
 
 
 def test_summary_that_is_too_large_is_cut(tmp_path: Path) -> None:
