@@ -4,7 +4,7 @@
 
 runs the shipped benchmarks in a process of its own and writes `benchmarks.json`, `benchmarks.md` and, with matplotlib,
 `benchmarks.svg`. Files that are named (`bench_forward.py`) replace theirs in a report that is there. Libraries that are
-installed are measured too. What keeps a figure from its target is said by hand, in `notes.json`: by benchmark, one line.
+installed are measured too. What keeps a figure from its target is said by hand, in `notes.json`, by benchmark.
 """
 
 from __future__ import annotations
