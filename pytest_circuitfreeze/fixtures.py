@@ -86,7 +86,7 @@ def circuit_engine(request: pytest.FixtureRequest) -> Engine:
 
 @pytest.fixture(scope="session")
 def circuit_record(request: pytest.FixtureRequest) -> CircuitRecord:
-    """Takes what a check returns, circuit_record.observe(check_...(...)), into the report of the test."""
+    """Takes what a check returns, `circuit_record.observe(check_...(...))`, into the report of the test."""
     return request.config.stash[RECORD]
 
 
