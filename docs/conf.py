@@ -24,19 +24,17 @@ exclude_patterns = ["extensions"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 default_role = "code"
+smartquotes = False  # which would make a dash of an option's two
 
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
 maximum_signature_line_length = 100
 add_module_names = False
 
 # What other projects document is named and not linked, since looking it up takes a network.
-_OTHERS = "torch nn hypothesis st transformers pytest _pytest collections contextlib pathlib os".split()
-_OTHERS_NAMES = "Tensor ProcessGroup PreTrainedModel PathLike Callable AbstractContextManager Freeze".split()
 nitpick_ignore_regex = [
-    ("py:.*", rf"({'|'.join(_OTHERS)})\..+"),
-    ("py:.*", "|".join(_OTHERS_NAMES)),
+    ("py:.*", r"(torch|nn|hypothesis|st|transformers|pytest|_pytest|collections|contextlib|pathlib|os)\..+"),
+    ("py:.*", "Tensor|ProcessGroup|PreTrainedModel|PathLike|Callable|AbstractContextManager|Freeze"),
 ]
 
 html_theme = "furo"

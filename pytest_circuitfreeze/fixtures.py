@@ -100,7 +100,7 @@ def freezer() -> AttentionCircuitFreezer:
 
 @pytest.fixture(scope="session")
 def tiny_gpt2() -> PreTrainedModel:
-    """A tiny GPT-2, fused projections, 2 layers of random weights; shared, leave it as it was."""
+    """A tiny GPT-2, fused projections, 3 layers of random weights; shared, leave it as it was."""
     return _tiny("gpt2")
 
 
