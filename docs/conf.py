@@ -24,7 +24,7 @@ exclude_patterns = ["extensions"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 default_role = "code"
-smartquotes = False  # which would make a dash of an option's two
+smartquotes_action = "D"  # dashes alone, which field lists are written with
 
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
@@ -38,6 +38,9 @@ nitpick_ignore_regex = [
 ]
 
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
+pygments_dark_style = "monokai"
 html_math_renderer = "mathml"
 html_title = f"{project} {version}"
 html_copy_source = False
