@@ -1,4 +1,4 @@
-"""Checks for an intervention of one's own: every shipped claim as a function, in a test or a notebook.
+"""Checks for an intervention of one's own: every shipped claim as a function, in a test or a notebook::
 
     from pytest_circuitfreeze import checks
 

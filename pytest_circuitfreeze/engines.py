@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from pytest_circuitfreeze.named import is_named, named
 from pytest_circuitfreeze.origins import remembered
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def check_engine_name(spec: str) -> None:
     Raises:
         ValueError: neither a built-in name, nor an entry point, nor ``module:attribute``.
     """
-    if spec in BUILT_IN or _is_attribute(spec):
+    if spec in BUILT_IN or is_named(spec):
         return
     installed = entry_point_engines()
     if sum(entry.name == spec for entry in installed) > 1:
@@ -151,17 +150,9 @@ def _why_not(spec: str, error: Exception) -> str:
 
 
 def _resolve(spec: str) -> Any:
-    if not _is_attribute(spec):
+    if not is_named(spec):
         return next(entry for entry in entry_point_engines() if entry.name == spec).load()
-    module, _, path = spec.partition(":")
-    found: Any = import_module(module)
-    for attribute in path.split("."):
-        found = getattr(found, attribute)
-    return found
-
-
-def _is_attribute(spec: str) -> bool:
-    return re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec) is not None
+    return named(spec)
 
 
 def _is_engine(found: object) -> bool:

@@ -29,9 +29,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> torch.nn.Module:
-    """Each chosen model in turn, in eval mode: tiny architectures and --circuitfreeze-model's.
+    """Each chosen model in turn, in eval mode: tiny architectures and those of `--circuitfreeze-model`.
 
-    A model that cannot be loaded, or one of --circuitfreeze-model's that the engine cannot serve, is an error of each
+    A model that cannot be loaded, or one of `--circuitfreeze-model` that the engine cannot serve, is an error of each
     test that asks for it. A tiny architecture that the engine refuses is handed over: freezing it says why.
     """
     settings = settings_of(request.config)
@@ -77,7 +77,7 @@ def _load(target: str, settings: Settings) -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def circuit_engine(request: pytest.FixtureRequest) -> Engine:
-    """The implementation under test (--circuitfreeze-engine), one instance for the whole run."""
+    """The implementation under test (`--circuitfreeze-engine`), one instance for the whole run."""
     try:
         return load_engine(settings_of(request.config).engine)
     except EngineError as error:
@@ -86,7 +86,7 @@ def circuit_engine(request: pytest.FixtureRequest) -> Engine:
 
 @pytest.fixture(scope="session")
 def circuit_record(request: pytest.FixtureRequest) -> CircuitRecord:
-    """Takes what a check returns, circuit_record.observe(check_...(...)), into the report of the test."""
+    """Takes what a check returns, `circuit_record.observe(check_...(...))`, into the report of the test."""
     return request.config.stash[RECORD]
 
 
@@ -100,7 +100,7 @@ def freezer() -> AttentionCircuitFreezer:
 
 @pytest.fixture(scope="session")
 def tiny_gpt2() -> PreTrainedModel:
-    """A tiny GPT-2, fused projections, 2 layers of random weights; shared, leave it as it was."""
+    """A tiny GPT-2, fused projections, 3 layers of random weights; shared, leave it as it was."""
     return _tiny("gpt2")
 
 

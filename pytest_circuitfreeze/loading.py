@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_circuitfreeze.named import is_named, named
 from pytest_circuitfreeze.origins import remembered
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def load_model(
             model = _from_gguf(path, dtype, attn)
         elif path.is_dir():
             model = _from_pretrained(str(path), dtype, attn, local_files_only=True)
-        elif re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec):
-            model = _built(_attribute(spec), dtype, attn)
+        elif is_named(spec):
+            model = _built(named(spec), dtype, attn)
         elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec):
             model = _from_hub(spec, dtype, attn)
         else:
@@ -157,14 +157,6 @@ def _from_pretrained(source: str, dtype: torch.dtype | None, attn: str | None, *
     if missing:
         raise ModelLoadError(f"the checkpoint holds no weights for {len(missing)} parameters, first {missing[0]}")
     return model  # type: ignore[no-any-return]
-
-
-def _attribute(spec: str) -> Any:
-    module, _, path = spec.partition(":")
-    found: Any = import_module(module)
-    for attribute in path.split("."):
-        found = getattr(found, attribute)
-    return found
 
 
 def _built(factory: Callable[[], Any], dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:

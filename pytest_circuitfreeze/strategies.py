@@ -1,7 +1,7 @@
 """Hypothesis strategies for freezes and for what a model is run on.
 
 Everything is drawn as small plain values, so that a failing example reads well and shrinks well; each strategy says
-towards what it shrinks. Use them in tests of your own:
+towards what it shrinks. Use them in tests of your own::
 
     @given(data=st.data())
     def test_mine(circuit_model, data):

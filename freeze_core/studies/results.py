@@ -99,7 +99,7 @@ class AblationStudy:
 
     @cached_property
     def clean(self) -> Row:
-        """The unfrozen model: perplexity and accuracy, and no effect."""
+        """Perplexity and accuracy of the unfrozen model, and no effect."""
         none = Estimate(0.0, 0.0, 0.0)
         return Row(CLEAN, *self._of(self.sums[CLEAN]), none, none, 1.0, 1.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -219,6 +220,25 @@ def test_models_of_every_kind_are_validated_in_one_run(pytester: pytest.Pytester
             "2 claims on 5 models: 2 error, 8 passed; 64 examples",
         ]
     )
+
+
+def test_a_file_in_the_current_folder_is_found_and_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not by pytester, which puts the folder on the path itself.
+    (tmp_path / "mine.py").write_text(
+        "from contextlib import nullcontext\nimport tabulate, torch\ndef build(): return torch.nn.Linear(1, 1)\n"
+        "class Idle:\n    name = 'idle'\n    def freeze(self, model, config): return nullcontext(model)\n"
+    )
+    (tmp_path / "tabulate.py").write_text("raise ImportError('the installed one is hidden')")
+    (tmp_path / "test_own.py").write_text(
+        "def test_own(circuit_model, circuit_engine): assert circuit_model.in_features == 1"
+    )
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    options = ("--import-mode=importlib", "--circuitfreeze-model=mine:build", "--circuitfreeze-engine=mine:Idle")
+    command = [sys.executable, "-m", "pytest", *options, "-k", "mine", "test_own.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "1 passed" in result.stdout, result.stdout + result.stderr
 
 
 def test_model_that_cannot_be_loaded_is_an_error_of_each_test(pytester: pytest.Pytester) -> None:
