@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 import pytest_circuitfreeze
-from pytest_circuitfreeze.settings import OPTIONS
+from pytest_circuitfreeze.models import TINY
+from pytest_circuitfreeze.options import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -117,3 +118,15 @@ def test_citation_is_of_this_version() -> None:
     assert cited["authors"] == [{"name": "pytest-circuitfreeze contributors"}]
     required = {"cff-version", "message", "title", "authors", "license", "type"}
     assert required <= cited.keys()
+
+
+def test_workflow_and_hook_run_what_there_is() -> None:
+    workflow = yaml.safe_load((ROOT / "docs" / "circuitfreeze-workflow.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    assert set(job["strategy"]["matrix"]["architecture"]) <= TINY.keys()
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    lines = [step["run"] for step in job["steps"] if "run" in step] + [" ".join([hook["entry"], *hook["args"]])]
+    flags = {option.flag for option in OPTIONS}
+    named = [word for line in lines for word in line.split() if word.startswith("--circuitfreeze")]
+    assert len(named) > 3
+    assert flags >= set(named)
