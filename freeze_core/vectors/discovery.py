@@ -269,11 +269,12 @@ def _split(sizes: Sequence[int], paired: bool, held_out: object, seed: int) -> t
 
 
 def _refuse_repeated(batches: Sequence[Sequence[Sequence[Batch]]]) -> None:
-    """Raises `InterventionError` for a prompt that is held out and found on as well."""
+    """Raises `InterventionError` for a prompt that is there several times, of which one may be held out from others."""
     for name, found, apart in zip(("positive", "negative"), *batches, strict=True):
-        if set(digests(found)) & set(digests(apart)):
+        every = [*digests(found), *digests(apart)]
+        if len(set(every)) < len(every):
             raise InterventionError(
-                f"{name} has a prompt several times, so that it would be held out from itself: give each once"
+                f"{name} has a prompt several times, which would be found on and judged on: give each once"
             )
 
 

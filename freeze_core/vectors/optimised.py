@@ -1,8 +1,9 @@
 """A vector that is found by gradients: the one of bounded length that moves a metric most.
 
-As by N. Subramani, N. Suresh and M. E. Peters, "Extracting Latent Steering Vectors from Pretrained Language Models",
-2022; the optimiser is D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", 2015, after each of whose
-steps the vector is put back to the ball of the bound.
+Such vectors are those of N. Subramani, N. Suresh and M. E. Peters, "Extracting Latent Steering Vectors from Pretrained
+Language Models", 2022. Steps are along the gradient, of a length that shrinks from step to step, and after each the
+vector is put back to the ball of the bound. (An optimiser that scales each feature by itself, as Adam does, would not
+do: put back to the ball time and again, it ends where all features are as large as each other, whatever the gradient.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from freeze_core.vectors.steered import Addition, steer
 __all__ = ["optimised"]
 
 REACH = 0.1
-"""How much of the bound a step may go, and the start is away from 0."""
+"""The share of the bound that the first step goes, and that the start is away from 0."""
 
 
 def optimised(
@@ -51,7 +52,6 @@ def optimised(
     drawn = torch.randn(hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     device = next((one.device for one in site.module.parameters() if not one.is_meta), torch.device("cpu"))
     vector = (drawn * (REACH * bound / drawn.norm())).to(device, dtype).requires_grad_()
-    optimiser = torch.optim.Adam([vector], lr=REACH * bound / hidden**0.5)
     best, losses = vector.detach().clone(), list[float]()
     generators = Generators(model)
     before = generators.states()
@@ -65,9 +65,9 @@ def optimised(
                 best = vector.detach().clone()
             losses.append(loss)
             if step < steps:
-                vector.grad = gradient
-                optimiser.step()
                 with torch.no_grad():
+                    length = REACH * bound * (1 - step / steps)
+                    vector -= gradient * (length / gradient.norm().clamp(min=torch.finfo(dtype).tiny))
                     vector *= min(1.0, bound / float(vector.norm()))
     finally:
         generators.put(before)

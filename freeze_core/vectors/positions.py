@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from numbers import Integral
 
 import torch
@@ -36,9 +36,11 @@ class Positions:
             self.given = given
         else:
             self.given = given if isinstance(given, str) and given in ("all", "last") else _columns(given)
+        self.at = str(list(self.given) if isinstance(self.given, tuple) else self.given)
+        """The same as text, made once: a compiled pass cannot."""
 
     def __str__(self) -> str:
-        return str(list(self.given) if isinstance(self.given, tuple) else self.given)
+        return self.at
 
     def chosen(self, x: Tensor, running: Pass | None) -> tuple[Tensor, Tensor | None]:
         """`x` `[batch, token, hidden]`, what this pass gives, and which of its positions are meant.
@@ -54,19 +56,19 @@ class Positions:
             return x, None
         if running is None:
             raise InterventionError(
-                f"positions={self}: needs to know the running pass, but the layer was run by itself: run the model, or "
-                "the module that holds its layers, or add the vector at positions='all'"
+                f"positions={self.at}: needs to know the running pass, but the layer was run by itself: run the "
+                "model, or the module that holds its layers, or add the vector at positions='all'"
             )
         if running.end > running.cached and running.end - running.cached != x.shape[1]:
             raise InterventionError(
-                f"positions={self}: the layer gives {x.shape[1]} columns for {running.end - running.cached} tokens, so "
-                "that they cannot be told: add the vector at positions='all'"
+                f"positions={self.at}: the layer gives {x.shape[1]} columns for {running.end - running.cached} tokens, "
+                "so that they cannot be told: add the vector at positions='all'"
             )
         if self.given == "last":
             return self._last(x, running)
         if isinstance(self.given, range):
             start = running.column(x.shape[1])
-            return x, torch.tensor([one in self.given for one in range(start, start + x.shape[1])], device=x.device)
+            return x, _mask(self.given, start, x)
         assert isinstance(self.given, tuple)
         return self._listed(self.given, x, running)
 
@@ -88,32 +90,38 @@ class Positions:
         for one in given:
             if not -end <= one < end:
                 raise InterventionError(
-                    f"positions={self}: {one} is out of range; the pass ends with column {end - 1}, padding and cached "
-                    f"tokens counted (a range, range({one}, {one + 1}), waits for later passes)"
+                    f"positions={self.at}: {one} is out of range; the pass ends with column {end - 1}, padding and "
+                    f"cached tokens counted (a range, range({one}, {one + 1}), waits for later passes)"
                 )
         resolved = {one % end for one in given}
         if len(resolved) < len(given):
-            raise InterventionError(f"positions={self}: names the same of {end} columns twice")
-        chosen = torch.tensor([one in resolved for one in range(start, end)], device=x.device)
+            raise InterventionError(f"positions={self.at}: names the same of {end} columns twice")
+        chosen = _mask(resolved, start, x)
         mask, _ = running.padding_mask()
         if mask is not None and mask.shape[1] == end:
             real = mask[:, start:].to(x.device)
             x = demand(
                 x,
                 (real | ~chosen).all(),
-                f"positions={self}: one of them is padding in some row, where a vector does nothing: name columns that "
-                "are real in all rows, or 'last' or 'all'",
+                f"positions={self.at}: one of them is padding in some row, where a vector does nothing: name columns "
+                "that are real in all rows, or 'last' or 'all'",
             )
         return x, chosen
 
     def _refuse_cached(self, running: Pass) -> None:
         if running.cached:
             raise InterventionError(
-                f"positions={self}: counted from the end of a pass, it is another column in this pass, after "
+                f"positions={self.at}: counted from the end of a pass, it is another column in this pass, after "
                 f"{running.cached} cached tokens, than where the cache was filled: give columns from the front, as in "
                 "range(prompt_length - 1, 10_000), add the vector at positions='all', or run each pass whole "
                 "(use_cache=False)"
             )
+
+
+def _mask(columns: Container[int], start: int, x: Tensor) -> Tensor:
+    """Which of the columns of `x` `[batch, token, hidden]`, from `start` on, are among `columns`: `[token]` bool."""
+    chosen = [one in columns for one in range(start, start + x.shape[1])]
+    return torch.tensor(chosen, dtype=torch.bool, device=x.device)
 
 
 def _columns(given: object) -> tuple[int, ...]:

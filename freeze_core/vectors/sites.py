@@ -49,10 +49,11 @@ def find_residual(model: nn.Module, layer: object) -> ResidualSite:
     sites = find_sites(model)
     layers = layers_of(model, sites)
     paths = {module: path for path, module in sites.stack.named_modules()}
-    if not layers or any(one not in paths for one in layers):
+    attentions = {site.attention for site in sites.by_layer.values()}
+    if not layers or any(one not in paths or one in attentions for one in layers):  # some list attentions apart
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no one list of layers, each a module of its own, so that there is no stream "
-            "after one of them: freeze heads instead"
+            f"{type(model).__name__} has no one list of whole layers, each a module of its own, so that there is no "
+            "stream after one of them: freeze heads instead"
         )
     size = len(layers)
     if isinstance(layer, bool) or not isinstance(layer, Integral) or not -size <= int(layer) < size:

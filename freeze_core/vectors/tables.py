@@ -87,7 +87,7 @@ def _effects(vector: InterventionVector, effects: SteeringEffects) -> Table:
     number = effects.controls.shape[1]
     caption = (
         f"Change of {effects.metric}, {float(effects.clean.mean()):.3g} on average without the vector, when "
-        f" the vector is added at positions {effects.positions}: n = {len(effects.clean)} prompts that it was not "
+        f"the vector is added at positions {effects.positions}: n = {len(effects.clean)} prompts that it was not "
         f"found on, beside the mean over {number} random vectors of the same norm. In brackets {_interval(vector)} "
         "over prompts; p of a paired sign-flip test of the difference, adjusted for all strengths "
         "(Benjamini-Yekutieli)."

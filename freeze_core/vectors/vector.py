@@ -309,14 +309,22 @@ def _check(made: InterventionVector) -> None:
         raise ValueError("vector is no [hidden] of finite numbers")
     if isinstance(made.layer, bool) or not isinstance(made.layer, int) or made.layer < 0:
         raise ValueError(f"layer {made.layer}")
-    for name, values in (("held-out projections", torch.cat(made.held_out)), ("cosines", made.cosines)):
-        if values.dtype != torch.float64 or not len(values) or not bool(values.isfinite().all()):
-            raise ValueError(f"{name} are no finite numbers")
-    if "identity" not in made.origin:
-        raise ValueError("of no model")
-    effects = made.effects
-    if effects and effects.controls.shape[::2] != effects.steered.shape != (len(effects.strengths), len(effects.clean)):
+    for values in (*made.held_out, made.cosines):
+        if values.dtype != torch.float64 or values.dim() != 1 or not len(values) or not bool(values.isfinite().all()):
+            raise ValueError("held-out projections, or cosines, are no finite numbers")
+    if "identity" not in made.origin or len(made.found) != 2:
+        raise ValueError("of no model, or no prompts")
+    if made.effects:
+        _check_effects(made.effects)
+
+
+def _check_effects(effects: SteeringEffects) -> None:
+    rows = (len(effects.strengths), len(effects.clean))
+    if effects.steered.shape != rows or effects.controls.dim() != 3 or effects.controls.shape[::2] != rows:
         raise ValueError("effects are no numbers for each strength and prompt")
+    for values in (effects.clean, effects.steered, effects.controls):
+        if values.dtype != torch.float64 or not values.numel() or not bool(values.isfinite().all()):
+            raise ValueError("effects are no finite numbers")
 
 
 def check_columns(site: ResidualSite, positions: Positions) -> None:
