@@ -116,7 +116,7 @@ class ExperimentalInterventions:
             metric_positions: `all`, `last` or columns.
             max_norm: of `optimised`; `None` is the length of the difference of means.
             steps: of `optimised`; `None` is 50.
-            tokenizer: for texts.
+            tokenizer: for texts, padded on its side; where positions are learned, right padding leaves them alone.
             batch_size: how many texts are padded to one length and run at once.
             confidence: of intervals, in (0, 1).
             resamples: how often prompts are drawn anew for an interval, and signs for a test.

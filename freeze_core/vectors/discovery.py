@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -20,6 +19,7 @@ from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
 from freeze_core.vectors.activations import activations
+from freeze_core.vectors.arguments import check_columns, check_method, check_running, checked_strengths
 from freeze_core.vectors.effects import effects_of
 from freeze_core.vectors.methods import CLOSED, mean_difference
 from freeze_core.vectors.optimised import optimised
@@ -27,7 +27,7 @@ from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.prompts import Prompts, digests
 from freeze_core.vectors.separation import projections, split_cosines
 from freeze_core.vectors.sites import ResidualSite, find_residual
-from freeze_core.vectors.vector import InterventionVector, check_columns, check_running, checked_strengths
+from freeze_core.vectors.vector import InterventionVector
 
 __all__ = ["discover"]
 
@@ -115,7 +115,7 @@ def discover(
     resampling = Resampling(confidence, resamples, resampling_seed)
     several, where = checked_strengths(strengths), Positions(apply_positions)
     check_running(batch_size, seed, progress)
-    _check_method(method, metric, targets, max_norm, steps)
+    check_method(method, metric, targets, max_norm, steps)
     site = find_residual(model, layer)
     check_columns(site, where)
     if is_frozen(model):
@@ -217,25 +217,6 @@ def _finder(
         )
 
     return find
-
-
-def _check_method(method: object, metric: object, targets: object, max_norm: object, steps: object) -> None:
-    methods = (*CLOSED, "optimised")
-    if not isinstance(method, str) or method not in methods:
-        raise InterventionError(f"method={shown(method)}: must be one of {', '.join(methods)}")
-    if method == "optimised" and metric is None:
-        raise InterventionError("metric=None: must be given with method='optimised', which raises it")
-    if metric is None and targets is not None:
-        raise InterventionError("targets: must be None without a metric, of which they would be")
-    for name, value in (("max_norm", max_norm), ("steps", steps)):
-        if value is not None and method != "optimised":
-            raise InterventionError(f"{name}={shown(value)}: must be None with method={method!r}, which takes no steps")
-    if max_norm is not None and (
-        isinstance(max_norm, bool) or not isinstance(max_norm, Real) or not 0 < float(max_norm) < math.inf
-    ):
-        raise InterventionError(f"max_norm={shown(max_norm)}: must be None or a finite number over 0")
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise InterventionError(f"steps={shown(steps)}: must be None or an int of 1 at least")
 
 
 def _check_sizes(kinds: Sequence[Prompts], method: str) -> None:

@@ -24,8 +24,8 @@ from freeze_core.vectors.steered import Addition, steer
 
 __all__ = ["optimised"]
 
-REACH = 0.1
-"""The share of the bound that the first step goes, and that the start is away from 0."""
+START, WAY = 0.1, 2.5
+"""How far the start is from 0, and how long all steps are together, in units of the bound: they are to reach it."""
 
 
 def optimised(
@@ -47,11 +47,11 @@ def optimised(
     touched; every step draws the same dropout.
 
     Raises:
-        InterventionError: the metric has no gradient, or one that is not finite.
+        InterventionError: the metric has no gradient, one that is 0, or one that is not finite.
     """
     drawn = torch.randn(hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     device = next((one.device for one in site.module.parameters() if not one.is_meta), torch.device("cpu"))
-    vector = (drawn * (REACH * bound / drawn.norm())).to(device, dtype).requires_grad_()
+    vector = (drawn * (START * bound / drawn.norm())).to(device, dtype).requires_grad_()
     best, losses = vector.detach().clone(), list[float]()
     generators = Generators(model)
     before = generators.states()
@@ -64,9 +64,14 @@ def optimised(
             if not losses or loss < min(losses):
                 best = vector.detach().clone()
             losses.append(loss)
+            if step == 0 and not bool(gradient.any()):
+                raise InterventionError(
+                    f"metric={measure.name} does not depend on the vector at all: its gradient is 0; are the logits "
+                    "that it is of before the positions to which the vector is added?"
+                )
             if step < steps:
                 with torch.no_grad():
-                    length = REACH * bound * (1 - step / steps)
+                    length = WAY * bound * 2 * (1 - step / steps) / (steps + 1)  # these add up to the way
                     vector -= gradient * (length / gradient.norm().clamp(min=torch.finfo(dtype).tiny))
                     vector *= min(1.0, bound / float(vector.norm()))
     finally:

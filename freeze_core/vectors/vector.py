@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from freeze_core.config import check_on_stale_cache
@@ -19,20 +15,21 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.extras import extra
 from freeze_core.files import read_file, write_file
 from freeze_core.freezing.install import FrozenCircuits, is_frozen
-from freeze_core.freezing.padding import prompt_of
 from freeze_core.scoring.heads import words_of
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.statistics import digest_of, model_identity
 from freeze_core.studies.intervals import Resampling
+from freeze_core.vectors.arguments import check_columns, check_running, checked_strengths
 from freeze_core.vectors.effects import SteeringEffects, effects_of
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.prompts import Prompts, digests
 from freeze_core.vectors.separation import Separation, Stability, separation, stability
 from freeze_core.vectors.sites import ResidualSite, find_residual
 from freeze_core.vectors.steered import Addition, steer
+from freeze_core.vectors.storing import check_made, fields_of, parts_of
 from freeze_core.vectors.tables import latex, markdown
 
-__all__ = ["InterventionVector", "check_columns", "check_running", "checked_strengths"]
+__all__ = ["InterventionVector"]
 
 FORMAT = "circuitfreeze-intervention-vector-1"
 
@@ -238,30 +235,7 @@ class InterventionVector:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the vector and all measurements to a safetensors file."""
-        tensors = {
-            "vector": self.vector,
-            "positive": self.held_out[0],
-            "negative": self.held_out[1],
-            "cosines": self.cosines,
-            "losses": self.losses,
-        }
-        facts: dict[str, Any] = {
-            "layer": self.layer,
-            "method": self.method,
-            "found": self.found,
-            "typical_norm": self.typical_norm,
-            "threshold": self.threshold,
-            "paired": self.paired,
-            "prompts": self.prompts,
-            "origin": dict(self.origin),
-            "resampling": self.resampling.settings,
-            "effects": None,
-        }
-        if self.effects:
-            made = self.effects
-            tensors |= {f"effects.{name}": getattr(made, name) for name in ("clean", "steered", "controls")}
-            facts["effects"] = {"metric": made.metric, "positions": made.positions, "strengths": made.strengths}
-        write_file(path, FORMAT, tensors, {name: json.dumps(fact) for name, fact in facts.items()})
+        write_file(path, FORMAT, *parts_of(self))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> InterventionVector:
@@ -270,92 +244,10 @@ class InterventionVector:
         Raises:
             InterventionError: the file is not there, or holds no vector.
         """
-        tensors, texts = read_file(path, FORMAT, "intervention vector")
+        tensors, facts = read_file(path, FORMAT, "intervention vector")
         try:
-            facts = {name: json.loads(text) for name, text in texts.items() if name != "format"}
-            resampling = Resampling(**facts.pop("resampling"))
-            told, effects = facts.pop("effects"), None
-            if told is not None:
-                strengths = tuple(map(float, told["strengths"]))
-                clean, steered, controls = (tensors[f"effects.{name}"] for name in ("clean", "steered", "controls"))
-                effects = SteeringEffects(
-                    told["metric"], told["positions"], strengths, clean, steered, controls, resampling
-                )
-            made = cls(
-                vector=tensors["vector"],
-                layer=facts["layer"],
-                method=facts["method"],
-                found=tuple(facts["found"]),
-                typical_norm=facts["typical_norm"],
-                held_out=(tensors["positive"], tensors["negative"]),
-                threshold=facts["threshold"],
-                paired=facts["paired"],
-                cosines=tensors["cosines"],
-                losses=tensors["losses"],
-                effects=effects,
-                prompts=tuple(facts["prompts"]),
-                origin={"model": facts["origin"]["model"], **facts["origin"]},
-                resampling=resampling,
-            )
-            _check(made)
+            made = cls(**fields_of(tensors, facts))
+            check_made(made)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InterventionError(f"intervention vector of {path}: not what save writes ({error})") from error
         return made
-
-
-def _check(made: InterventionVector) -> None:
-    """Raises `ValueError` for what no discovery gives."""
-    if made.vector.dim() != 1 or not made.vector.is_floating_point() or not bool(made.vector.isfinite().all()):
-        raise ValueError("vector is no [hidden] of finite numbers")
-    if isinstance(made.layer, bool) or not isinstance(made.layer, int) or made.layer < 0:
-        raise ValueError(f"layer {made.layer}")
-    for values in (*made.held_out, made.cosines):
-        if values.dtype != torch.float64 or values.dim() != 1 or not len(values) or not bool(values.isfinite().all()):
-            raise ValueError("held-out projections, or cosines, are no finite numbers")
-    if "identity" not in made.origin or len(made.found) != 2:
-        raise ValueError("of no model, or no prompts")
-    if made.effects:
-        _check_effects(made.effects)
-
-
-def _check_effects(effects: SteeringEffects) -> None:
-    rows = (len(effects.strengths), len(effects.clean))
-    if effects.steered.shape != rows or effects.controls.dim() != 3 or effects.controls.shape[::2] != rows:
-        raise ValueError("effects are no numbers for each strength and prompt")
-    for values in (effects.clean, effects.steered, effects.controls):
-        if values.dtype != torch.float64 or not values.numel() or not bool(values.isfinite().all()):
-            raise ValueError("effects are no finite numbers")
-
-
-def check_columns(site: ResidualSite, positions: Positions) -> None:
-    """Raises `InterventionError` for columns in a model whose passes have other ones than their tokens."""
-    if not isinstance(positions.given, str) and prompt_of(site.sites.stack):
-        raise InterventionError(
-            f"positions={positions}: {type(site.sites.stack).__name__} puts tokens of its own before those that it is "
-            "given, so that columns cannot be told: must be 'all' or 'last'"
-        )
-
-
-def checked_strengths(strengths: object, name: str = "strengths") -> tuple[float, ...]:
-    """Finite numbers, no two the same.
-
-    Raises:
-        InterventionError: something else.
-    """
-    if isinstance(strengths, str | bytes) or not isinstance(strengths, Sequence) or not strengths:
-        raise InterventionError(f"{name}={shown(strengths)}: must be a list of finite numbers, not empty")
-    for one in strengths:
-        if isinstance(one, bool) or not isinstance(one, Real) or not math.isfinite(one):
-            raise InterventionError(f"{name}={shown(one)}: must be a finite number")
-    if len(set(strengths)) < len(strengths):
-        raise InterventionError(f"{name}={shown(strengths)}: names the same one twice")
-    return tuple(float(one) for one in strengths)
-
-
-def check_running(batch_size: object, seed: object, progress: object) -> None:
-    """Raises `InterventionError` for a batch size, a seed or a choice of a bar that is none."""
-    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-            raise InterventionError(f"{name}={shown(value)}: must be an int of {least} at least")
-    if not isinstance(progress, bool):
-        raise InterventionError(f"progress={shown(progress)}: must be True or False")

@@ -594,6 +594,8 @@ def test_a_metric_without_a_gradient_is_refused_by_name() -> None:
         return logits[:, -1].argmax(-1).double()
 
     model = tiny_model("llama")
+    with pytest.raises(InterventionError, match="metric=logit_difference does not depend on the vector at all"):
+        discover(model, POSITIVE, NEGATIVE, 1, "optimised", apply_positions="last", metric_positions=[3])
     with pytest.raises(InterventionError, match="metric=likeliest has no gradient with respect to the vector"):
         discover(model, POSITIVE, NEGATIVE, 1, "optimised", metric=likeliest, targets=None)
     assert not any("forward" in vars(module) for module in model.modules())
