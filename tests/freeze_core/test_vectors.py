@@ -210,6 +210,24 @@ def test_losses_are_the_metric_on_what_the_vector_was_found_on() -> None:
         )  # the best that was seen
 
 
+def test_the_best_vector_that_was_seen_is_kept() -> None:
+    """One step, of more than twice the bound, leads from a start near the best vector, 0, to the ball's other side."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        clean = model(NEGATIVE).logits[:, -1]
+
+    def likeness(logits: Tensor, inputs: Tensor) -> Tensor:
+        rows = (inputs[:, None] == NEGATIVE).all(-1).int().argmax(1)
+        return -(logits[:, -1] - clean[rows]).square().sum(-1)
+
+    options = {"metric": likeness, "targets": None, "max_norm": 3.0, "steps": 1}
+    made = discover(model, POSITIVE, NEGATIVE, 1, "optimised", **options)
+    assert made.losses[0] < made.losses[1]
+    assert float(made.vector.norm()) == pytest.approx(0.3)
+    other = discover(model, POSITIVE, NEGATIVE, 1, "optimised", **options, seed=1)
+    assert not torch.equal(other.vector, made.vector)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_is_left_as_it_was(method: str, context: Any) -> None:
