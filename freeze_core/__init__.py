@@ -12,6 +12,7 @@ from freeze_core.freezer import AttentionCircuitFreezer, freeze_ov_circuit, free
 from freeze_core.interventions import ExperimentalInterventions
 from freeze_core.scoring import HeadScores, score_heads
 from freeze_core.studies import AblationStudy, run_circuit_ablation_study
+from freeze_core.vectors import InterventionVector
 from freeze_core.vocabulary import BackwardMode, CircuitType, FreezeType, KVScope, ModelArchitecture
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "HeadScores",
     "InterventionConfig",
     "InterventionError",
+    "InterventionVector",
     "KVScope",
     "ModelArchitecture",
     "StaleCacheWarning",

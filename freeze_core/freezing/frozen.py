@@ -13,6 +13,7 @@ from freeze_core.attention.shards import Shard
 from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import straight_through
+from freeze_core.freezing.held import Held
 from freeze_core.freezing.places import Place
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.tracking import PassTracker, tracker_of
@@ -115,29 +116,25 @@ class FrozenOutput(ReplacedForward):
         return self.original(shard.own(frozen) if shard else frozen, *args, **kwargs)
 
 
-class FrozenAttention(ReplacedForward):
+class FrozenAttention(Held):
     """An attention layer with live freezes: refuses to have run without them."""
 
     def __init__(self, site: AttentionSite, stack: nn.Module, path: str) -> None:
-        super().__init__(site.attention)
+        super().__init__(site.attention, stack, path)
         self.site = site
-        self.path = path  # within the stack
-        self.composite: nn.Module | None = None
         self.wiring = wire(site, ())
         self._frozen: list[FrozenProjection | FrozenOutput] = []
-        self.stack = stack
-        self._tracker: PassTracker | None = None
         self._attributes: list[tuple[nn.Module, str, Any]] = []
         self._places: dict[ReplacedForward, Place] = {}
 
+    @property
+    def name(self) -> str:
+        return self.site.name
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        running = self._tracker.current if self._tracker else None
-        if running is None:
-            self._refuse_untold_pass(args, kwargs)
-        else:
-            running.ran.add(self.path)
-            if self.wiring.tells_runs_apart:
-                running.take_turn(self.site.name)
+        running = self._told(args, kwargs)
+        if running and self.wiring.tells_runs_apart:
+            running.take_turn(self.site.name)
         for one in self._frozen:
             one.runs = 0
             if one.lost():
@@ -169,26 +166,6 @@ class FrozenAttention(ReplacedForward):
             f"{self.site.name} ran without its {type(one.module).__name__} that holds frozen activations: this "
             "attention does not call its projections, so the freeze had no effect"
         )
-
-    def _refuse_untold_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuses to run outside of a pass through the stack, where it matters what is not told there.
-
-        What gradient checkpointing runs again runs in the pass it came from; one that was unfrozen has none. And a
-        cache is told to be stale by the pass.
-        """
-        if torch.compiler.is_compiling() or self._tracker is None:
-            return
-        if torch._C._current_graph_task_id() != -1:
-            raise FreezeNotInForceError(
-                f"{self.site.name} is run again for its gradient, and its pass ran without this freeze: call backward "
-                "before the freeze is installed"
-            )
-        if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
-            raise FreezeNotInForceError(
-                f"{self.site.name} is run with a cache, outside of the {type(self.stack).__name__} through which it "
-                "was frozen, so that it cannot be told whether what is cached is frozen alike: freeze it through the "
-                "model that runs it, or run it without a cache (use_cache=False)"
-            )
 
     @property
     def projections(self) -> list[FrozenProjection]:
@@ -224,6 +201,10 @@ class FrozenAttention(ReplacedForward):
                 one.sparing = False
                 one.runs = 0
 
+    def without(self, owner: object) -> None:
+        rest = [(handle, freeze) for handle, freeze in self.wiring.freezes if handle is not owner]
+        self.rewire(wire(self.site, rest))
+
     def rewire(self, wiring: Wiring) -> None:
         """Takes out what is there and puts in `wiring`; one without freezes leaves no trace."""
         if self.wiring.freezes:
@@ -256,11 +237,7 @@ class FrozenAttention(ReplacedForward):
 
         Nothing is changed by then.
         """
-        tracker = standing_in(self.stack)
-        if isinstance(tracker, PassTracker) and tracker.current is not None:
-            raise CircuitFreezeError(
-                f"{self.site.name} is frozen, and a pass is running: freezes are installed and removed between passes"
-            )
+        self._refuse_running()
         if self.wiring.freezes:
             for replaced in (self, *self._frozen, *([self._tracker] if self._tracker else [])):
                 replaced.refuse_if_covered()
@@ -272,10 +249,6 @@ class FrozenAttention(ReplacedForward):
                     f"{self.site.name} is frozen already, and its forward was replaced again, by "
                     f"{self.module.forward!r}: take that out before another freeze is installed"
                 )
-
-    def undone(self) -> bool:
-        """Whether nothing is left of what would notice that it is not in force: passes ran as if it were not there."""
-        return self.lost() and self._tracker is not None and self._tracker.lost()
 
     def _take_out(self) -> None:
         self.refuse_change()

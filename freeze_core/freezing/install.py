@@ -12,11 +12,12 @@ from torch import nn
 from freeze_core.attention.sites import Sites
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.frozen import FrozenAttention, frozen_attention
+from freeze_core.freezing.held import Held
 from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.freezing.replaced import standing_in
 from freeze_core.freezing.wiring import wire
 
-__all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen"]
+__all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen", "refuse_other_stack"]
 
 
 class FreezeHandle:
@@ -24,7 +25,8 @@ class FreezeHandle:
 
     def __init__(self, on_stale_cache: str) -> None:
         self.on_stale_cache = on_stale_cache
-        self._attentions: list[FrozenAttention] = []
+        self.held: list[Held] = []
+        """What stands in for modules of the model on its behalf."""
 
     def remove(self) -> None:
         """Takes this freeze out of the model; twice is harmless.
@@ -34,12 +36,10 @@ class FreezeHandle:
             FreezeNotInForceError: the freeze had been undone by something else, and is taken out now.
         """
         self._refuse_change()
-        undone = [frozen.site.name for frozen in self._attentions if frozen.undone()]
-        while self._attentions:
-            frozen = self._attentions[-1]
-            rest = [(handle, freeze) for handle, freeze in frozen.wiring.freezes if handle is not self]
-            frozen.rewire(wire(frozen.site, rest))
-            self._attentions.pop()
+        undone = [held.name for held in self.held if held.undone()]
+        while self.held:
+            self.held[-1].without(self)
+            self.held.pop()
         if undone:
             raise FreezeNotInForceError(
                 f"{', '.join(undone)}: something else had put the forwards back that the freeze replaced (an "
@@ -47,8 +47,8 @@ class FreezeHandle:
             )
 
     def _refuse_change(self) -> None:
-        for frozen in self._attentions:
-            frozen.refuse_change()
+        for held in self.held:
+            held.refuse_change()
 
 
 class FrozenCircuits(Sequence[FreezeHandle]):
@@ -102,7 +102,7 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
             frozen = frozen_attention(site.attention) or fresh.get(id(site.attention))
             if frozen is None:
                 frozen = fresh[id(site.attention)] = FrozenAttention(site, sites.stack, sites.path(site))
-            _refuse_other_stack(frozen, sites)
+            refuse_other_stack(frozen, sites.stack)
             frozen.composite = frozen.composite or sites.composite
             asked.setdefault(frozen, []).append((handle, freeze))
     prepared = [(frozen, wire(frozen.site, [*frozen.wiring.freezes, *added])) for frozen, added in asked.items()]
@@ -111,20 +111,20 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
     for frozen, wiring in prepared:
         frozen.rewire(wiring)
     for handle in handles:
-        handle._attentions = [frozen for frozen, added in asked.items() if any(owner is handle for owner, _ in added)]
+        handle.held = [frozen for frozen, added in asked.items() if any(owner is handle for owner, _ in added)]
     return FrozenCircuits(handles)
 
 
-def _refuse_other_stack(frozen: FrozenAttention, sites: Sites) -> None:
+def refuse_other_stack(held: Held, stack: nn.Module) -> None:
     """Raises `InterventionError` for a layer that is frozen through another model, whose passes alone are followed."""
-    if sites.stack not in set(frozen.stack.modules()) and frozen.stack not in set(sites.stack.modules()):
+    if stack not in set(held.stack.modules()) and held.stack not in set(stack.modules()):
         raise InterventionError(
-            f"{frozen.site.name} is frozen already, through another {type(frozen.stack).__name__} that holds the same "
+            f"{held.name} is frozen already, through another {type(held.stack).__name__} that holds the same "
             "layer: remove that freeze first, or freeze through that one"
         )
 
 
 def is_frozen(model: nn.Module) -> bool:
-    """Whether any attention in the model, of whatever kind, has a live freeze."""
+    """Whether any attention in the model, of whatever kind, has a live freeze, or a layer a vector added to it."""
     # Whatever stands in anywhere: an attention's own may be covered by what others have put on top.
     return any(standing_in(module) for module in model.modules())

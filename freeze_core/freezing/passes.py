@@ -91,7 +91,7 @@ class Pass:
         Raises:
             InterventionError: the mask is not a padding mask for these positions, so that padding cannot be told.
         """
-        mask, fault = self._padding_mask()
+        mask, fault = self.padding_mask()
         if mask is not None and mask.shape != x.shape[:2]:
             fault = (
                 f"attention_mask is {list(mask.shape)} and the activations are {list(x.shape[:2])} [batch, token]: "
@@ -105,7 +105,7 @@ class Pass:
         Raises:
             InterventionError: there is only one, or there is padding.
         """
-        (mask, fault), rows = self._padding_mask(), len(x)
+        (mask, fault), rows = self.padding_mask(), len(x)
         return demand(
             demand(x, not fault, fault),
             rows > 1 and (mask is None or mask.all()),
@@ -119,7 +119,7 @@ class Pass:
         Raises:
             InterventionError: it does not.
         """
-        mask, fault = self._padding_mask()
+        mask, fault = self.padding_mask()
         x = demand(x, not fault, fault)
         if fault or (recorded is None and mask is None):
             return x
@@ -133,7 +133,7 @@ class Pass:
             "are padded alike",
         )
 
-    def _padding_mask(self) -> tuple[Tensor | None, str]:
+    def padding_mask(self) -> tuple[Tensor | None, str]:
         """What is not padding `[batch, token]` bool, `None` if nothing is; or why that cannot be told."""
         mask = self.attention_mask
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):

@@ -88,6 +88,10 @@ class PassTracker(ReplacedPass):
         elif not notes and self.slot():
             self.detach()
 
+    def holds(self, name: str) -> bool:
+        """Whether anything is in force at the path `name`."""
+        return name in self._in_force
+
     def attach(self) -> None:
         super().attach()
         if self.composite:

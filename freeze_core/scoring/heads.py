@@ -29,7 +29,7 @@ from freeze_core.vocabulary import CircuitType, FreezeType, KVScope
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["score_heads"]
+__all__ = ["score_heads", "words_of"]
 
 METHODS = ("exact", "attribution", "screened")
 
@@ -158,7 +158,7 @@ def score_heads(
         refuse_spread(model, processes, checkpoint is not None)
         file = None if checkpoint is None else Checkpoint(checkpoint)
         batches = batches_of(model, inputs, positions)
-        measure = metric_of(metric, targets, batches, _words(model))
+        measure = metric_of(metric, targets, batches, words_of(model))
         sweep = Sweep(model, sites, batches, measure, wanted, names, progress)
         with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
             if method == "screened":
@@ -203,7 +203,7 @@ def _device(model: nn.Module) -> torch.device:
     return next((one.device for one in model.parameters() if one.is_cuda), current)
 
 
-def _words(model: nn.Module) -> int | None:
+def words_of(model: nn.Module) -> int | None:
     """The size of the vocabulary, where the config tells it."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from freeze_core.errors import InterventionError, shown
 from freeze_core.scoring.batches import IGNORED, Batch, batches_of
 
-__all__ = ["sequences"]
+__all__ = ["sequences", "tokens_of"]
 
 
 def sequences(model: nn.Module, dataset: object, tokenizer: Any, batch_size: int) -> list[Batch]:
@@ -28,7 +28,7 @@ def sequences(model: nn.Module, dataset: object, tokenizer: Any, batch_size: int
         raise InterventionError(f"dataset={shown(dataset)}: must be a list of texts, not one")
     listed = dataset if isinstance(dataset, Tensor | Mapping) or not isinstance(dataset, Iterable) else list(dataset)
     if isinstance(listed, list) and any(isinstance(one, str) for one in listed):
-        listed = _tokens(listed, tokenizer, batch_size)
+        listed = tokens_of(listed, tokenizer, batch_size, "dataset", 2)
     elif tokenizer is not None:
         raise InterventionError("tokenizer: must be None for a data set of token ids; texts are what it is for")
     elif isinstance(listed, list) and not listed:
@@ -46,12 +46,24 @@ def sequences(model: nn.Module, dataset: object, tokenizer: Any, batch_size: int
     return batches
 
 
-def _tokens(texts: Sequence[object], tokenizer: Any, batch_size: int) -> list[dict[str, Tensor]]:
+def tokens_of(
+    texts: Sequence[object], tokenizer: Any, batch_size: int, what: str, least: int
+) -> list[dict[str, Tensor]]:
+    """Batches of token ids and masks of `texts`, padded to the longest of `batch_size`.
+
+    Args:
+        tokenizer: of transformers.
+        what: whose texts, for errors.
+        least: tokens that each must make, two where one is to predict the next.
+
+    Raises:
+        InterventionError: no tokenizer, or no text that it can make such tokens of.
+    """
     if not callable(tokenizer):
-        raise InterventionError(f"tokenizer={shown(tokenizer)}: must be the model's tokenizer, for a data set of texts")
+        raise InterventionError(f"tokenizer={shown(tokenizer)}: must be the model's tokenizer, for a {what} of texts")
     for number, text in enumerate(texts):
         if not isinstance(text, str):
-            raise InterventionError(f"text {number} of dataset is {shown(text)}: must be a string, as others are")
+            raise InterventionError(f"text {number} of {what} is {shown(text)}: must be a string, as others are")
     if getattr(tokenizer, "pad_token", None) is None and len(texts) > 1:
         raise InterventionError(
             "tokenizer has no pad_token, and texts of several lengths are padded: set one, which the attention_mask "
@@ -62,10 +74,11 @@ def _tokens(texts: Sequence[object], tokenizer: Any, batch_size: int) -> list[di
         made = tokenizer(list(texts[start : start + batch_size]), padding=len(texts) > 1, return_tensors="pt")
         tokens = {name: made[name] for name in ("input_ids", "attention_mask") if name in made}
         lengths = torch.as_tensor(tokens["attention_mask"]).sum(1)
-        for row in (lengths < 2).nonzero().flatten().tolist():
+        for row in (lengths < least).nonzero().flatten().tolist():
+            needed = "two at least, one to predict" if least == 2 else "one at least"
             raise InterventionError(
-                f"text {start + row} of dataset, {shown(texts[start + row])}, makes {int(lengths[row])} tokens: must "
-                "make two at least, one to predict"
+                f"text {start + row} of {what}, {shown(texts[start + row])}, makes {int(lengths[row])} tokens: must "
+                f"make {needed}"
             )
         batches.append(tokens)
     return batches

@@ -55,17 +55,21 @@ class Resampling:
         }
         self._stats = extra("scipy.stats", "intervals are made by scipy")
 
-    def estimate(self, statistic: Callable[..., Any], *values: Tensor) -> Estimate:
-        """`statistic(*values, axis)` of `values`, each `[sequence]`, with its percentile interval."""
+    def estimate(self, statistic: Callable[..., Any], *values: Tensor, paired: bool = True) -> Estimate:
+        """`statistic(*values, axis)` of `values`, each `[sequence]`, with its percentile interval.
+
+        Args:
+            paired: `values` are of the same sequences, drawn together; else each is drawn by itself.
+        """
         arrays = tuple(one.numpy() for one in values)
         with np.errstate(invalid="ignore"):  # of the standard error, which is not asked for, where a draw is infinite
             made = self._stats.bootstrap(
                 arrays,
                 statistic,
-                paired=True,
+                paired=paired,
                 vectorized=True,
                 n_resamples=self.settings["resamples"],
-                batch=max(1, LARGEST // len(arrays[0])),
+                batch=max(1, LARGEST // max(map(len, arrays))),
                 confidence_level=self.settings["confidence"],
                 method="percentile",
                 rng=self._generator(),

@@ -12,7 +12,7 @@ from freeze_core.studies.intervals import Estimate
 if TYPE_CHECKING:
     from freeze_core.studies.results import AblationStudy, Row
 
-__all__ = ["latex", "markdown"]
+__all__ = ["latex", "latex_of", "markdown", "markdown_of", "with_interval"]
 
 
 HEADERS = ["circuit", "perplexity", "accuracy (%)", "KL to clean (nats/token)", "effect size (d)", "p", "p, adjusted"]
@@ -23,36 +23,47 @@ SPECIAL = {letter: f"\\{letter}" for letter in "%_&#${}"}
 
 def markdown(study: AblationStudy) -> str:
     """The table, and below it what it is of."""
-    table = tabulate(_cells(study), HEADERS, tablefmt="github", disable_numparse=True)
-    return f"{table}\n\n{_caption(study)}\n"
+    return markdown_of(_cells(study), HEADERS, _caption(study))
 
 
 def latex(study: AblationStudy) -> str:
     """A `table` environment with rules of booktabs."""
-    table = tabulate(_cells(study), HEADERS, tablefmt="latex_booktabs", disable_numparse=True)
-    caption = "".join(SPECIAL.get(letter, letter) for letter in _caption(study))
-    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{caption}}}", "\\end{table}", ""])
+    return latex_of(_cells(study), HEADERS, _caption(study))
+
+
+def markdown_of(cells: Sequence[Sequence[str]], headers: Sequence[str], caption: str) -> str:
+    """A table of Markdown with its caption below."""
+    table = tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{caption}\n"
+
+
+def latex_of(cells: Sequence[Sequence[str]], headers: Sequence[str], caption: str) -> str:
+    """The same as a `table` environment."""
+    table = tabulate(cells, headers, tablefmt="latex_booktabs", disable_numparse=True)
+    printed = "".join(SPECIAL.get(letter, letter) for letter in caption)
+    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{printed}}}", "\\end{table}", ""])
 
 
 def _cells(study: AblationStudy) -> list[list[str]]:
     clean = study.clean
-    first = [clean.circuit, _shown(clean.perplexity), _shown(clean.accuracy, 100), *4 * ["-"]]
+    first = [clean.circuit, with_interval(clean.perplexity), with_interval(clean.accuracy, 100), *4 * ["-"]]
     return [first, *(_of(row) for row in study.rows)]
 
 
 def _of(row: Row) -> list[str]:
     return [
         row.circuit,
-        _shown(row.perplexity),
-        _shown(row.accuracy, 100),
-        _shown(row.kl),
-        _shown(row.effect_size),
+        with_interval(row.perplexity),
+        with_interval(row.accuracy, 100),
+        with_interval(row.kl),
+        with_interval(row.effect_size),
         f"{row.p_value:.2g}",
         f"{row.p_adjusted:.2g}",
     ]
 
 
-def _shown(estimate: Estimate, unit: float = 1) -> str:
+def with_interval(estimate: Estimate, unit: float = 1) -> str:
+    """A number in so many of its `unit`, and its interval in brackets."""
     value, low, high = (f"{unit * number:.3g}" for number in estimate)
     return f"{value} [{low}, {high}]"
 

@@ -1,0 +1,272 @@
+"""Finds an intervention vector in some prompts, and judges it on others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from freeze_core.errors import InterventionError, shown
+from freeze_core.freezing.install import is_frozen
+from freeze_core.freezing.values import accumulation_dtype
+from freeze_core.scoring.batches import Batch
+from freeze_core.scoring.heads import words_of
+from freeze_core.scoring.metrics import Metric, metric_of
+from freeze_core.studies.intervals import Resampling
+from freeze_core.studies.origin import origin_of
+from freeze_core.vectors.activations import activations
+from freeze_core.vectors.arguments import check_columns, check_method, check_running, checked_strengths
+from freeze_core.vectors.effects import effects_of
+from freeze_core.vectors.methods import CLOSED, mean_difference
+from freeze_core.vectors.optimised import optimised
+from freeze_core.vectors.positions import Positions
+from freeze_core.vectors.prompts import Prompts, digests
+from freeze_core.vectors.separation import projections, split_cosines
+from freeze_core.vectors.sites import ResidualSite, find_residual
+from freeze_core.vectors.vector import InterventionVector
+
+__all__ = ["discover"]
+
+SPLITS = 100
+"""How often the prompts are halved for the cosine of the halves; once where a vector is found by gradients."""
+
+LEAST = 4
+"""Prompts of each kind: two to find the vector on and to halve, two to judge it on."""
+
+
+class Rows(NamedTuple):
+    """Rows of the positive and of the negative prompts `[row]`, in ascending order."""
+
+    positive: Tensor
+    negative: Tensor
+
+    def of(self, inside: Rows) -> Rows:
+        """Of these rows those at the places `inside`."""
+        return Rows(self.positive[inside.positive], self.negative[inside.negative])
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What of the model is asked of negative prompts, and where a vector is added meanwhile."""
+
+    prompts: Prompts
+    metric: str | Callable[..., Any]
+    targets: Any
+    metric_positions: str | Sequence[int]
+    positions: Positions
+    words: int | None
+
+    def of(self, rows: Tensor) -> tuple[list[Batch], Metric]:
+        """The batches of these prompts alone, and the metric of them.
+
+        Raises:
+            InterventionError: a metric, targets or positions that cannot be served.
+        """
+        batches = self.prompts.batches(rows.tolist(), self.metric_positions)
+        return batches, metric_of(self.metric, self._targets(rows), batches, self.words)
+
+    def _targets(self, rows: Tensor) -> Any:
+        """The targets of these prompts, where each has its own."""
+        if self.targets is None or callable(self.metric):
+            return self.targets
+        try:
+            ids = torch.as_tensor(self.targets)
+        except (TypeError, ValueError, RuntimeError):
+            return self.targets  # which the metric refuses
+        if ids.dim() < (2 if self.metric == "logit_difference" else 1):
+            return self.targets
+        if len(ids) != len(self.prompts):
+            raise InterventionError(
+                f"targets={shown(self.targets)}: must be those of one prompt for all, or of each of the "
+                f"{len(self.prompts)} negative prompts"
+            )
+        return ids[rows.to(ids.device)]
+
+
+def discover(
+    model: nn.Module,
+    positive: Any,
+    negative: Any,
+    layer: int,
+    method: str,
+    *,
+    positions: str | Sequence[int],
+    held_out: float,
+    seed: int,
+    metric: str | Callable[..., Any] | None,
+    targets: Any,
+    strengths: Sequence[float],
+    apply_positions: str | Sequence[int],
+    metric_positions: str | Sequence[int],
+    max_norm: float | None,
+    steps: int | None,
+    tokenizer: Any,
+    batch_size: int,
+    confidence: float,
+    resamples: int,
+    resampling_seed: int,
+    progress: bool,
+) -> InterventionVector:
+    """See `ExperimentalInterventions.discover_intervention_vector`."""
+    resampling = Resampling(confidence, resamples, resampling_seed)
+    several, where = checked_strengths(strengths), Positions(apply_positions)
+    check_running(batch_size, seed, progress)
+    check_method(method, metric, targets, max_norm, steps)
+    site = find_residual(model, layer)
+    check_columns(site, where)
+    if is_frozen(model):
+        raise InterventionError("model is frozen: find vectors in it unfrozen, so that its stream is its own")
+    kinds = [
+        Prompts(model, given, name, tokenizer, batch_size)
+        for given, name in ((positive, "positive"), (negative, "negative"))
+    ]
+    paired = len(kinds[0]) == len(kinds[1])
+    _check_sizes(kinds, method)
+    found, apart = _split([len(kind) for kind in kinds], paired, held_out, seed)
+    batches = [
+        [kind.batches(rows.tolist(), positions) for kind, rows in zip(kinds, chosen, strict=True)]
+        for chosen in (found, apart)
+    ]
+    _refuse_repeated(batches)
+    question = None
+    if metric is not None:
+        question = Question(kinds[1], metric, targets, metric_positions, where, words_of(model))
+        for rows in (found.negative, apart.negative):
+            question.of(rows)  # which refuses what cannot be served, before anything is run
+    with torch.inference_mode(False):
+        seen = [activations(model, site, one) for one in batches[0]]
+        options = Options(method, max_norm, 50 if steps is None else steps, seed, _dtype(model))
+        find = _finder(model, site, seen, found, question, options)
+        vector, losses = find(Rows(*(torch.arange(len(rows)) for rows in found)))
+        _refuse_nothing(vector, method)
+        splits = SPLITS if method in CLOSED else 1
+        cosines = split_cosines(
+            (len(found.positive), len(found.negative)), paired, lambda *half: find(Rows(*half))[0], seed, splits
+        )
+        held = [projections(activations(model, site, one), vector) for one in batches[1]]
+        made = InterventionVector(
+            vector=vector,
+            layer=site.layer,
+            method=method,
+            found=(len(found.positive), len(found.negative)),
+            typical_norm=float(torch.cat(seen).norm(dim=1).mean()),
+            held_out=(held[0], held[1]),
+            threshold=sum(float(projections(one, vector).mean()) for one in seen) / 2,
+            paired=paired,
+            cosines=cosines,
+            losses=losses,
+            effects=None,
+            prompts=tuple(one for kind in batches[0] for one in digests(kind)),
+            origin=origin_of(model, site.sites, [batch for part in batches for kind in part for batch in kind]),
+            resampling=resampling,
+        )
+        if question is None:
+            return made
+        given, measure = question.of(apart.negative)
+        effects = effects_of(model, site, vector, given, measure, several, where, seed, resampling, progress)
+    return replace(made, effects=effects)
+
+
+class Options(NamedTuple):
+    """How a vector is found."""
+
+    method: str
+    max_norm: float | None
+    steps: int
+    seed: int
+    dtype: torch.dtype
+
+
+def _finder(
+    model: nn.Module,
+    site: ResidualSite,
+    seen: Sequence[Tensor],
+    found: Rows,
+    question: Question | None,
+    options: Options,
+) -> Callable[[Rows], tuple[Tensor, Tensor]]:
+    """What finds a vector `[hidden]`, and the losses on the way, in some of the prompts that were seen."""
+    if options.method in CLOSED:
+        closed = CLOSED[options.method]
+        return lambda inside: (
+            closed(seen[0][inside.positive], seen[1][inside.negative]).to(options.dtype),
+            torch.empty(0, dtype=torch.float64),
+        )
+    assert question is not None
+    asked = question
+    difference = float(mean_difference(*seen).norm())
+    bound = difference if options.max_norm is None else float(options.max_norm)
+
+    def find(inside: Rows) -> tuple[Tensor, Tensor]:
+        batches, measure = asked.of(found.of(inside).negative)
+        return optimised(
+            model,
+            site,
+            batches,
+            measure,
+            asked.positions,
+            hidden=seen[0].shape[1],
+            bound=bound,
+            steps=options.steps,
+            seed=options.seed,
+            dtype=options.dtype,
+        )
+
+    return find
+
+
+def _check_sizes(kinds: Sequence[Prompts], method: str) -> None:
+    sizes = [len(kind) for kind in kinds]
+    for name, size in zip(("positive", "negative"), sizes, strict=True):
+        if size < LEAST:
+            raise InterventionError(
+                f"{name} has {size} prompt{'s' * (size > 1)}: must have {LEAST} at least, two to find a vector on and "
+                "two to hold out, on which it is judged"
+            )
+    if method == "principal_component" and sizes[0] != sizes[1]:
+        raise InterventionError(
+            f"positive has {sizes[0]} prompts and negative {sizes[1]}: must be pairs, as many of each and in the same "
+            "order, for method='principal_component'; method='mean_difference' needs no pairs"
+        )
+
+
+def _split(sizes: Sequence[int], paired: bool, held_out: object, seed: int) -> tuple[Rows, Rows]:
+    """The rows to find a vector on, and those held out: at random, by row alone; pairs stay together."""
+    if isinstance(held_out, bool) or not isinstance(held_out, Real) or not 0 < float(held_out) < 1:
+        raise InterventionError(f"held_out={shown(held_out)}: must be the share of prompts to hold out, in (0, 1)")
+    generator = torch.Generator().manual_seed(seed)
+    found, apart = [], []
+    for number, size in enumerate(sizes):
+        if not (paired and number):
+            drawn = torch.randperm(size, generator=generator)
+        held = min(max(round(float(held_out) * size), 2), size - 2)
+        apart.append(drawn[:held].sort().values)
+        found.append(drawn[held:].sort().values)
+    return Rows(*found), Rows(*apart)
+
+
+def _refuse_repeated(batches: Sequence[Sequence[Sequence[Batch]]]) -> None:
+    """Raises `InterventionError` for a prompt that is there several times, of which one may be held out from others."""
+    for name, found, apart in zip(("positive", "negative"), *batches, strict=True):
+        every = [*digests(found), *digests(apart)]
+        if len(set(every)) < len(every):
+            raise InterventionError(
+                f"{name} has a prompt several times, which would be found on and judged on: give each once"
+            )
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Of a vector: float32, or float64 where the model is."""
+    return accumulation_dtype(next(one.dtype for one in model.parameters() if one.is_floating_point()))
+
+
+def _refuse_nothing(vector: Tensor, method: str) -> None:
+    if not bool(vector.isfinite().all()) or not bool((vector != 0).any()):
+        raise InterventionError(
+            f"method={method!r} found a vector that is 0 or not finite: positive and negative prompts do not differ "
+            "in the stream there"
+        )

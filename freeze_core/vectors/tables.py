@@ -1,0 +1,103 @@
+"""The evaluation of a vector as tables for people: Markdown, and LaTeX for a paper."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from freeze_core.studies.tables import latex_of, markdown_of, with_interval
+
+if TYPE_CHECKING:
+    from freeze_core.vectors.effects import SteeringEffects
+    from freeze_core.vectors.vector import InterventionVector
+
+__all__ = ["latex", "markdown"]
+
+
+UNITS = {"logit_difference": "logits", "loss": "nats", "kl": "nats", "probability": "probability"}
+"""Of the built-in metrics; one of the user's own has a unit of its own."""
+
+
+class Table(NamedTuple):
+    """Cells under headers, and what they are of."""
+
+    cells: list[list[str]]
+    headers: list[str]
+    caption: str
+
+
+def markdown(vector: InterventionVector) -> str:
+    """The tables, each with what it is of below."""
+    return "\n".join(markdown_of(*one) for one in _tables(vector))
+
+
+def latex(vector: InterventionVector) -> str:
+    """`table` environments with rules of booktabs."""
+    return "\n".join(latex_of(*one) for one in _tables(vector))
+
+
+def _tables(vector: InterventionVector) -> list[Table]:
+    return [_separation(vector), *([_effects(vector, vector.effects)] if vector.effects else [])]
+
+
+def _separation(vector: InterventionVector) -> Table:
+    apart, steady = vector.separation, vector.stability
+    spread = f" [{steady.low:.3g}, {steady.high:.3g}]" if steady.splits > 1 else ""
+    norm = float(vector.vector.double().norm())
+    cells = [
+        [
+            vector.method,
+            str(vector.layer),
+            with_interval(apart.auc),
+            with_interval(apart.accuracy, 100),
+            f"{steady.value:.3g}{spread}",
+            f"{norm:.3g}",
+            f"{vector.typical_norm:.3g}",
+        ]
+    ]
+    headers = ["method", "layer", "AUC", "accuracy (%)", "cosine of halves", "norm", "norm of the stream"]
+    positive, negative = (len(one) for one in vector.held_out)
+    how = "pairs" if vector.paired else "prompts"
+    of_halves = f", the middle {_percent(vector)} % of {steady.splits} random halvings" if steady.splits > 1 else ""
+    caption = (
+        f"{vector.origin['model']}, a vector of the residual stream after layer {vector.layer}, found on "
+        f"{vector.found[0]} positive and {vector.found[1]} negative prompts, judged on n = {positive} positive and "
+        f"{negative} negative ones held out, by their projections on it. In brackets {_interval(vector)} over {how}. "
+        f"The cosine is of the vectors of two halves of the prompts that it was found on{of_halves}; norms are mean "
+        "lengths."
+    )
+    return Table(cells, headers, caption)
+
+
+def _effects(vector: InterventionVector, effects: SteeringEffects) -> Table:
+    cells = [
+        [
+            f"{row.strength:g}",
+            with_interval(row.change),
+            with_interval(row.control),
+            f"{row.control_largest:.3g}",
+            with_interval(row.difference),
+            f"{row.p_value:.2g}",
+            f"{row.p_adjusted:.2g}",
+        ]
+        for row in effects.rows
+    ]
+    unit = f" ({UNITS[effects.metric]})" if effects.metric in UNITS else ""
+    changes = [f"{name}{unit}" for name in ("change", "random vectors", "largest of these", "difference")]
+    headers = ["strength", *changes, "p", "p, adjusted"]
+    number = effects.controls.shape[1]
+    caption = (
+        f"Change of {effects.metric}, {float(effects.clean.mean()):.3g} on average without the vector, when "
+        f"the vector is added at positions {effects.positions}: n = {len(effects.clean)} prompts that it was not "
+        f"found on, beside the mean over {number} random vectors of the same norm. In brackets {_interval(vector)} "
+        "over prompts; p of a paired sign-flip test of the difference, adjusted for all strengths "
+        "(Benjamini-Yekutieli)."
+    )
+    return Table(cells, headers, caption)
+
+
+def _interval(vector: InterventionVector) -> str:
+    return f"{_percent(vector)} % percentile bootstrap intervals"
+
+
+def _percent(vector: InterventionVector) -> str:
+    return f"{100 * vector.resampling.settings['confidence']:g}"
