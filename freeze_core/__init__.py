@@ -11,7 +11,7 @@ from freeze_core.errors import (
 from freeze_core.freezer import AttentionCircuitFreezer, freeze_ov_circuit, freeze_qk_circuit
 from freeze_core.interventions import ExperimentalInterventions
 from freeze_core.scoring import HeadScores, score_heads
-from freeze_core.studies import AblationStudy, run_circuit_ablation_study
+from freeze_core.studies import AblationStudy, PatchingStudy, patch_activations, run_circuit_ablation_study
 from freeze_core.vocabulary import BackwardMode, CircuitType, FreezeType, KVScope, ModelArchitecture
 
 __all__ = [
@@ -28,10 +28,12 @@ __all__ = [
     "InterventionError",
     "KVScope",
     "ModelArchitecture",
+    "PatchingStudy",
     "StaleCacheWarning",
     "UnsupportedModelError",
     "freeze_ov_circuit",
     "freeze_qk_circuit",
+    "patch_activations",
     "run_circuit_ablation_study",
     "score_heads",
 ]
