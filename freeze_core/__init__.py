@@ -11,7 +11,14 @@ from freeze_core.errors import (
 from freeze_core.freezer import AttentionCircuitFreezer, freeze_ov_circuit, freeze_qk_circuit
 from freeze_core.interventions import ExperimentalInterventions
 from freeze_core.scoring import HeadScores, score_heads
-from freeze_core.studies import AblationStudy, PatchingStudy, patch_activations, run_circuit_ablation_study
+from freeze_core.studies import (
+    AblationStudy,
+    Faithfulness,
+    PatchingStudy,
+    measure_faithfulness,
+    patch_activations,
+    run_circuit_ablation_study,
+)
 from freeze_core.vocabulary import BackwardMode, CircuitType, FreezeType, KVScope, ModelArchitecture
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "CircuitFreezeError",
     "CircuitType",
     "ExperimentalInterventions",
+    "Faithfulness",
     "FreezeNotInForceError",
     "FreezeType",
     "HeadScores",
@@ -33,6 +41,7 @@ __all__ = [
     "UnsupportedModelError",
     "freeze_ov_circuit",
     "freeze_qk_circuit",
+    "measure_faithfulness",
     "patch_activations",
     "run_circuit_ablation_study",
     "score_heads",

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from freeze_core.activations import Recording
 from freeze_core.attention.sites import Sites
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError
 from freeze_core.freezing.padding import prompt_of
 from freeze_core.freezing.plan import resolve
 from freeze_core.recording import record
@@ -159,7 +158,7 @@ def _of_pair(
     clean = _logits(sweep, pair.clean, generators) if sweep.denoising else None
     generators.put(start)
     passes = Passes(sweep.model, sweep.sites, into, generators)
-    found = {}
+    found: dict[tuple[str, int, int], Tensor] = {}
     with passes.running():
         clean = passes.clean if clean is None else clean
         baseline = sweep.rows(number, passes.clean, clean, "unpatched")

@@ -59,7 +59,7 @@ class PatchingStudy:
 
     @property
     def baseline(self) -> Tensor:
-        """The metric `[prompt]` of the run that is patched: corrupted where it is denoised, clean where it is noised."""
+        """The metric `[prompt]` of the run that is patched: `corrupted` under denoising, `clean` under noising."""
         return self.corrupted if self._denoises else self.clean
 
     @property
@@ -68,19 +68,24 @@ class PatchingStudy:
 
     @property
     def _gap(self) -> Tensor:
-        """What there is to restore, or to break: the metric of the other run minus `baseline`, `[prompt]`."""
         return self.clean - self.corrupted if self._denoises else self.corrupted - self.clean
 
     @cached_property
+    def gap(self) -> Estimate:
+        """What there is to restore, or break: the metric of the other run minus `baseline`, the mean over prompts."""
+        return self.resampling.estimate(average, self._gap)
+
+    @cached_property
     def effect(self) -> dict[str, Estimates]:
-        """By circuit the metric patched minus `baseline`, the mean over prompts: `value`, `low`, `high` `[layer, cell]`."""
+        """By circuit the metric patched minus `baseline`, means over prompts, with their ends: each `[layer, cell]`."""
         return {name: self._estimated(average, values) for name, values in self.values.items()}
 
     @cached_property
     def normalised(self) -> dict[str, Estimates]:
         """The same as a share of the gap between the runs, a ratio of means: 0 as `baseline`, 1 as the other run.
 
-        In draws of prompts that have no gap the share is infinite, and so may an end of its interval be.
+        In draws of prompts that have no gap the share is infinite, and so may an end of its interval be; where the
+        interval of `gap` holds 0, shares are of nothing sure.
         """
         return {name: self._estimated(ratio, values, self._gap) for name, values in self.values.items()}
 
@@ -96,8 +101,8 @@ class PatchingStudy:
         """A tidy pandas `DataFrame`, one row a patch.
 
         Its columns: `circuit`, `layer`, `head` or `position`, `effect` and `normalised` with their `_low` and `_high`,
-        `clean` and `corrupted` (the metric of the runs as they are), `n` pairs of prompts, `metric`, `unit` (of all but
-        `normalised`) and `direction`.
+        `clean` and `corrupted` (the metric of the runs as they are), `gap` with its ends, `n` pairs of prompts,
+        `metric`, `unit` (of all but `normalised`) and `direction`.
 
         Raises:
             ImportError: pandas is not installed.
@@ -120,6 +125,7 @@ class PatchingStudy:
         return flat | {
             "clean": float(self.clean.mean()),
             "corrupted": float(self.corrupted.mean()),
+            **dict(zip(("gap", "gap_low", "gap_high"), self.gap, strict=True)),
             "n": self.n,
             "metric": self.settings["metric"],
             "unit": unit_of(self.settings["metric"]),
@@ -157,19 +163,18 @@ class PatchingStudy:
         return headers, cells, self._caption(len(cells), len(ordered))
 
     def _caption(self, shown_ones: int, all_ones: int) -> str:
-        settings, restored = self.settings, self._denoises
-        how = "clean into the corrupted run, normalised: 0 corrupted, 1 clean"
-        if not restored:
-            how = "corrupted into the clean run, normalised: 0 clean, 1 corrupted"
+        settings = self.settings
+        runs = ("clean", "corrupted") if self._denoises else ("corrupted", "clean")
         which = (
             f"The {shown_ones} largest of {all_ones} effects" if shown_ones < all_ones else f"All {all_ones} effects"
         )
         return (
-            f"{self.origin['model']}, activation patching by {settings['by']}, {settings['direction']}: {how}. {which} on "
-            f"{settings['metric']}, which is {float(self.clean.mean()):.3g} in the clean and "
-            f"{float(self.corrupted.mean()):.3g} in the corrupted run; kv_scope {settings['kv_scope']}. n = {self.n} "
-            f"pairs of prompts. In brackets {100 * settings['confidence']:g} % percentile bootstrap intervals over "
-            "prompts, each by itself."
+            f"{self.origin['model']}, activation patching by {settings['by']}, {settings['direction']}: the {runs[0]} "
+            f"run into the {runs[1]} one, normalised so that 0 is {runs[1]} and 1 {runs[0]}; kv_scope "
+            f"{settings['kv_scope']}. {which} on {settings['metric']}, which is {float(self.clean.mean()):.3g} in the "
+            f"clean and {float(self.corrupted.mean()):.3g} in the corrupted run, a gap of "
+            f"{shown_with_interval(self.gap)}. n = {self.n} pairs of prompts. In brackets "
+            f"{100 * settings['confidence']:g} % percentile bootstrap intervals over prompts, each by itself."
         )
 
     def save(self, path: str | PathLike[str]) -> None:

@@ -18,8 +18,8 @@ from freeze_core.studies.checks import check_batch_size, check_choice, check_pro
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
 from freeze_core.studies.pairs import pairs_of
-from freeze_core.studies.patched import PatchingStudy
 from freeze_core.studies.patch_sweep import PatchSweep, measured
+from freeze_core.studies.patched import PatchingStudy
 from freeze_core.vocabulary import CircuitType, KVScope
 
 __all__ = ["patch_activations"]
