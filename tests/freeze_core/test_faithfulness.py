@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from freeze_core import (
     AttentionCircuitFreezer,
     ExperimentalInterventions,
-    Faithfulness,
     InterventionConfig,
     InterventionError,
     UnsupportedModelError,
