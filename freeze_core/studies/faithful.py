@@ -34,8 +34,10 @@ class Faithfulness:
 
     Args:
         values: the metric of each prompt `[prompt]` in float64, by run: `model`, `empty`, `circuit` and `complement`.
-        settings: what was frozen, and what was measured.
-        origin: of which model, data and versions.
+        settings: the arguments, but for model, inputs, `corrupted` and `statistics`, with which `measure_faithfulness`
+            makes it again; of a metric of one's own its name.
+        all_heads: how many the model has.
+        origin: of which model, data, statistics and versions.
         resampling: how intervals are made.
     """
 
@@ -43,11 +45,13 @@ class Faithfulness:
         self,
         values: Mapping[str, Tensor],
         settings: Mapping[str, Any],
+        all_heads: int,
         origin: Mapping[str, str],
         resampling: Resampling,
     ) -> None:
         self.values = dict(values)
         self.settings = {**settings, **resampling.settings}
+        self.all_heads = all_heads
         self.origin = dict(origin)
         self.resampling = resampling
 
@@ -122,10 +126,10 @@ class Faithfulness:
     def _caption(self) -> str:
         settings = self.settings
         heads = "; ".join(f"layer {layer}: {', '.join(map(str, some))}" for layer, some in settings["heads"].items())
-        calibrated = " of calibrated statistics" if settings["calibrated"] else ""
+        calibrated = " of calibrated statistics" if "statistics" in self.origin else ""
         return (
             f"{self.origin['model']}, {settings['circuit']} of {sum(map(len, settings['heads'].values()))} of "
-            f"{settings['all_heads']} heads ({heads}): {settings['freeze_type']}{calibrated}, strength "
+            f"{self.all_heads} heads ({heads}): {settings['freeze_type']}{calibrated}, strength "
             f"{settings['strength']:g}, kv_scope {settings['kv_scope']}. m is {settings['metric']}; n = {self.n} "
             f"prompts. In brackets {100 * settings['confidence']:g} % percentile bootstrap intervals over prompts."
         )

@@ -21,7 +21,7 @@ from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.metrics import Metric, metric_of, words_of
 from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.sweep import circuits_of
-from freeze_core.statistics import ActivationStatistics
+from freeze_core.statistics import ActivationStatistics, digest_of
 from freeze_core.studies.checks import check_batch_size, check_progress, refuse_equal, refuse_infinite
 from freeze_core.studies.faithful import RUNS, Faithfulness
 from freeze_core.studies.intervals import Resampling
@@ -141,10 +141,16 @@ def measure_faithfulness(
         "freeze_type": str(FreezeType.REFERENCE if references else config.freeze_type),
         "kv_scope": str(config.kv_scope),
         "strength": float(config.strength),
-        "calibrated": statistics is not None,
-        "all_heads": sum(map(len, sets["empty"].values())),
+        "seed": int(config.seed),
+        "noise_std": config.noise_std,
+        "attention": attention,
+        "targets": None if targets is None else torch.as_tensor(targets).tolist(),
+        "positions": positions if isinstance(positions, str) else [int(one) for one in positions],
     }
-    return Faithfulness(values, settings, origin_of(model, sites, [*batches, *others]), resampling)
+    origin = origin_of(model, sites, [*batches, *others])
+    if statistics is not None:
+        origin["statistics"] = digest_of(statistics.tensors().values())
+    return Faithfulness(values, settings, sum(map(len, sets["empty"].values())), origin, resampling)
 
 
 def _check_freeze_type(freeze_type: object, corrupted: object) -> bool:

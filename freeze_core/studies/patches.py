@@ -12,6 +12,7 @@ from torch import Tensor
 from freeze_core.activations import Recording
 from freeze_core.attention.sites import Sites
 from freeze_core.config import InterventionConfig
+from freeze_core.errors import UnsupportedModelError
 from freeze_core.freezing.plan import LayerFreeze, resolve
 from freeze_core.scoring.sweep import interventions
 from freeze_core.vocabulary import CircuitType, FreezeType, Role
@@ -48,8 +49,16 @@ def by_position(
 
     At the other positions the reference is what the run itself has, `own`: nothing before the layer is frozen, so that
     the freeze leaves those bit for bit.
+
+    Raises:
+        UnsupportedModelError: a layer runs several times, and reads its own patch when it runs again.
     """
     for layer in source:
+        if source[layer].q.dim() > 4:
+            raise UnsupportedModelError(
+                f"layer {layer} runs several times in a pass: when it runs again it has read its patch, so that its "
+                "other positions are no longer what was recorded; patch by='head'"
+            )
         positions = source[layer].q.shape[-3]
         patches = (
             _at(sites, config, name, _composed(layer, own, source, position, roles_of(name)), position)

@@ -83,7 +83,8 @@ def patch_activations(
         progress: show a bar.
 
     Raises:
-        UnsupportedModelError: the model, or one of its heads, cannot be served.
+        UnsupportedModelError: the model, or one of its heads, cannot be served; by position no layer that runs several
+            times in a pass.
         InterventionError: an argument that cannot be served, before anything is run; a metric that is the same in both
             runs, so that there is nothing to restore or to break; or what a pass cannot serve.
         ImportError: scipy is not installed.

@@ -139,6 +139,9 @@ def test_intervals_are_of_prompts_drawn_anew() -> None:
     assert list(found.means["circuit"][1:]) == pytest.approx(np.quantile(circuit[draws].mean(1), [0.1, 0.9]))
     again = measured(tiny_model("gpt2"), freeze_type="zero", resamples=500, resampling_seed=3, confidence=0.8)
     assert again.to_frame().equals(found.to_frame())
+    made_again = measure_faithfulness(tiny_model("gpt2"), IDS, progress=False, **found.settings)
+    assert made_again.to_frame().equals(found.to_frame())
+    assert made_again.origin == found.origin
 
 
 def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
@@ -158,7 +161,7 @@ def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
         "kv_scope head. m is logit_difference; n = 4 prompts. In brackets 95 % percentile bootstrap intervals over "
         "prompts."
     )
-    assert {"model", "identity", "data", "torch"} <= found.origin.keys()
+    assert {"model", "identity", "data", "statistics", "torch"} <= found.origin.keys()
 
 
 @pytest.mark.latex
