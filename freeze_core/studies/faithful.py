@@ -29,6 +29,10 @@ MEANT = {
 }
 
 
+NAMED = 12
+"""Of so many heads at most a caption says which; `Faithfulness.settings` does of any."""
+
+
 class Faithfulness:
     """Measurements of a set of heads; ratios are made of them when they are asked for, and the same each time.
 
@@ -125,11 +129,13 @@ class Faithfulness:
 
     def _caption(self) -> str:
         settings = self.settings
-        heads = "; ".join(f"layer {layer}: {', '.join(map(str, some))}" for layer, some in settings["heads"].items())
+        chosen = sum(map(len, settings["heads"].values()))
+        named = "; ".join(f"layer {layer}: {', '.join(map(str, some))}" for layer, some in settings["heads"].items())
+        heads = f" ({named})" if chosen <= NAMED else ""
         calibrated = " of calibrated statistics" if "statistics" in self.origin else ""
         return (
-            f"{self.origin['model']}, {settings['circuit']} of {sum(map(len, settings['heads'].values()))} of "
-            f"{self.all_heads} heads ({heads}): {settings['freeze_type']}{calibrated}, strength "
+            f"{self.origin['model']}, {settings['circuit']} of {chosen} of "
+            f"{self.all_heads} heads{heads}: {settings['freeze_type']}{calibrated}, strength "
             f"{settings['strength']:g}, kv_scope {settings['kv_scope']}. m is {settings['metric']}; n = {self.n} "
             f"prompts. In brackets {100 * settings['confidence']:g} % percentile bootstrap intervals over prompts."
         )

@@ -175,7 +175,7 @@ def _sets(heads: object, sites: Sites, config: InterventionConfig) -> dict[str, 
             raise InterventionError(f"heads={shown(dict(heads))}: names the same layer twice")
         chosen[freeze.layer] = sorted(freeze.heads)
     rest = {layer: [head for head in several if head not in chosen.get(layer, [])] for layer, several in every.items()}
-    return dict(zip(RUNS, ({}, every, rest, chosen), strict=True))
+    return dict(zip(RUNS, ({}, every, rest, dict(sorted(chosen.items()))), strict=True))
 
 
 @dataclass(frozen=True, eq=False)

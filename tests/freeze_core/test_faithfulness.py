@@ -161,6 +161,8 @@ def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
         "kv_scope head. m is logit_difference; n = 4 prompts. In brackets 95 % percentile bootstrap intervals over "
         "prompts."
     )
+    assert found.settings["heads"] == {0: [1], 2: [0, 2]}
+    assert list(measured(model, heads={2: [1], 0: [3]}).settings["heads"]) == [0, 2]
     assert {"model", "identity", "data", "statistics", "torch"} <= found.origin.keys()
 
 
