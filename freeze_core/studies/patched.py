@@ -164,14 +164,15 @@ class PatchingStudy:
 
     def _caption(self, shown_ones: int, all_ones: int) -> str:
         settings = self.settings
+        scope = f"; kv_scope {settings['kv_scope']}" if settings["by"] == "head" else ""
         runs = ("clean", "corrupted") if self._denoises else ("corrupted", "clean")
         which = (
             f"The {shown_ones} largest of {all_ones} effects" if shown_ones < all_ones else f"All {all_ones} effects"
         )
         return (
             f"{self.origin['model']}, activation patching by {settings['by']}, {settings['direction']}: the {runs[0]} "
-            f"run into the {runs[1]} one, normalised so that 0 is {runs[1]} and 1 {runs[0]}; kv_scope "
-            f"{settings['kv_scope']}. {which} on {settings['metric']}, which is {float(self.clean.mean()):.3g} in the "
+            f"run into the {runs[1]} one, normalised so that 0 is {runs[1]} and 1 {runs[0]}"
+            f"{scope}. {which} on {settings['metric']}, which is {float(self.clean.mean()):.3g} in the "
             f"clean and {float(self.corrupted.mean()):.3g} in the corrupted run, a gap of "
             f"{shown_with_interval(self.gap)}. n = {self.n} pairs of prompts. In brackets "
             f"{100 * settings['confidence']:g} % percentile bootstrap intervals over prompts, each by itself."
