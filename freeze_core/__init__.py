@@ -11,7 +11,14 @@ from freeze_core.errors import (
 from freeze_core.freezer import AttentionCircuitFreezer, freeze_ov_circuit, freeze_qk_circuit
 from freeze_core.interventions import ExperimentalInterventions
 from freeze_core.scoring import HeadScores, score_heads
-from freeze_core.studies import AblationStudy, run_circuit_ablation_study
+from freeze_core.studies import (
+    AblationStudy,
+    Faithfulness,
+    PatchingStudy,
+    measure_faithfulness,
+    patch_activations,
+    run_circuit_ablation_study,
+)
 from freeze_core.vectors import InterventionVector
 from freeze_core.vocabulary import BackwardMode, CircuitType, FreezeType, KVScope, ModelArchitecture
 
@@ -22,6 +29,7 @@ __all__ = [
     "CircuitFreezeError",
     "CircuitType",
     "ExperimentalInterventions",
+    "Faithfulness",
     "FreezeNotInForceError",
     "FreezeType",
     "HeadScores",
@@ -30,10 +38,13 @@ __all__ = [
     "InterventionVector",
     "KVScope",
     "ModelArchitecture",
+    "PatchingStudy",
     "StaleCacheWarning",
     "UnsupportedModelError",
     "freeze_ov_circuit",
     "freeze_qk_circuit",
+    "measure_faithfulness",
+    "patch_activations",
     "run_circuit_ablation_study",
     "score_heads",
 ]

@@ -18,7 +18,7 @@ from freeze_core.scoring.attribution import attribution
 from freeze_core.scoring.batches import batches_of
 from freeze_core.scoring.checkpoint import Checkpoint
 from freeze_core.scoring.exact import exact
-from freeze_core.scoring.metrics import metric_of
+from freeze_core.scoring.metrics import metric_of, words_of
 from freeze_core.scoring.processes import Processes, refuse_spread
 from freeze_core.scoring.scores import HeadScores
 from freeze_core.scoring.screened import screened
@@ -29,7 +29,7 @@ from freeze_core.vocabulary import CircuitType, FreezeType, KVScope
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["score_heads", "words_of"]
+__all__ = ["score_heads"]
 
 METHODS = ("exact", "attribution", "screened")
 
@@ -201,11 +201,3 @@ def _device(model: nn.Module) -> torch.device:
     """Where a model's parameters are, or are loaded to: what processes that use nccl exchange must be there."""
     current = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return next((one.device for one in model.parameters() if one.is_cuda), current)
-
-
-def words_of(model: nn.Module) -> int | None:
-    """The size of the vocabulary, where the config tells it."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    words = getattr(text, "vocab_size", None)
-    return words if isinstance(words, int) else None

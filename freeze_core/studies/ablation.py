@@ -12,13 +12,14 @@ from tqdm.auto import tqdm
 
 from freeze_core.attention.sites import Sites, find_sites
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, shown
+from freeze_core.errors import InterventionError
 from freeze_core.freezing.install import install, is_frozen
 from freeze_core.freezing.plan import LayerFreeze, resolve
 from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import IGNORED, Batch
 from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.sweep import circuits_of
+from freeze_core.studies.checks import check_batch_size, check_progress
 from freeze_core.studies.dataset import sequences
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.measures import Sums, sums
@@ -75,10 +76,8 @@ def run_circuit_ablation_study(
         >>> study = run_circuit_ablation_study(model, texts, [0, 1], [3], tokenizer=tokenizer)  # doctest: +SKIP
         >>> print(study.to_markdown())  # doctest: +SKIP
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InterventionError(f"batch_size={shown(batch_size)}: must be an int of 1 at least")
-    if not isinstance(progress, bool):
-        raise InterventionError(f"progress={shown(progress)}: must be True or False")
+    check_batch_size(batch_size)
+    check_progress(progress)
     resampling = Resampling(confidence, resamples, resampling_seed)
     names, config = circuits_of(circuits), _config(layers, heads, fields)
     sites = find_sites(model, attention=config.attention)

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from freeze_core.errors import InterventionError, shown
 from freeze_core.extras import extra
 
-__all__ = ["Estimate", "Resampling"]
+__all__ = ["Estimate", "Estimates", "Resampling"]
 
 
 LARGEST = 2**22
@@ -28,6 +29,14 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class Estimates(NamedTuple):
+    """Numbers and their intervals, three tensors of one shape in float64."""
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
 
 
 class Resampling:
@@ -61,21 +70,31 @@ class Resampling:
         Args:
             paired: `values` are of the same sequences, drawn together; else each is drawn by itself.
         """
-        arrays = tuple(one.numpy() for one in values)
+        value, low, high = self._bootstrap(statistic, [one.numpy() for one in values], paired)
+        return Estimate(float(value), float(low), float(high))
+
+    def estimates(self, statistic: Callable[..., Any], cells: Tensor, *values: Tensor) -> Estimates:
+        """The same of each row of `cells` `[cell, sequence]` with `values`, each `[sequence]`, as tensors `[cell]`."""
+        others = [one.numpy() for one in values]
+        at_once = max(1, LARGEST // max(self.settings["resamples"], cells.shape[1]))
+        parts = [self._bootstrap(statistic, [some.numpy(), *others], True) for some in cells.split(at_once)]
+        return Estimates(*(torch.from_numpy(np.concatenate(several)) for several in zip(*parts, strict=True)))
+
+    def _bootstrap(self, statistic: Callable[..., Any], arrays: Sequence[Any], paired: bool) -> tuple[Any, Any, Any]:
         with np.errstate(invalid="ignore"):  # of the standard error, which is not asked for, where a draw is infinite
             made = self._stats.bootstrap(
                 arrays,
                 statistic,
                 paired=paired,
                 vectorized=True,
+                axis=-1,
                 n_resamples=self.settings["resamples"],
-                batch=max(1, LARGEST // max(map(len, arrays))),
+                batch=max(1, LARGEST // max(one.size for one in arrays)),
                 confidence_level=self.settings["confidence"],
                 method="percentile",
                 rng=self._generator(),
             )
-        low, high = made.confidence_interval
-        return Estimate(float(statistic(*arrays, axis=-1)), float(low), float(high))
+        return statistic(*arrays, axis=-1), *made.confidence_interval
 
     def paired_test(self, differences: Tensor) -> float:
         """The probability, were there no effect, of a mean of `differences` `[sequence]` this far from 0.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["accuracy", "effect_size", "mean", "perplexity"]
+__all__ = ["accuracy", "average", "effect_size", "mean", "perplexity", "ratio"]
 
 
 def mean(totals: Any, targets: Any, axis: int) -> Any:
@@ -32,3 +32,15 @@ def effect_size(changes: Any, axis: int) -> Any:
     middle, spread = changes.mean(axis), changes.std(axis, ddof=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(middle == 0, 0.0, middle / spread)
+
+
+def average(values: Any, axis: int) -> Any:
+    """The mean over sequences."""
+    return values.mean(axis)
+
+
+def ratio(parts: Any, wholes: Any, axis: int) -> Any:
+    """The mean of `parts` over that of `wholes`; infinite where that is 0, as it may be in a draw."""
+    part, whole = parts.mean(axis), wholes.mean(axis)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(whole == 0, np.inf, part / whole)

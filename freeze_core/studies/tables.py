@@ -12,10 +12,13 @@ from freeze_core.studies.intervals import Estimate
 if TYPE_CHECKING:
     from freeze_core.studies.results import AblationStudy, Row
 
-__all__ = ["latex", "latex_of", "markdown", "markdown_of", "with_interval"]
+__all__ = ["as_latex", "as_markdown", "latex", "markdown", "shown_with_interval", "unit_of"]
 
 
 HEADERS = ["circuit", "perplexity", "accuracy (%)", "KL to clean (nats/token)", "effect size (d)", "p", "p, adjusted"]
+
+UNITS = {"logit_difference": "logits", "loss": "nats", "kl": "nats", "probability": "probability"}
+"""Of the built-in metrics."""
 
 SPECIAL = {letter: f"\\{letter}" for letter in "%_&#${}"}
 """What LaTeX would not print as it stands, among what stands in a caption."""
@@ -23,47 +26,47 @@ SPECIAL = {letter: f"\\{letter}" for letter in "%_&#${}"}
 
 def markdown(study: AblationStudy) -> str:
     """The table, and below it what it is of."""
-    return markdown_of(_cells(study), HEADERS, _caption(study))
+    return as_markdown(HEADERS, _cells(study), _caption(study))
 
 
 def latex(study: AblationStudy) -> str:
     """A `table` environment with rules of booktabs."""
-    return latex_of(_cells(study), HEADERS, _caption(study))
+    return as_latex(HEADERS, _cells(study), _caption(study))
 
 
-def markdown_of(cells: Sequence[Sequence[str]], headers: Sequence[str], caption: str) -> str:
-    """A table of Markdown with its caption below."""
+def as_markdown(headers: Sequence[str], cells: Sequence[Sequence[str]], caption: str) -> str:
+    """A table, and below it what it is of."""
     table = tabulate(cells, headers, tablefmt="github", disable_numparse=True)
     return f"{table}\n\n{caption}\n"
 
 
-def latex_of(cells: Sequence[Sequence[str]], headers: Sequence[str], caption: str) -> str:
-    """The same as a `table` environment."""
+def as_latex(headers: Sequence[str], cells: Sequence[Sequence[str]], caption: str) -> str:
+    """A `table` environment with rules of booktabs."""
     table = tabulate(cells, headers, tablefmt="latex_booktabs", disable_numparse=True)
-    printed = "".join(SPECIAL.get(letter, letter) for letter in caption)
-    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{printed}}}", "\\end{table}", ""])
+    escaped = "".join(SPECIAL.get(letter, letter) for letter in caption)
+    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{escaped}}}", "\\end{table}", ""])
 
 
 def _cells(study: AblationStudy) -> list[list[str]]:
     clean = study.clean
-    first = [clean.circuit, with_interval(clean.perplexity), with_interval(clean.accuracy, 100), *4 * ["-"]]
+    first = [clean.circuit, shown_with_interval(clean.perplexity), shown_with_interval(clean.accuracy, 100), *4 * ["-"]]
     return [first, *(_of(row) for row in study.rows)]
 
 
 def _of(row: Row) -> list[str]:
     return [
         row.circuit,
-        with_interval(row.perplexity),
-        with_interval(row.accuracy, 100),
-        with_interval(row.kl),
-        with_interval(row.effect_size),
+        shown_with_interval(row.perplexity),
+        shown_with_interval(row.accuracy, 100),
+        shown_with_interval(row.kl),
+        shown_with_interval(row.effect_size),
         f"{row.p_value:.2g}",
         f"{row.p_adjusted:.2g}",
     ]
 
 
-def with_interval(estimate: Estimate, unit: float = 1) -> str:
-    """A number in so many of its `unit`, and its interval in brackets."""
+def shown_with_interval(estimate: Estimate, unit: float = 1) -> str:
+    """A number and, in brackets, its interval."""
     value, low, high = (f"{unit * number:.3g}" for number in estimate)
     return f"{value} [{low}, {high}]"
 
@@ -84,3 +87,8 @@ def _named(indices: Sequence[int] | None, what: str) -> str:
     if indices is None:
         return f"all {what}s"
     return f"{what}{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
+
+
+def unit_of(metric: str) -> str:
+    """Of a built-in metric its unit, else its name."""
+    return UNITS.get(metric, metric)

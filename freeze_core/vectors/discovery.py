@@ -14,8 +14,7 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.values import accumulation_dtype
 from freeze_core.scoring.batches import Batch
-from freeze_core.scoring.heads import words_of
-from freeze_core.scoring.metrics import Metric, metric_of
+from freeze_core.scoring.metrics import Metric, metric_of, words_of
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
 from freeze_core.vectors.activations import activations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from freeze_core.studies.tables import latex_of, markdown_of, with_interval
+from freeze_core.studies.tables import as_latex, as_markdown, shown_with_interval
 
 if TYPE_CHECKING:
     from freeze_core.vectors.effects import SteeringEffects
@@ -20,19 +20,19 @@ UNITS = {"logit_difference": "logits", "loss": "nats", "kl": "nats", "probabilit
 class Table(NamedTuple):
     """Cells under headers, and what they are of."""
 
-    cells: list[list[str]]
     headers: list[str]
+    cells: list[list[str]]
     caption: str
 
 
 def markdown(vector: InterventionVector) -> str:
     """The tables, each with what it is of below."""
-    return "\n".join(markdown_of(*one) for one in _tables(vector))
+    return "\n".join(as_markdown(*one) for one in _tables(vector))
 
 
 def latex(vector: InterventionVector) -> str:
     """`table` environments with rules of booktabs."""
-    return "\n".join(latex_of(*one) for one in _tables(vector))
+    return "\n".join(as_latex(*one) for one in _tables(vector))
 
 
 def _tables(vector: InterventionVector) -> list[Table]:
@@ -47,8 +47,8 @@ def _separation(vector: InterventionVector) -> Table:
         [
             vector.method,
             str(vector.layer),
-            with_interval(apart.auc),
-            with_interval(apart.accuracy, 100),
+            shown_with_interval(apart.auc),
+            shown_with_interval(apart.accuracy, 100),
             f"{steady.value:.3g}{spread}",
             f"{norm:.3g}",
             f"{vector.typical_norm:.3g}",
@@ -65,17 +65,17 @@ def _separation(vector: InterventionVector) -> Table:
         f"The cosine is of the vectors of two halves of the prompts that it was found on{of_halves}; norms are mean "
         "lengths."
     )
-    return Table(cells, headers, caption)
+    return Table(headers, cells, caption)
 
 
 def _effects(vector: InterventionVector, effects: SteeringEffects) -> Table:
     cells = [
         [
             f"{row.strength:g}",
-            with_interval(row.change),
-            with_interval(row.control),
+            shown_with_interval(row.change),
+            shown_with_interval(row.control),
             f"{row.control_largest:.3g}",
-            with_interval(row.difference),
+            shown_with_interval(row.difference),
             f"{row.p_value:.2g}",
             f"{row.p_adjusted:.2g}",
         ]
@@ -92,7 +92,7 @@ def _effects(vector: InterventionVector, effects: SteeringEffects) -> Table:
         "over prompts; p of a paired sign-flip test of the difference, adjusted for all strengths "
         "(Benjamini-Yekutieli)."
     )
-    return Table(cells, headers, caption)
+    return Table(headers, cells, caption)
 
 
 def _interval(vector: InterventionVector) -> str:

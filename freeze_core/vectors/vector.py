@@ -15,8 +15,7 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.extras import extra
 from freeze_core.files import read_file, write_file
 from freeze_core.freezing.install import FrozenCircuits, is_frozen
-from freeze_core.scoring.heads import words_of
-from freeze_core.scoring.metrics import metric_of
+from freeze_core.scoring.metrics import metric_of, words_of
 from freeze_core.statistics import digest_of, model_identity
 from freeze_core.studies.intervals import Resampling
 from freeze_core.vectors.arguments import check_columns, check_running, checked_strengths

@@ -1,0 +1,58 @@
+"""Arguments that several studies have, and what none can make a mean of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from freeze_core.errors import InterventionError, shown
+
+__all__ = ["check_batch_size", "check_choice", "check_progress", "refuse_equal", "refuse_infinite"]
+
+
+def check_batch_size(value: object) -> None:
+    """Raises `InterventionError` for what is no number of rows."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InterventionError(f"batch_size={shown(value)}: must be an int of 1 at least")
+
+
+def check_progress(value: object) -> None:
+    """Raises `InterventionError` for what is no yes or no."""
+    if not isinstance(value, bool):
+        raise InterventionError(f"progress={shown(value)}: must be True or False")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises `InterventionError` for what is none of those that there are."""
+    if not isinstance(value, str) or value not in allowed:
+        raise InterventionError(f"{name}={shown(value)}: must be one of {', '.join(allowed)}")
+
+
+def refuse_infinite(rows: Tensor, metric: str, number: int, where: str) -> Tensor:
+    """`rows` `[row]` of a metric in batch `number`, if they are finite.
+
+    Raises:
+        InterventionError: they are not.
+    """
+    if not bool(rows.isfinite().all()):
+        row = int((~rows.isfinite()).nonzero()[0])
+        raise InterventionError(
+            f"metric={metric} is {float(rows[row])} for row {row} of batch {number}, {where}: there is no mean of it; "
+            "measure something that is finite"
+        )
+    return rows
+
+
+def refuse_equal(metric: str, rows: Tensor, others: Tensor, where: str) -> None:
+    """Raises `InterventionError` where two means of a metric are the same, so that no share of their gap is known.
+
+    Args:
+        rows, others: `[prompt]`.
+        where: of what they are.
+    """
+    if float((rows - others).mean()) == 0:
+        raise InterventionError(
+            f"metric={metric} is {float(rows.mean()):.6g} {where}, the same in the mean: there is no gap between them "
+            "that could be restored or broken; give prompts, targets or a metric that tell them apart"
+        )

@@ -1,0 +1,221 @@
+"""What a study of patches gives: the metric of each prompt under each patch, and the tables that are made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freeze_core.errors import InterventionError, shown
+from freeze_core.extras import extra
+from freeze_core.files import read_file, write_file
+from freeze_core.studies.intervals import Estimate, Estimates, Resampling
+from freeze_core.studies.statistics import average, ratio
+from freeze_core.studies.tables import as_latex, as_markdown, shown_with_interval, unit_of
+
+__all__ = ["PatchingStudy"]
+
+FORMAT = "circuitfreeze-patching-study-1"
+
+
+class PatchingStudy:
+    """Measurements of a study of patches; tables are made of them when they are asked for, and the same each time.
+
+    Args:
+        values: the metric under each patch, by circuit `[layer, head, prompt]`, or `[layer, position, prompt]`, in
+            float64; nan where nothing was patched.
+        clean, corrupted: the metric of the runs as they are `[prompt]`.
+        settings: the arguments, but for model and prompts, with which `patch_activations` makes this study again; of a
+            metric of one's own its name.
+        origin: of which model, data and versions.
+        resampling: how intervals are made.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        clean: Tensor,
+        corrupted: Tensor,
+        settings: Mapping[str, Any],
+        origin: Mapping[str, str],
+        resampling: Resampling,
+    ) -> None:
+        self.values = dict(values)
+        self.clean = clean
+        self.corrupted = corrupted
+        self.settings = {**settings, **resampling.settings}
+        self.origin = dict(origin)
+        self.resampling = resampling
+
+    @property
+    def n(self) -> int:
+        """How many pairs of prompts."""
+        return len(self.clean)
+
+    @property
+    def baseline(self) -> Tensor:
+        """The metric `[prompt]` of the run that is patched: `corrupted` under denoising, `clean` under noising."""
+        return self.corrupted if self._denoises else self.clean
+
+    @property
+    def _denoises(self) -> bool:
+        return bool(self.settings["direction"] == "denoising")
+
+    @property
+    def _gap(self) -> Tensor:
+        return self.clean - self.corrupted if self._denoises else self.corrupted - self.clean
+
+    @cached_property
+    def gap(self) -> Estimate:
+        """What there is to restore, or break: the metric of the other run minus `baseline`, the mean over prompts."""
+        return self.resampling.estimate(average, self._gap)
+
+    @cached_property
+    def effect(self) -> dict[str, Estimates]:
+        """By circuit the metric patched minus `baseline`, means over prompts, with their ends: each `[layer, cell]`."""
+        return {name: self._estimated(average, values) for name, values in self.values.items()}
+
+    @cached_property
+    def normalised(self) -> dict[str, Estimates]:
+        """The same as a share of the gap between the runs, a ratio of means: 0 as `baseline`, 1 as the other run.
+
+        In draws of prompts that have no gap the share is infinite, and so may an end of its interval be; where the
+        interval of `gap` holds 0, shares are of nothing sure.
+        """
+        return {name: self._estimated(ratio, values, self._gap) for name, values in self.values.items()}
+
+    def _estimated(self, statistic: Callable[..., Any], values: Tensor, *others: Tensor) -> Estimates:
+        patched = ~values.isnan().any(-1)
+        estimates = self.resampling.estimates(statistic, values[patched] - self.baseline, *others)
+        tables = [torch.full(patched.shape, torch.nan, dtype=torch.float64) for _ in estimates]
+        for table, found in zip(tables, estimates, strict=True):
+            table[patched] = found
+        return Estimates(*tables)
+
+    def to_frame(self) -> Any:
+        """A tidy pandas `DataFrame`, one row a patch.
+
+        Its columns: `circuit`, `layer`, `head` or `position`, `effect` and `normalised` with their `_low` and `_high`,
+        `clean` and `corrupted` (the metric of the runs as they are), `gap` with its ends, `n` pairs of prompts,
+        `metric`, `unit` (of all but `normalised`) and `direction`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        pandas = extra("pandas", "to_frame makes a DataFrame; effect and normalised have the same numbers")
+        return pandas.DataFrame([self._flat(*cell) for cell in self._cells()])
+
+    def _cells(self) -> list[tuple[str, int, int]]:
+        return [
+            (circuit, layer, cell)
+            for circuit, values in self.values.items()
+            for layer, cell in (~values.isnan().any(-1)).nonzero().tolist()
+        ]
+
+    def _flat(self, circuit: str, layer: int, cell: int) -> dict[str, Any]:
+        flat: dict[str, Any] = {"circuit": circuit, "layer": layer, self.settings["by"]: cell}
+        for name in ("effect", "normalised"):
+            value, low, high = self._estimate(name, circuit, layer, cell)
+            flat |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        return flat | {
+            "clean": float(self.clean.mean()),
+            "corrupted": float(self.corrupted.mean()),
+            **dict(zip(("gap", "gap_low", "gap_high"), self.gap, strict=True)),
+            "n": self.n,
+            "metric": self.settings["metric"],
+            "unit": unit_of(self.settings["metric"]),
+            "direction": self.settings["direction"],
+        }
+
+    def _estimate(self, name: str, circuit: str, layer: int, cell: int) -> Estimate:
+        tables: Estimates = getattr(self, name)[circuit]
+        return Estimate(*(float(one[layer, cell]) for one in tables))
+
+    def to_markdown(self, top: int | None = 10) -> str:
+        """The `top` largest effects with intervals, or all, and a line that says of what they are."""
+        return as_markdown(*self._table(top))
+
+    def to_latex(self, top: int | None = 10) -> str:
+        """The same with its caption as LaTeX, for the package booktabs."""
+        return as_latex(*self._table(top))
+
+    def _table(self, top: int | None) -> tuple[list[str], list[list[str]], str]:
+        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
+            raise InterventionError(f"top={shown(top)}: must be None or an int, 1 or more")
+        by, metric = self.settings["by"], self.settings["metric"]
+        ordered = sorted(self._cells(), key=lambda cell: -abs(self._estimate("effect", *cell).value))
+        cells = [
+            [
+                circuit,
+                str(layer),
+                str(cell),
+                shown_with_interval(self._estimate("effect", circuit, layer, cell)),
+                shown_with_interval(self._estimate("normalised", circuit, layer, cell)),
+            ]
+            for circuit, layer, cell in ordered[:top]
+        ]
+        headers = ["circuit", "layer", by, f"effect ({unit_of(metric)})", "normalised"]
+        return headers, cells, self._caption(len(cells), len(ordered))
+
+    def _caption(self, shown_ones: int, all_ones: int) -> str:
+        settings = self.settings
+        scope = f"; kv_scope {settings['kv_scope']}" if settings["by"] == "head" else ""
+        runs = ("clean", "corrupted") if self._denoises else ("corrupted", "clean")
+        which = (
+            f"The {shown_ones} largest of {all_ones} effects" if shown_ones < all_ones else f"All {all_ones} effects"
+        )
+        return (
+            f"{self.origin['model']}, activation patching by {settings['by']}, {settings['direction']}: the {runs[0]} "
+            f"run into the {runs[1]} one, normalised so that 0 is {runs[1]} and 1 {runs[0]}"
+            f"{scope}. {which} on {settings['metric']}, which is {float(self.clean.mean()):.3g} in the "
+            f"clean and {float(self.corrupted.mean()):.3g} in the corrupted run, a gap of "
+            f"{shown_with_interval(self.gap)}. n = {self.n} pairs of prompts. In brackets "
+            f"{100 * settings['confidence']:g} % percentile bootstrap intervals over prompts, each by itself."
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes all measurements, and what makes them again, to a safetensors file."""
+        tensors = {f"values.{name}": values for name, values in self.values.items()}
+        facts = {"settings": self.settings, "origin": self.origin}
+        write_file(
+            path,
+            FORMAT,
+            tensors | {"clean": self.clean, "corrupted": self.corrupted},
+            {name: json.dumps(fact) for name, fact in facts.items()},
+        )
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> PatchingStudy:
+        """Reads what `save` wrote.
+
+        Raises:
+            InterventionError: the file is not there, or holds no study of patches.
+        """
+        tensors, facts = read_file(path, FORMAT, "patching study")
+        try:
+            settings, origin = json.loads(facts["settings"]), json.loads(facts["origin"])
+            resampling = Resampling(*(settings.pop(one) for one in ("confidence", "resamples", "resampling_seed")))
+            values = {name: tensors[f"values.{name}"] for name in settings["circuits"]}
+            _check(values, tensors["clean"], tensors["corrupted"], settings)
+            origin = {"model": origin.pop("model"), **origin}
+            return cls(values, tensors["clean"], tensors["corrupted"], settings, origin, resampling)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InterventionError(f"patching study of {path}: not what save writes ({error})") from error
+
+
+def _check(values: Mapping[str, Tensor], clean: Tensor, corrupted: Tensor, settings: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what no study has measured."""
+    for name, rows in (("clean", clean), ("corrupted", corrupted)):
+        if rows.dtype != torch.float64 or rows.dim() != 1 or len(rows) < 2 or not bool(rows.isfinite().all()):
+            raise ValueError(f"{name} is no finite number for each of two prompts at least")
+    shapes = {tuple(one.shape) for one in values.values()}
+    for name, one in values.items():
+        if one.dtype != torch.float64 or one.dim() != 3 or one.shape[-1] != len(clean) or len(shapes) > 1:
+            raise ValueError(f"{name} is no number for each patch and prompt")
+    if len(clean) != len(corrupted) or {"by", "direction", "metric", "kv_scope"} - settings.keys():
+        raise ValueError("clean and corrupted are no pairs, or it is not said how they were patched")
