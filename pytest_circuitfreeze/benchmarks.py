@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
-
 Benchmark = Mapping[str, Any]
 """``group``, ``row`` (what was measured), ``engine``, ``ratios`` by contender (``median``, ``low`` and ``high``
 quartiles, ``n`` rounds), ``target`` (or ``None``), ``missing`` (contenders that could not run, and why)."""
@@ -26,6 +24,8 @@ class Table(NamedTuple):
 
     def text(self, style: str) -> str:
         """The table in one of tabulate's formats."""
+        from tabulate import tabulate
+
         # Nothing is a number to tabulate: a cell is a number with its spread.
         return tabulate(self.rows, self.heads, tablefmt=style, disable_numparse=True)
 

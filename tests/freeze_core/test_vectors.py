@@ -538,7 +538,7 @@ FOUR = POSITIVE[:4]
         ({"negative": NEGATIVE[:3]}, r"negative has 3 prompts: must have 4"),
         ({"positive": "glad"}, r"positive='glad': must be token ids"),
         ({"positive": 3}, r"positive=3: must be token ids"),
-        ({"positive": ["1 2", "3"]}, r"tokenizer=None: must be the model's tokenizer, for a positive of texts"),
+        ({"positive": ["1 2", "3"]}, r"tokenizer=None: must be the model's tokenizer, for positive of texts"),
         ({"tokenizer": Words()}, r"tokenizer: must be None for prompts of token ids"),
         (
             {"negative": NEGATIVE[:5], "method": "principal_component"},
