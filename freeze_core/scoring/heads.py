@@ -14,6 +14,7 @@ from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
+from freeze_core.inputs import vocabulary_size
 from freeze_core.scoring.attribution import attribution
 from freeze_core.scoring.batches import batches_of
 from freeze_core.scoring.checkpoint import Checkpoint
@@ -158,7 +159,7 @@ def score_heads(
         refuse_spread(model, processes, checkpoint is not None)
         file = None if checkpoint is None else Checkpoint(checkpoint)
         batches = batches_of(model, inputs, positions)
-        measure = metric_of(metric, targets, batches, _words(model))
+        measure = metric_of(metric, targets, batches, vocabulary_size(model))
         sweep = Sweep(model, sites, batches, measure, wanted, names, progress)
         with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
             if method == "screened":
@@ -201,11 +202,3 @@ def _device(model: nn.Module) -> torch.device:
     """Where a model's parameters are, or are loaded to: what processes that use nccl exchange must be there."""
     current = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return next((one.device for one in model.parameters() if one.is_cuda), current)
-
-
-def _words(model: nn.Module) -> int | None:
-    """The size of the vocabulary, where the config tells it."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    words = getattr(text, "vocab_size", None)
-    return words if isinstance(words, int) else None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from freeze_core.errors import InterventionError, shown
@@ -20,6 +21,9 @@ __all__ = ["Estimate", "Resampling"]
 
 LARGEST = 2**22
 """Sequences that are drawn at once, over all resamples: 32 MiB a number."""
+
+CHUNK = 64
+"""Resamples of many numbers at once that are drawn together at least."""
 
 
 class Estimate(NamedTuple):
@@ -58,20 +62,38 @@ class Resampling:
     def estimate(self, statistic: Callable[..., Any], *values: Tensor) -> Estimate:
         """`statistic(*values, axis)` of `values`, each `[sequence]`, with its percentile interval."""
         arrays = tuple(one.numpy() for one in values)
+        low, high = self._interval(statistic, arrays)
+        return Estimate(float(statistic(*arrays, axis=-1)), float(low), float(high))
+
+    def mean_intervals(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The lower and the upper ends `[...]` of the intervals of the means of `values` `[..., sequence]`, all in one.
+
+        nan where a value is.
+        """
+        rows = values.numpy().reshape(-1, values.shape[-1])
+        ends = np.full((2, len(rows)), np.nan)
+        real = np.flatnonzero(~np.isnan(rows).any(1))
+        for some in np.array_split(real, -(-rows[real].size * CHUNK // LARGEST)) if len(real) else ():
+            ends[:, some] = self._interval(np.mean, (rows[some],))
+        low, high = torch.from_numpy(ends).view(2, *values.shape[:-1])
+        return low, high
+
+    def _interval(self, statistic: Callable[..., Any], arrays: tuple[Any, ...]) -> tuple[Any, Any]:
         with np.errstate(invalid="ignore"):  # of the standard error, which is not asked for, where a draw is infinite
             made = self._stats.bootstrap(
                 arrays,
                 statistic,
                 paired=True,
+                axis=-1,
                 vectorized=True,
                 n_resamples=self.settings["resamples"],
-                batch=max(1, LARGEST // len(arrays[0])),
+                batch=max(1, LARGEST // arrays[0].size),
                 confidence_level=self.settings["confidence"],
                 method="percentile",
                 rng=self._generator(),
             )
         low, high = made.confidence_interval
-        return Estimate(float(statistic(*arrays, axis=-1)), float(low), float(high))
+        return low, high
 
     def paired_test(self, differences: Tensor) -> float:
         """The probability, were there no effect, of a mean of `differences` `[sequence]` this far from 0.

@@ -12,7 +12,7 @@ from freeze_core.studies.intervals import Estimate
 if TYPE_CHECKING:
     from freeze_core.studies.results import AblationStudy, Row
 
-__all__ = ["latex", "markdown"]
+__all__ = ["escaped", "latex", "markdown"]
 
 
 HEADERS = ["circuit", "perplexity", "accuracy (%)", "KL to clean (nats/token)", "effect size (d)", "p", "p, adjusted"]
@@ -30,8 +30,13 @@ def markdown(study: AblationStudy) -> str:
 def latex(study: AblationStudy) -> str:
     """A `table` environment with rules of booktabs."""
     table = tabulate(_cells(study), HEADERS, tablefmt="latex_booktabs", disable_numparse=True)
-    caption = "".join(SPECIAL.get(letter, letter) for letter in _caption(study))
+    caption = escaped(_caption(study))
     return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{caption}}}", "\\end{table}", ""])
+
+
+def escaped(text: str) -> str:
+    """Text that LaTeX prints as it stands."""
+    return "".join(SPECIAL.get(letter, letter) for letter in text)
 
 
 def _cells(study: AblationStudy) -> list[list[str]]:
