@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.sites import AttentionSite, find_sites
+from freeze_core.attention.sites import AttentionSite, Sites, find_sites
 from freeze_core.circuits.heads import Factored
 from freeze_core.circuits.linear import Affine, pulled_back, wide
 from freeze_core.circuits.maps import layer_around, norm_before, reading_map, writing_map
@@ -50,15 +50,26 @@ def copying_scores(model: nn.Module, layers: Sequence[int] | None = None) -> Hea
         UnsupportedModelError: the model cannot be served, has no unembedding, or no head whose OV circuit is a matrix.
         InterventionError: a layer that is out of range, or a frozen model.
     """
-    sites = find_sites(model)
-    chosen = [sites.by_layer[freeze.layer] for freeze in resolve(InterventionConfig(layers), sites)]
-    if is_frozen(model):
-        raise InterventionError("model is frozen: look at its circuits unfrozen")
+    with torch.inference_mode(False):  # whose tensors have no derivatives
+        sites = find_sites(model)
+        chosen = [sites.by_layer[freeze.layer] for freeze in resolve(InterventionConfig(layers), sites)]
+        if is_frozen(model):
+            raise InterventionError("model is frozen: look at its circuits unfrozen")
+        scores = _scores(model, sites, chosen)
+    about = (
+        f"{type(model).__name__}: sum of the eigenvalues of W_E W_V W_O W_U over the sum of their magnitudes, of each "
+        "head (layer.head), with the linear parts of the norms before attention and unembedding."
+    )
+    return HeadMeasures({"copying": scores}, 0, "-1 to 1", about)
+
+
+def _scores(model: nn.Module, sites: Sites, chosen: Sequence[AttentionSite]) -> Tensor:
+    """`[layer, head]` in float64."""
     flows = observed(model, model.modules())
     reasons: list[str] = []
+    scores = torch.full((sites.layers, max(site.heads for site in chosen)), torch.nan, dtype=torch.float64)
     with undisturbed(model):
         words = _unembedded(model, flows)
-        scores = torch.full((sites.layers, max(site.heads for site in chosen)), torch.nan, dtype=torch.float64)
         for site in chosen:
             inside = {one: flows[one] for one in layer_around(model, sites, site).modules() if one in flows}
             for head in range(site.heads):
@@ -68,11 +79,7 @@ def copying_scores(model: nn.Module, layers: Sequence[int] | None = None) -> Hea
                     reasons.append(str(error))
     if bool(scores.isnan().all()):
         raise UnsupportedModelError(reasons[0])
-    about = (
-        f"{type(model).__name__}: sum of the eigenvalues of W_E W_V W_O W_U over the sum of their magnitudes, of each "
-        "head (layer.head), with the linear parts of the norms before attention and unembedding."
-    )
-    return HeadMeasures({"copying": scores}, 0, "-1 to 1", about)
+    return scores
 
 
 def _score(site: AttentionSite, head: int, flows: Mapping[nn.Module, Flow], words: Tensor) -> float:

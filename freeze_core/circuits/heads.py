@@ -122,7 +122,7 @@ class HeadCircuits:
         return self._map("v").bias
 
     def qk(self, offset: int = 0) -> Factored:
-        """`W_Q M W_K^T` `[hidden, hidden]`: what a token and one `offset` before it make of the score before the softmax.
+        """`W_Q M W_K^T` `[hidden, hidden]`: the score, before the softmax, of a token and one `offset` before it.
 
         Scaling and rotary positions are in `M`, as the model has them; without rotary positions it is the same for
         every offset. Biases of query and key make terms besides, of one of the two tokens.
@@ -196,31 +196,35 @@ def head_circuits(
     for name, value in (("layer", layer), ("head", head)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise InterventionError(f"{name}={shown(value)}: must be an int")
-    config = InterventionConfig([layer], [head], attention=attention)
-    sites = find_sites(model, attention=attention)
-    (freeze,) = resolve(config, sites)
-    if is_frozen(model):
-        raise InterventionError("model is frozen: look at its circuits unfrozen")
-    site, number = sites.by_layer[freeze.layer], freeze.heads[0]
-    flows = observed(model, layer_around(model, sites, site).modules())
+    with torch.inference_mode(False):  # whose tensors have no derivatives
+        config = InterventionConfig([layer], [head], attention=attention)
+        sites = find_sites(model, attention=attention)
+        (freeze,) = resolve(config, sites)
+        if is_frozen(model):
+            raise InterventionError("model is frozen: look at its circuits unfrozen")
+        site, number = sites.by_layer[freeze.layer], freeze.heads[0]
+        maps = _maps(model, site, number, layer_around(model, sites, site), fold_norm)
+        forms: dict[int, Tensor] | str
+        try:
+            forms = {distance: score_form(model, site, number, distance) for distance in distances}
+        except UnsupportedModelError as error:
+            forms = str(error)
+        reason = _not_moved(model, site, number, attention)
+        return HeadCircuits(site.layer, number, number // site.group, fold_norm, maps, forms, reason)
+
+
+def _maps(
+    model: nn.Module, site: AttentionSite, head: int, layer: nn.Module, fold_norm: bool
+) -> dict[Role, Affine | str]:
+    flows = observed(model, layer.modules())
     norms = {role: norm_before(site, role, flows) if fold_norm else None for role in READ}
     if fold_norm and None in norms.values():
         raise UnsupportedModelError(
             f"fold_norm=True: no norm in layer {site.layer} makes what {site.name} reads; use fold_norm=False"
         )
-    maps: dict[Role, Affine | str] = {}
     with undisturbed(model):
-        for role in READ:
-            maps[role] = _or_reason(partial(reading_map, site, number, role, flows, norms[role]))
-        maps["z"] = _or_reason(partial(writing_map, site, number, flows))
-    forms: dict[int, Tensor] | str = {}
-    try:
-        forms = {distance: score_form(model, site, number, distance) for distance in distances}
-    except UnsupportedModelError as error:
-        forms = str(error)
-    return HeadCircuits(
-        site.layer, number, number // site.group, fold_norm, maps, forms, _not_moved(model, site, number, attention)
-    )
+        maps = {role: _or_reason(partial(reading_map, site, head, role, flows, norms[role])) for role in READ}
+        return maps | {"z": _or_reason(partial(writing_map, site, head, flows))}
 
 
 def _checked_offsets(offsets: object) -> list[int]:
