@@ -60,7 +60,7 @@ def copying_scores(model: nn.Module, layers: Sequence[int] | None = None) -> Hea
         f"{type(model).__name__}: sum of the eigenvalues of W_E W_V W_O W_U over the sum of their magnitudes, of each "
         "head (layer.head), with the linear parts of the norms before attention and unembedding."
     )
-    return HeadMeasures({"copying": scores}, 0, "-1 to 1", about)
+    return HeadMeasures({"copying": scores}, 0, "signed share of eigenvalues", about)
 
 
 def _scores(model: nn.Module, sites: Sites, chosen: Sequence[AttentionSite]) -> Tensor:

@@ -66,7 +66,7 @@ def close(found: Tensor, expected: Tensor, parts: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("head", [0, 3])
+@pytest.mark.parametrize("head", [1, 2])
 def test_scores_and_values_are_those_of_the_model(name: str, head: int) -> None:
     model = tiny_model(name, attn="eager")
     x, _ = taken(model)
