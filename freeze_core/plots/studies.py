@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from freeze_core.errors import InterventionError, shown
 from freeze_core.plots.style import figure
+from freeze_core.studies.intervals import Estimate
 from freeze_core.studies.results import AblationStudy
 
 __all__ = ["plot_ablation"]
+
+BAR = "#0072b2"
 
 MEASURES = {
     "perplexity": "perplexity",
@@ -23,7 +27,7 @@ MEASURES = {
 def plot_ablation(study: AblationStudy) -> Any:
     """What freezing each circuit did, each number with its interval; a dashed line is the unfrozen model.
 
-    An end that is infinite is an arrow.
+    An end that is infinite is an arrow to the edge.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -39,13 +43,12 @@ def plot_ablation(study: AblationStudy) -> Any:
     axes = made.subplots(1, len(MEASURES), sharey=True)
     for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         axis.axvline(getattr(study.clean, measure).value, color="0.4", linestyle="--", linewidth=1.2)
-        for place, row in enumerate(rows):
-            _interval(axis, place, *getattr(row, measure))
+        axis.margins(x=0.12)
+        _intervals(axis, [getattr(row, measure) for row in rows])
         axis.set_xlabel(label)
         axis.grid(axis="x", color="0.9")
         axis.set_axisbelow(True)
         axis.xaxis.get_major_locator().set_params(nbins=4)
-        axis.margins(x=0.12)
     axes[0].set_yticks(range(len(rows)), [row.circuit for row in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     axes[0].set_ylabel("frozen circuit")
@@ -59,14 +62,19 @@ def plot_ablation(study: AblationStudy) -> Any:
     return made
 
 
-def _interval(axis: Any, place: int, value: float, low: float, high: float) -> None:
-    """A point with its interval; ends beyond all bounds are arrows from it."""
-    ends = [end for end in (low, high) if np.isfinite(end)]
-    if np.isfinite(value):
-        axis.plot(value, place, color="black", marker="o", markersize=6)
-        ends.append(value)
-    if ends:
-        axis.hlines(place, min(ends), max(ends), color="#0072b2", linewidth=2.5, zorder=1)
-        for end, marker, edge in ((low, "<", min(ends)), (high, ">", max(ends))):
-            if not np.isfinite(end):
-                axis.plot(edge, place, color="#0072b2", marker=marker, markersize=11, zorder=0)
+def _intervals(axis: Any, estimates: Sequence[Estimate]) -> None:
+    """A point with its interval for each estimate, one below the other; an infinite end is an arrow to the edge."""
+    for place, (value, low, high) in enumerate(estimates):
+        ends = [end for end in (low, value, high) if np.isfinite(end)]
+        if np.isfinite(value):
+            axis.plot(value, place, color="black", marker="o", markersize=6)
+        if ends:
+            axis.hlines(place, min(ends), max(ends), color=BAR, linewidth=2.5, zorder=1)
+    left, right = axis.get_xlim()
+    for place, (value, *_) in enumerate(estimates):
+        for end, edge, marker in zip(estimates[place], (left, left, right), ("", "<", ">"), strict=True):
+            if marker and not np.isfinite(end):
+                start = value if np.isfinite(value) else (left + right) / 2
+                axis.hlines(place, *sorted((start, edge)), color=BAR, linewidth=2.5, zorder=1)
+                axis.plot(edge, place, color=BAR, marker=marker, markersize=10, clip_on=False)
+    axis.set_xlim(left, right)
