@@ -184,9 +184,10 @@ def hearing_patterns(
 
     def keeper(site: AttentionSite) -> Callable[..., None]:
         def hand_over(module: nn.Module, args: Any, output: Any) -> None:
-            for value in output if isinstance(output, tuple) else ():
-                if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == site.heads:
-                    keep(site, value)
+            given = [value for value in output if isinstance(value, Tensor)] if isinstance(output, tuple) else []
+            by_head = [value for value in given if value.dim() == 4 and value.shape[1] == site.heads]
+            if by_head:  # T5 gives the bias on its scores first
+                keep(site, by_head[-1])
 
         return hand_over
 

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freeze_core.activations import LayerActivations
 from freeze_core.attention.sites import AttentionSite, Sites, find_sites
 from freeze_core.circuits.heads import Factored
 from freeze_core.circuits.linear import Affine, pulled_back, wide
 from freeze_core.circuits.maps import layer_around, norm_before, reading_map, writing_map
 from freeze_core.circuits.measures import HeadMeasures
+from freeze_core.circuits.moved import not_moved, recorded
 from freeze_core.circuits.norms import folded
-from freeze_core.circuits.observing import Flow, observed, source_of, undisturbed
+from freeze_core.circuits.observing import Flow, device_of, observed, source_of, undisturbed
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError
 from freeze_core.freezing.install import is_frozen
@@ -34,17 +36,17 @@ AT_ONCE = 256
 def copying_scores(model: nn.Module, layers: Sequence[int] | None = None) -> HeadMeasures:
     """The sum of the eigenvalues of each head's full OV circuit over the sum of their magnitudes, in [-1, 1].
 
-    1 is a head that only copies, -1 one that only makes what it sees less likely. The norm before the attention and the
-    one before the unembedding are taken for the linear maps that they are but for a division, by a number that is
-    positive and so does not change the score; where there is none, none is. Position embeddings, what other layers do
-    to the residual stream, and norms behind the attention play no part.
+    1 is a head that only copies, -1 one that only makes what it sees less likely, however much it moves. The norm
+    before the attention and the one before the unembedding are taken for the linear maps that they are but for a
+    division, by a number that is positive and so does not change the score; where there is none, none is. Position
+    embeddings, what other layers do to the residual stream, and norms behind the attention play no part.
 
     Args:
         model: unfrozen, with embeddings of words and logits of as many features as the residual stream.
         layers: decoder layers, negative ones count from the end; `None` is all that have attention.
 
     Returns:
-        `HeadMeasures` with the one measure `copying`; nan of heads whose OV circuit is no matrix.
+        `HeadMeasures` with the one measure `copying`; nan of heads whose OV circuit is no matrix, or 0.
 
     Raises:
         UnsupportedModelError: the model cannot be served, has no unembedding, or no head whose OV circuit is a matrix.
@@ -66,6 +68,7 @@ def copying_scores(model: nn.Module, layers: Sequence[int] | None = None) -> Hea
 def _scores(model: nn.Module, sites: Sites, chosen: Sequence[AttentionSite]) -> Tensor:
     """`[layer, head]` in float64."""
     flows = observed(model, model.modules())
+    seen = recorded(model, [site.layer for site in chosen], "self")
     reasons: list[str] = []
     scores = torch.full((sites.layers, max(site.heads for site in chosen)), torch.nan, dtype=torch.float64)
     with undisturbed(model):
@@ -74,15 +77,19 @@ def _scores(model: nn.Module, sites: Sites, chosen: Sequence[AttentionSite]) -> 
             inside = {one: flows[one] for one in layer_around(model, sites, site).modules() if one in flows}
             for head in range(site.heads):
                 try:
-                    scores[site.layer, head] = _score(site, head, inside, words)
+                    scores[site.layer, head] = _score(site, head, seen[site.layer], inside, words)
                 except UnsupportedModelError as error:
                     reasons.append(str(error))
-    if bool(scores.isnan().all()):
+    if reasons and bool(scores.isnan().all()):
         raise UnsupportedModelError(reasons[0])
     return scores
 
 
-def _score(site: AttentionSite, head: int, flows: Mapping[nn.Module, Flow], words: Tensor) -> float:
+def _score(
+    site: AttentionSite, head: int, seen: LayerActivations, flows: Mapping[nn.Module, Flow], words: Tensor
+) -> float:
+    if reason := not_moved(site, head, seen):
+        raise UnsupportedModelError(reason)
     values = reading_map(site, head, "v", flows, norm_before(site, "v", flows)).weight
     output = writing_map(site, head, flows).weight
     found = Factored(values, output @ words).eigenvalues()
@@ -107,8 +114,8 @@ def _unembedded(model: nn.Module, flows: dict[nn.Module, Flow]) -> Tensor:
         )
     like = flows[unembedding].taken[0]
     with torch.no_grad():
-        device = next(embedding.parameters()).device
-        words = embedding(torch.arange(flows[unembedding].given.shape[-1], device=device)[None])[0].to(like)
+        every = torch.arange(flows[unembedding].given.shape[-1], device=device_of(embedding))
+        words = embedding(every[None])[0].to(like)
     norm = source_of(like, flows)
     taken = like if norm is None else flows[norm].taken[0]
     if words.shape[1] != taken.shape[-1]:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.circuits.bilinear import score_form
-from freeze_core.circuits.linear import Affine, rounding, wide
+from freeze_core.circuits.linear import Affine
 from freeze_core.circuits.maps import layer_around, norm_before, reading_map, writing_map
-from freeze_core.circuits.observing import drawn_tokens, observed, undisturbed
+from freeze_core.circuits.moved import not_moved, recorded
+from freeze_core.circuits.observing import observed, undisturbed
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.plan import resolve
-from freeze_core.recording import record, under_eager
 from freeze_core.vocabulary import Role
 
 __all__ = ["Factored", "HeadCircuits", "head_circuits"]
@@ -209,7 +209,10 @@ def head_circuits(
             forms = {distance: score_form(model, site, number, distance) for distance in distances}
         except UnsupportedModelError as error:
             forms = str(error)
-        reason = _not_moved(model, site, number, attention)
+        try:
+            reason = not_moved(site, number, recorded(model, [site.layer], attention)[site.layer])
+        except UnsupportedModelError as error:
+            reason = str(error)
         return HeadCircuits(site.layer, number, number // site.group, fold_norm, maps, forms, reason)
 
 
@@ -241,20 +244,3 @@ def _or_reason(make: Callable[[], Affine]) -> Affine | str:
         return make()
     except UnsupportedModelError as error:
         return str(error)
-
-
-def _not_moved(model: nn.Module, site: AttentionSite, head: int, attention: str) -> str:
-    """Why a head's z is not its pattern times its values, or nothing."""
-    try:
-        # Under eager, since some families bias scores otherwise under other implementations.
-        with undisturbed(model), under_eager(model):
-            inputs = drawn_tokens(model, 1, 4)
-            seen = record(model, inputs, [site.layer], pattern=True, attention=attention)[site.layer]
-    except UnsupportedModelError as error:
-        return str(error)
-    assert seen.pattern is not None
-    z, values = wide(seen.z[..., head, :]), wide(seen.v[..., head // site.group, :])
-    moved = wide(seen.pattern[:, head]) @ values
-    if moved.shape == z.shape and bool(((moved - z).abs() <= rounding(seen.z.dtype) * values.abs().amax()).all()):
-        return ""
-    return f"z of head {head} of {site.name} is not its pattern times its values (a gate on z, or a norm of the values)"

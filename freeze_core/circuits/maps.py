@@ -56,7 +56,9 @@ def writing_map(site: AttentionSite, head: int, flows: Mapping[nn.Module, Flow])
     module = site.layout.output
     if module not in flows:
         raise UnsupportedModelError(f"the output projection of {site.name} does not run on drawn tokens")
-    return affine(module, flows[module].taken[0], None, site.layout.z[head])
+    taken = flows[module].taken[0]
+    _refuse_shard(site, "the output projection", taken, site.layout.z.numel())
+    return affine(module, taken, None, site.layout.z[head])
 
 
 def _of_part(site: AttentionSite, head: int, role: Role, part: Part, flows: Mapping[nn.Module, Flow]) -> Affine:
@@ -66,6 +68,7 @@ def _of_part(site: AttentionSite, head: int, role: Role, part: Part, flows: Mapp
             f"{part.module} of {site.name}, a {type(module).__name__}, reads something else than what the attention is "
             f"given (a latent, or what a norm over all heads takes): {role} has no matrix of the hidden states"
         )
+    _refuse_shard(site, part.module, flows[module].given, site.layout.shared.widths[part.module])
     return affine(module, taken, part.features[head * len(part.features) // site.heads])
 
 
@@ -74,3 +77,11 @@ def _taken(site: AttentionSite, part: Part, flows: Mapping[nn.Module, Flow]) -> 
     if module not in flows:
         raise UnsupportedModelError(f"{part.module} of {site.name} does not run on drawn tokens")
     return flows[module].taken[0]
+
+
+def _refuse_shard(site: AttentionSite, name: str, seen: Tensor, width: int) -> None:
+    if seen.shape[-1] != width:
+        raise UnsupportedModelError(
+            f"{name} of {site.name} has {seen.shape[-1]} features where {width} were expected: under tensor "
+            "parallelism a process has its own heads only; look at a model that is whole"
+        )

@@ -13,7 +13,7 @@ from freeze_core.attention.probed import left_alone
 from freeze_core.errors import InterventionError
 from freeze_core.inputs import model_arguments, run, vocabulary_size
 
-__all__ = ["Flow", "drawn_tokens", "observed", "source_of", "undisturbed"]
+__all__ = ["Flow", "device_of", "drawn_tokens", "observed", "source_of", "undisturbed"]
 
 TOKENS = 8
 """On which modules are observed."""
@@ -38,6 +38,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module takes its tokens: where its first parameter lies that is not loaded as it is used."""
+    return next((one.device for one in module.parameters() if not one.is_meta), torch.device("cpu"))
+
+
 def drawn_tokens(model: nn.Module, rows: int, tokens: int) -> dict[str, Any]:
     """The arguments of a pass on drawn tokens `[rows, tokens]`, the same each time."""
     generator = torch.Generator().manual_seed(0)
@@ -46,8 +51,7 @@ def drawn_tokens(model: nn.Module, rows: int, tokens: int) -> dict[str, Any]:
         raise InterventionError(
             f"{type(model).__name__} has no config that says vocab_size, so that no tokens are drawn"
         )
-    device = next(model.parameters()).device
-    ids = torch.randint(words, (rows, tokens), generator=generator).to(device)
+    ids = torch.randint(words, (rows, tokens), generator=generator).to(device_of(model))
     arguments = model_arguments(model, ids)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         arguments["decoder_input_ids"] = ids

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from freeze_core.attention.sites import Sites, find_sites
 from freeze_core.circuits.measures import HeadMeasures
+from freeze_core.circuits.observing import device_of
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.plan import resolve
@@ -110,7 +111,7 @@ def _repeated(model: nn.Module, tokens: int, n: int, first: object, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.stack([allowed[torch.randperm(len(allowed), generator=generator)[:tokens]] for _ in range(n)])
     begin = torch.empty(n, 0, dtype=torch.long) if first is None else torch.full((n, 1), first)
-    return torch.cat([begin, drawn, drawn], dim=1).to(next(model.parameters()).device)
+    return torch.cat([begin, drawn, drawn], dim=1).to(device_of(model))
 
 
 def _special(model: nn.Module, first: object) -> set[Any]:

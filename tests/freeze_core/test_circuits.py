@@ -180,6 +180,7 @@ def test_the_small_product_has_the_eigenvalues_of_the_large_one() -> None:
         Factored(torch.zeros(3, 2), torch.zeros(2, 4)).eigenvalues()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", DEFAULT)
 def test_copying_is_that_of_the_matrix_from_word_to_word(name: str) -> None:
     model: Any = tiny_model(name, dtype=torch.float64)
@@ -211,6 +212,8 @@ def test_what_is_no_matrix_is_refused_when_it_is_asked_for() -> None:
         _ = head_circuits(tiny_model("deepseek_v3"), 1, 0).ov
     with pytest.raises(UnsupportedModelError, match=r"z of head 0 of .* is not its pattern times its values"):
         _ = head_circuits(tiny_model("qwen3_next"), 2, 0).ov
+    with pytest.raises(UnsupportedModelError, match="is not its pattern times its values"):
+        copying_scores(tiny_model("qwen3_next"))
     with pytest.raises(UnsupportedModelError, match="no norm in layer 1 makes"):
         head_circuits(tiny_model("olmo2"), 1, 0, fold_norm=True)
 
@@ -327,3 +330,18 @@ def test_an_encoder_sees_both_ways() -> None:
         head_circuits(model, 1, 0, fold_norm=True)
     with pytest.raises(UnsupportedModelError, match="has no embedding and unembedding"):
         copying_scores(model)
+
+
+@pytest.mark.parametrize("attention", ["self", "cross", "encoder"])
+def test_circuits_of_an_encoder_and_decoder(attention: str) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+    model: Any = T5ForConditionalGeneration(config).eval()
+    circuits = head_circuits(model, 1, 2, offsets=[1], attention=attention)
+    stack = model.encoder if attention == "encoder" else model.decoder
+    module = stack.block[1].layer[1].EncDecAttention if attention == "cross" else stack.block[1].layer[0].SelfAttention
+    assert torch.equal(circuits.W_V, module.v.weight[16:24].T)
+    close(circuits.qk(1).matrix(), (module.q.weight[16:24].T @ module.k.weight[16:24]).detach())  # nothing scales it
+    assert circuits.ov.matrix().shape == (32, 32)

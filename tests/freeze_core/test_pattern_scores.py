@@ -93,7 +93,7 @@ def test_planted_heads_are_found() -> None:
     copying = copying_scores(model).values["copying"]
     assert float(copying[1, 0]) > 0.99
     assert float(copying[0, 1]) < -0.99
-    assert abs(float(copying[0, 0])) < 0.3
+    assert bool(copying[1, 1].isnan())  # it moves nothing
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral_gqa", "falcon_mqa"])
