@@ -64,6 +64,11 @@ class _Probe:
         """The second derivative of the score by the query and the key."""
         with undisturbed(self.model):
             scores, leaves = self._scores(1, self.q, self.k)
+            if bool(scores.isneginf()):
+                raise InterventionError(
+                    f"offset={self.offset}: a query of {self.site.name} sees no key there (of what comes later, or "
+                    "outside of a window)"
+                )
             by_query = self._read("q", _gradients(scores[0], leaves, create_graph=True), self.query)
             rows = [self._read("k", _gradients(one, leaves), self.key) for one in by_query]
         return wide(torch.stack(rows).detach())
@@ -109,11 +114,6 @@ class _Probe:
                 f"{self.site.name} formed {len(patterns)} patterns in a pass: there is no one score to look at"
             )
         row = patterns[0][:, self.head, self.query]
-        if bool((row[:, self.key] == 0).any()):
-            raise InterventionError(
-                f"offset={self.offset}: a query of {self.site.name} sees no key there (of what comes later, or outside "
-                "of a window)"
-            )
         return (row[:, self.key].log() - row[:, self.other].log()), leaves
 
     def _features(self, role: Role, part: Part) -> Tensor:

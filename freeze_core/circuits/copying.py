@@ -92,7 +92,7 @@ def _score(
         raise UnsupportedModelError(reason)
     values = reading_map(site, head, "v", flows, norm_before(site, "v", flows)).weight
     output = writing_map(site, head, flows).weight
-    found = Factored(values, output @ words).eigenvalues()
+    found = Factored(values, output @ words.to(output)).eigenvalues()
     return float(found.real.sum() / found.abs().sum())
 
 

@@ -20,6 +20,7 @@ from freeze_core import (
 )
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.statistics import mean
+from pytest_circuitfreeze.loading import SMOLLM2, ModelLoadError, load_model, smollm2_gguf
 from pytest_circuitfreeze.models import tiny_model
 
 WORDS, LENGTH = 12, 20
@@ -211,3 +212,18 @@ def test_without_scipy_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "scipy.stats", None)
     with pytest.raises(ImportError, match=r"pip install 'pytest-circuitfreeze\[studies\]'"):
         scores(None)
+
+
+def test_induction_heads_of_a_trained_model() -> None:
+    pytest.importorskip("gguf", reason="the extra 'smollm2' is not installed")
+    try:
+        smollm2_gguf()
+    except ModelLoadError as error:
+        pytest.skip(str(error))
+    model = load_model(SMOLLM2)
+    found = scores(model, 20, 2, layers=range(10, 20))
+    top = found.top("prefix_matching", 5)
+    assert top[0] == (18, 6)
+    assert {(17, 3), (17, 4), (17, 5)} < set(top)
+    assert float(found.low["prefix_matching"][18, 6]) > 0.6
+    assert set(found.top("previous_token", 2)) == {(16, 0), (11, 1)}
