@@ -30,6 +30,7 @@ def test_public_names_are_these():
         AttentionCircuitFreezer ExperimentalInterventions InterventionConfig
         CircuitType FreezeType BackwardMode KVScope ModelArchitecture freeze_qk_circuit freeze_ov_circuit
         score_heads HeadScores run_circuit_ablation_study AblationStudy
+        head_circuits HeadCircuits copying_scores pattern_scores HeadMeasures
         CircuitFreezeError UnsupportedModelError InterventionError FreezeNotInForceError StaleCacheWarning
     """
     assert sorted(freeze_core.__all__) == sorted(names.split())
