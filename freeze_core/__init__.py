@@ -1,5 +1,6 @@
 """Freezes the QK circuit (where a head looks) or the OV circuit (what it moves) of chosen attention heads."""
 
+from freeze_core.circuits import HeadCircuits, HeadMeasures, copying_scores, head_circuits, pattern_scores
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import (
     CircuitFreezeError,
@@ -32,6 +33,8 @@ __all__ = [
     "Faithfulness",
     "FreezeNotInForceError",
     "FreezeType",
+    "HeadCircuits",
+    "HeadMeasures",
     "HeadScores",
     "InterventionConfig",
     "InterventionError",
@@ -41,10 +44,13 @@ __all__ = [
     "PatchingStudy",
     "StaleCacheWarning",
     "UnsupportedModelError",
+    "copying_scores",
     "freeze_ov_circuit",
     "freeze_qk_circuit",
+    "head_circuits",
     "measure_faithfulness",
     "patch_activations",
+    "pattern_scores",
     "run_circuit_ablation_study",
     "score_heads",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from freeze_core.errors import CircuitFreezeError, InterventionError, shown
 
-__all__ = ["logits_of", "model_arguments", "run"]
+__all__ = ["logits_of", "model_arguments", "run", "vocabulary_size"]
 
 
 def model_arguments(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, Any]:
@@ -67,3 +67,11 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(first, Tensor):
         return first
     raise InterventionError(f"the model returned a {type(output).__name__} without logits or a last hidden state")
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """The size of the vocabulary, where the config tells it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    words = getattr(text, "vocab_size", None)
+    return words if isinstance(words, int) else None

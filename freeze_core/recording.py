@@ -21,7 +21,7 @@ from freeze_core.freezing.padding import Arguments, prompt_of, told
 from freeze_core.freezing.plan import resolve
 from freeze_core.inputs import model_arguments, run
 
-__all__ = ["record"]
+__all__ = ["hearing_patterns", "record", "under_eager"]
 
 MASKS = ("attention_mask", "encoder_attention_mask")
 
@@ -165,28 +165,42 @@ def _patterns(
     seen: Mapping[tuple[int, str], list[Tensor]],
     device: torch.device | None,
 ) -> None:
+    def keep(site: AttentionSite, pattern: Tensor) -> None:
+        seen[site.layer, "pattern"].append(pattern.detach().to(device or pattern.device))
+
+    with hearing_patterns(model, sites, keep), torch.no_grad():
+        run(model, arguments)
+
+
+@contextmanager
+def hearing_patterns(
+    model: nn.Module, sites: Sequence[AttentionSite], keep: Callable[[AttentionSite, Tensor], None]
+) -> Iterator[None]:
+    """Hands over each pattern `[batch, head, token, key]` as it is formed; the model runs under eager attention."""
+
     # The model itself is not asked for attentions: transformers would leave hooks of its own behind.
     def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "output_attentions": True}
 
     def keeper(site: AttentionSite) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            for value in output if isinstance(output, tuple) else ():
-                if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == site.heads:
-                    seen[site.layer, "pattern"].append(value.detach().to(device or value.device))
+        def hand_over(module: nn.Module, args: Any, output: Any) -> None:
+            given = [value for value in output if isinstance(value, Tensor)] if isinstance(output, tuple) else []
+            by_head = [value for value in given if value.dim() == 4 and value.shape[1] == site.heads]
+            if by_head:  # T5 gives the bias on its scores first
+                keep(site, by_head[-1])
 
-        return keep
+        return hand_over
 
-    with ExitStack() as stack, _eager(model), torch.no_grad():
+    with ExitStack() as stack, under_eager(model):
         for site in sites:
             if "output_attentions" in inspect.signature(type(site.attention).forward).parameters:
                 stack.callback(site.attention.register_forward_pre_hook(ask, with_kwargs=True).remove)
             stack.callback(site.attention.register_forward_hook(keeper(site)).remove)
-        run(model, arguments)
+        yield
 
 
 @contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
+def under_eager(model: nn.Module) -> Iterator[None]:
     """Runs the model under eager attention, then under what it ran before."""
     configs: list[Any] = []
     for module in model.modules():

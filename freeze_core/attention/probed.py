@@ -23,7 +23,7 @@ from freeze_core.attention.storages import unshared_projections, width_in, width
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.vocabulary import ModelArchitecture, Role
 
-__all__ = ["may_attend", "probed_layouts"]
+__all__ = ["left_alone", "may_attend", "probed_layouts"]
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 """What attention modules, or their configs, call the number of query heads."""
@@ -90,7 +90,7 @@ def _calls(model: nn.Module, attentions: Sequence[nn.Module]) -> dict[nn.Module,
     ids = torch.ones(1, 2, dtype=torch.long, device=device)
     parameters = inspect.signature(type(model).forward).parameters
     with ExitStack() as stack:
-        stack.enter_context(_left_alone(model))
+        stack.enter_context(left_alone(model))
         for attention in attentions:
             stack.callback(attention.register_forward_pre_hook(keep, with_kwargs=True).remove)
         options = {"use_cache": False} if "use_cache" in parameters else {}
@@ -99,7 +99,7 @@ def _calls(model: nn.Module, attentions: Sequence[nn.Module]) -> dict[nn.Module,
 
 
 @contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
+def left_alone(model: nn.Module) -> Iterator[None]:
     """Runs the model without dropout, and puts back its flags, attributes and buffers and torch's generators."""
     # What a module makes on the way, such as a mask for two tokens, is no part of the model.
     kept = [(own, dict(own)) for module in model.modules() for own in (vars(module), module._buffers)]

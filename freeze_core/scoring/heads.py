@@ -14,11 +14,12 @@ from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
+from freeze_core.inputs import vocabulary_size
 from freeze_core.scoring.attribution import attribution
 from freeze_core.scoring.batches import batches_of
 from freeze_core.scoring.checkpoint import Checkpoint
 from freeze_core.scoring.exact import exact
-from freeze_core.scoring.metrics import metric_of, words_of
+from freeze_core.scoring.metrics import metric_of
 from freeze_core.scoring.processes import Processes, refuse_spread
 from freeze_core.scoring.scores import HeadScores
 from freeze_core.scoring.screened import screened
@@ -158,7 +159,7 @@ def score_heads(
         refuse_spread(model, processes, checkpoint is not None)
         file = None if checkpoint is None else Checkpoint(checkpoint)
         batches = batches_of(model, inputs, positions)
-        measure = metric_of(metric, targets, batches, words_of(model))
+        measure = metric_of(metric, targets, batches, vocabulary_size(model))
         sweep = Sweep(model, sites, batches, measure, wanted, names, progress)
         with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
             if method == "screened":

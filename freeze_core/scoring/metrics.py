@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from freeze_core.errors import InterventionError, shown
 from freeze_core.scoring.batches import IGNORED, Batch
 
-__all__ = ["Metric", "log_probabilities", "metric_of", "words_of"]
+__all__ = ["Metric", "log_probabilities", "metric_of"]
 
 
 class Situation(NamedTuple):
@@ -101,14 +101,6 @@ def metric_of(metric: object, targets: object, batches: Sequence[Batch], words: 
     if targets is None:
         return Metric(metric, compute, [None] * len(batches))
     return Metric(metric, compute, _split(targets, width, batches, words))
-
-
-def words_of(model: nn.Module) -> int | None:
-    """The size of the vocabulary, where the config tells it."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    words = getattr(text, "vocab_size", None)
-    return words if isinstance(words, int) else None
 
 
 def _called(metric: Callable[..., Any]) -> Callable[[Tensor, Situation], Any]:

@@ -80,6 +80,20 @@ class Resampling:
         parts = [self._bootstrap(statistic, [some.numpy(), *others], True) for some in cells.split(at_once)]
         return Estimates(*(torch.from_numpy(np.concatenate(several)) for several in zip(*parts, strict=True)))
 
+    def mean_intervals(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The lower and the upper ends `[...]` of the intervals of the means of `values` `[..., sequence]`, all in one.
+
+        nan where a value is.
+        """
+        rows = values.reshape(-1, values.shape[-1])
+        real = ~rows.isnan().any(1)
+        ends = torch.full((2, len(rows)), torch.nan, dtype=torch.float64)
+        if bool(real.any()):
+            _, *found = self.estimates(np.mean, rows[real])
+            ends[:, real] = torch.stack(found)
+        low, high = ends.view(2, *values.shape[:-1])
+        return low, high
+
     def _bootstrap(self, statistic: Callable[..., Any], arrays: Sequence[Any], paired: bool) -> tuple[Any, Any, Any]:
         with np.errstate(invalid="ignore"):  # of the standard error, which is not asked for, where a draw is infinite
             made = self._stats.bootstrap(

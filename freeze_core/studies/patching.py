@@ -12,7 +12,8 @@ from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
-from freeze_core.scoring.metrics import metric_of, words_of
+from freeze_core.inputs import vocabulary_size
+from freeze_core.scoring.metrics import metric_of
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.studies.checks import check_batch_size, check_choice, check_progress
 from freeze_core.studies.intervals import Resampling
@@ -118,7 +119,7 @@ def patch_activations(
     columns = sorted({pair.clean.columns for pair in pairs})
     if by == "position" and len(columns) > 1:
         raise InterventionError(f"clean has batches of {columns} columns: must all have as many with by='position'")
-    measure = metric_of(metric, targets, [pair.clean for pair in pairs], words_of(model))
+    measure = metric_of(metric, targets, [pair.clean for pair in pairs], vocabulary_size(model))
     sweep = PatchSweep(model, sites, measure, configs, by, direction == "denoising", pairs, progress)
     patches = sweep.patches()
     with torch.inference_mode(False):  # whose tensors do not tell whether they were written to

@@ -12,7 +12,7 @@ from freeze_core.studies.intervals import Estimate
 if TYPE_CHECKING:
     from freeze_core.studies.results import AblationStudy, Row
 
-__all__ = ["as_latex", "as_markdown", "latex", "markdown", "shown_with_interval", "unit_of"]
+__all__ = ["as_latex", "as_markdown", "escaped", "latex", "markdown", "shown_with_interval", "unit_of"]
 
 
 HEADERS = ["circuit", "perplexity", "accuracy (%)", "KL to clean (nats/token)", "effect size (d)", "p", "p, adjusted"]
@@ -43,8 +43,12 @@ def as_markdown(headers: Sequence[str], cells: Sequence[Sequence[str]], caption:
 def as_latex(headers: Sequence[str], cells: Sequence[Sequence[str]], caption: str) -> str:
     """A `table` environment with rules of booktabs."""
     table = tabulate(cells, headers, tablefmt="latex_booktabs", disable_numparse=True)
-    escaped = "".join(SPECIAL.get(letter, letter) for letter in caption)
-    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{escaped}}}", "\\end{table}", ""])
+    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{escaped(caption)}}}", "\\end{table}", ""])
+
+
+def escaped(text: str) -> str:
+    """Text that LaTeX prints as it stands."""
+    return "".join(SPECIAL.get(letter, letter) for letter in text)
 
 
 def _cells(study: AblationStudy) -> list[list[str]]:

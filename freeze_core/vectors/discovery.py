@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.values import accumulation_dtype
+from freeze_core.inputs import vocabulary_size
 from freeze_core.scoring.batches import Batch
-from freeze_core.scoring.metrics import Metric, metric_of, words_of
+from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
 from freeze_core.vectors.activations import activations
@@ -133,7 +134,7 @@ def discover(
     _refuse_repeated(batches)
     question = None
     if metric is not None:
-        question = Question(kinds[1], metric, targets, metric_positions, where, words_of(model))
+        question = Question(kinds[1], metric, targets, metric_positions, where, vocabulary_size(model))
         for rows in (found.negative, apart.negative):
             question.of(rows)  # which refuses what cannot be served, before anything is run
     with torch.inference_mode(False):

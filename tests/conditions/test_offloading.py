@@ -14,7 +14,7 @@ import torch
 from plain_freeze import FREEZER, IDS, agrees, config_of, frozen_logits, logits, plain
 from torch import nn
 
-from freeze_core import FreezeNotInForceError, score_heads
+from freeze_core import FreezeNotInForceError, copying_scores, head_circuits, pattern_scores, score_heads
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
@@ -149,3 +149,17 @@ def test_offloading_undone_where_attention_has_weights_of_its_own(tmp_path: Path
     assert torch.equal(logits(model), unfrozen)
     with FREEZER.freeze_circuits(model, config_of("zero", model)):
         assert not torch.equal(logits(model), unfrozen)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_circuits_of_what_is_offloaded(offload: str, tmp_path: Path) -> None:
+    plain_model, model = tiny_model("llama_gqa"), OFFLOADS[offload](tiny_model("llama_gqa"), tmp_path)
+    before = hooks_of(model)
+    found, wanted = (head_circuits(one, 1, 3, offsets=[2], fold_norm=True) for one in (model, plain_model))
+    assert torch.equal(found.qk(2).matrix(), wanted.qk(2).matrix())
+    assert torch.equal(found.ov.matrix(), wanted.ov.matrix())
+    scores = [copying_scores(one).values["copying"] for one in (model, plain_model)]
+    assert torch.equal(*scores)
+    measures = [pattern_scores(one, 5, 2, progress=False, resamples=100) for one in (model, plain_model)]
+    assert torch.equal(*(one.values["previous_token"] for one in measures))
+    assert hooks_of(model) == before

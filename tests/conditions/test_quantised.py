@@ -15,7 +15,7 @@ import torch
 from plain_freeze import FREEZER, IDS, agrees, config_of, frozen_logits, logits, plain_freeze
 from torch import Tensor, nn
 
-from freeze_core import FreezeNotInForceError, InterventionError, score_heads
+from freeze_core import FreezeNotInForceError, InterventionError, copying_scores, head_circuits, score_heads
 from pytest_circuitfreeze.models import tiny_model
 
 Scheme = tuple[Callable[[Any], Any], Callable[[nn.Module], Tensor]]
@@ -136,3 +136,16 @@ def test_a_checkpoint_is_of_the_quantised_values(scheme: str, tmp_path: Path) ->
     )  # whose scales are in neither
     with pytest.raises(InterventionError, match=told):
         score_heads(quantise(other), IDS, "loss", **asked)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_circuits_are_of_what_the_weights_stand_for(scheme: str) -> None:
+    quantise, stands_for = SCHEMES[scheme]()
+    model = quantise(tiny_model("llama_gqa"))
+    plain = dequantised("llama_gqa", model, stands_for)
+    found, wanted = (head_circuits(one, 1, 3, offsets=[2], fold_norm=True) for one in (model, plain))
+    assert torch.allclose(found.qk(2).matrix(), wanted.qk(2).matrix(), atol=1e-5)
+    assert torch.allclose(found.ov.matrix(), wanted.ov.matrix(), atol=1e-5)
+    scores = [copying_scores(one).values["copying"] for one in (model, plain)]
+    assert torch.allclose(*scores, atol=1e-3)

@@ -31,6 +31,7 @@ def test_public_names_are_these():
         CircuitType FreezeType BackwardMode KVScope ModelArchitecture freeze_qk_circuit freeze_ov_circuit
         score_heads HeadScores run_circuit_ablation_study AblationStudy InterventionVector
         patch_activations PatchingStudy measure_faithfulness Faithfulness
+        head_circuits HeadCircuits copying_scores pattern_scores HeadMeasures
         CircuitFreezeError UnsupportedModelError InterventionError FreezeNotInForceError StaleCacheWarning
     """
     assert sorted(freeze_core.__all__) == sorted(names.split())

@@ -126,3 +126,17 @@ def test_a_reference_of_other_layers_is_refused(model, ids):
     recording = FREEZER.record(model, ids, layers=[0])
     with pytest.raises(InterventionError, match=r"^reference=Recording\(layers=\[0\]\): holds nothing of layer 1"):
         FREEZER.freeze_circuits(model, InterventionConfig([1], freeze_type="reference", reference=recording))
+
+
+def test_a_bias_on_scores_is_no_pattern():
+    """T5 hands it on beside the pattern, and it has the shape of one."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+    model = T5ForConditionalGeneration(config).eval()
+    inputs = {"input_ids": torch.arange(5)[None], "decoder_input_ids": torch.arange(6)[None]}
+    for attention in ("self", "encoder", "cross"):
+        seen = FREEZER.record(model, inputs, pattern=True, attention=attention)
+        for layer in range(2):
+            assert torch.allclose(seen[layer].pattern.sum(-1), torch.ones(()))

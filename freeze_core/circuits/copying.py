@@ -1,0 +1,128 @@
+"""`copying_scores`: whether what a head moves makes the token that is moved likelier, read off the weights.
+
+N. Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021: positive eigenvalues of the full OV circuit
+`W_E W_V W_O W_U` `[word, word]` are what copying looks like. The product has as many eigenvalues that are not 0 as a
+head has features, those of `W_O (W_U W_E) W_V`, so that the large matrix is never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freeze_core.activations import LayerActivations
+from freeze_core.attention.sites import AttentionSite, Sites, find_sites
+from freeze_core.circuits.heads import Factored
+from freeze_core.circuits.linear import Affine, pulled_back, wide
+from freeze_core.circuits.maps import layer_around, norm_before, reading_map, writing_map
+from freeze_core.circuits.measures import HeadMeasures
+from freeze_core.circuits.moved import not_moved, recorded
+from freeze_core.circuits.norms import folded
+from freeze_core.circuits.observing import Flow, device_of, observed, source_of, undisturbed
+from freeze_core.config import InterventionConfig
+from freeze_core.errors import InterventionError, UnsupportedModelError
+from freeze_core.freezing.install import is_frozen
+from freeze_core.freezing.plan import resolve
+
+__all__ = ["copying_scores"]
+
+AT_ONCE = 256
+"""Rows of the product of embedding and unembedding that are made at once."""
+
+
+def copying_scores(model: nn.Module, layers: Sequence[int] | None = None) -> HeadMeasures:
+    """The sum of the eigenvalues of each head's full OV circuit over the sum of their magnitudes, in [-1, 1].
+
+    1 is a head that only copies, -1 one that only makes what it sees less likely, however much it moves. The norm
+    before the attention and the one before the unembedding are taken for the linear maps that they are but for a
+    division, by a number that is positive and so does not change the score; where there is none, none is. Position
+    embeddings, what other layers do to the residual stream, and norms behind the attention play no part.
+
+    Args:
+        model: unfrozen, with embeddings of words and logits of as many features as the residual stream.
+        layers: decoder layers, negative ones count from the end; `None` is all that have attention.
+
+    Returns:
+        `HeadMeasures` with the one measure `copying`; nan of heads whose OV circuit is no matrix, or 0.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served, has no unembedding, or no head whose OV circuit is a matrix.
+        InterventionError: a layer that is out of range, or a frozen model.
+    """
+    with torch.inference_mode(False):  # whose tensors have no derivatives
+        sites = find_sites(model)
+        chosen = [sites.by_layer[freeze.layer] for freeze in resolve(InterventionConfig(layers), sites)]
+        if is_frozen(model):
+            raise InterventionError("model is frozen: look at its circuits unfrozen")
+        scores = _scores(model, sites, chosen)
+    about = (
+        f"{type(model).__name__}: sum of the eigenvalues of W_E W_V W_O W_U over the sum of their magnitudes, of each "
+        "head (layer.head), with the linear parts of the norms before attention and unembedding."
+    )
+    return HeadMeasures({"copying": scores}, 0, "signed share of eigenvalues", about)
+
+
+def _scores(model: nn.Module, sites: Sites, chosen: Sequence[AttentionSite]) -> Tensor:
+    """`[layer, head]` in float64."""
+    flows = observed(model, model.modules())
+    seen = recorded(model, [site.layer for site in chosen], "self")
+    reasons: list[str] = []
+    scores = torch.full((sites.layers, max(site.heads for site in chosen)), torch.nan, dtype=torch.float64)
+    with undisturbed(model):
+        words = _unembedded(model, flows)
+        for site in chosen:
+            inside = {one: flows[one] for one in layer_around(model, sites, site).modules() if one in flows}
+            for head in range(site.heads):
+                try:
+                    scores[site.layer, head] = _score(site, head, seen[site.layer], inside, words)
+                except UnsupportedModelError as error:
+                    reasons.append(str(error))
+    if reasons and bool(scores.isnan().all()):
+        raise UnsupportedModelError(reasons[0])
+    return scores
+
+
+def _score(
+    site: AttentionSite, head: int, seen: LayerActivations, flows: Mapping[nn.Module, Flow], words: Tensor
+) -> float:
+    if reason := not_moved(site, head, seen):
+        raise UnsupportedModelError(reason)
+    values = reading_map(site, head, "v", flows, norm_before(site, "v", flows)).weight
+    output = writing_map(site, head, flows).weight
+    found = Factored(values, output @ words.to(output)).eigenvalues()
+    return float(found.real.sum() / found.abs().sum())
+
+
+def _unembedded(model: nn.Module, flows: dict[nn.Module, Flow]) -> Tensor:
+    """What is written to the residual stream as words, and those as their embeddings: `W_U W_E` `[hidden, hidden]`.
+
+    Raises:
+        UnsupportedModelError: one of the two is missing, or of other features than the residual stream.
+    """
+    getters: Any = model
+    embedding, unembedding = (
+        getter() if (getter := getattr(getters, name, None)) else None
+        for name in ("get_input_embeddings", "get_output_embeddings")
+    )
+    if embedding is None or unembedding is None or unembedding not in flows:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no embedding and unembedding of words (get_input_embeddings, "
+            "get_output_embeddings): there is no circuit from word to word"
+        )
+    like = flows[unembedding].taken[0]
+    with torch.no_grad():
+        every = torch.arange(flows[unembedding].given.shape[-1], device=device_of(embedding))
+        words = embedding(every[None])[0].to(like)
+    norm = source_of(like, flows)
+    taken = like if norm is None else flows[norm].taken[0]
+    if words.shape[1] != taken.shape[-1]:
+        raise UnsupportedModelError(
+            f"embeddings of {words.shape[1]} features and a residual stream of {taken.shape[-1]}: they are projected"
+        )
+    made = torch.cat([pulled_back(unembedding, like, some) for some in words.T.split(AT_ONCE)])
+    if norm is not None:
+        made = folded(norm, taken, Affine(made.T, made.new_zeros(len(made)))).weight.T
+    return wide(made.T)

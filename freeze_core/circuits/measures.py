@@ -1,0 +1,101 @@
+"""A number for each head under each of some names: what it is by its patterns, or by its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+from torch import Tensor
+
+from freeze_core.errors import InterventionError, shown
+from freeze_core.extras import extra
+from freeze_core.studies.tables import escaped
+
+__all__ = ["HeadMeasures"]
+
+
+class _Cell(NamedTuple):
+    measure: str
+    layer: int
+    head: int
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMeasures:
+    """Measures of heads.
+
+    Args:
+        values: by name a tensor `[layer, head]` in float64; nan where there is no head, or none that was asked for.
+        n: over how many sequences each is a mean; 0 of what is read off weights.
+        unit: of the values.
+        about: of what they are, in a sentence.
+        low, high: by name the ends of the intervals `[layer, head]`; none of what is read off weights.
+    """
+
+    values: Mapping[str, Tensor]
+    n: int
+    unit: str
+    about: str
+    low: Mapping[str, Tensor] = field(default_factory=dict)
+    high: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def top(self, measure: str, count: int = 10) -> list[tuple[int, int]]:
+        """The `(layer, head)` of the `count` largest values of one measure, largest first.
+
+        Raises:
+            InterventionError: no such measure, or a count that is none.
+        """
+        if measure not in self.values:
+            raise InterventionError(f"measure={shown(measure)}: must be one of {', '.join(self.values)}")
+        return [(cell.layer, cell.head) for cell in self._largest(measure, count)]
+
+    def to_frame(self) -> Any:
+        """A pandas `DataFrame` with one row a value: `measure`, `layer`, `head`, `value`, `low`, `high` and `n`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        pandas = extra("pandas", "to_frame makes a pandas DataFrame; HeadMeasures.values has the same numbers")
+        rows = [(*cell, self.n) for measure in self.values for cell in self._cells(measure)]
+        return pandas.DataFrame(rows, columns=[*_Cell._fields, "n"])
+
+    def to_markdown(self, count: int = 10) -> str:
+        """The `count` largest heads of each measure, and below them what they are."""
+        table = tabulate(self._table(count), self._headers(), tablefmt="github", disable_numparse=True)
+        return f"{table}\n\n{self.about}\n"
+
+    def to_latex(self, count: int = 10) -> str:
+        """The same with its caption as LaTeX, for the package booktabs."""
+        table = tabulate(self._table(count), self._headers(), tablefmt="latex_booktabs", disable_numparse=True)
+        lines = ["\\begin{table}", "\\centering", table, f"\\caption{{{escaped(self.about)}}}", "\\end{table}", ""]
+        return "\n".join(lines)
+
+    def _headers(self) -> list[str]:
+        return ["measure", "head", f"value ({self.unit})"]
+
+    def _table(self, count: int) -> list[list[str]]:
+        return [
+            [measure.replace("_", " "), f"{cell.layer}.{cell.head}", self._shown(cell)]
+            for measure in self.values
+            for cell in self._largest(measure, count)
+        ]
+
+    def _shown(self, cell: _Cell) -> str:
+        return f"{cell.value:.3g} [{cell.low:.3g}, {cell.high:.3g}]" if self.low else f"{cell.value:.3g}"
+
+    def _largest(self, measure: str, count: object) -> list[_Cell]:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InterventionError(f"count={shown(count)}: must be an int of 1 at least")
+        return sorted(self._cells(measure), key=lambda cell: -cell.value)[:count]
+
+    def _cells(self, measure: str) -> Iterator[_Cell]:
+        values = self.values[measure]
+        low, high = (ends.get(measure, values * float("nan")) for ends in (self.low, self.high))
+        for layer, head in (~values.isnan()).nonzero().tolist():
+            at = layer, head
+            yield _Cell(measure, layer, head, float(values[at]), float(low[at]), float(high[at]))
