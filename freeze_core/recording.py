@@ -16,9 +16,10 @@ from freeze_core.activations import LayerActivations, Recording
 from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
-from freeze_core.freezing.frozen import frozen_attention
+from freeze_core.freezing.frozen import FrozenOutput, frozen_attention
 from freeze_core.freezing.padding import Arguments, prompt_of, told
 from freeze_core.freezing.plan import resolve
+from freeze_core.freezing.replaced import standing_in
 from freeze_core.inputs import model_arguments, run
 
 __all__ = ["hearing_patterns", "record", "under_eager"]
@@ -129,9 +130,9 @@ def _listening(
 
         return hook
 
-    def keep_z(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        _refuse_shard(site, "z", args[0], site.layout.z.numel())
-        z = args[0].detach().unflatten(-1, (site.heads, -1))
+    def keep_z(given: Tensor) -> None:
+        _refuse_shard(site, "z", given, site.layout.z.numel())
+        z = given.detach().unflatten(-1, (site.heads, -1))
         seen[site.layer, "z"].append(z.to(device or z.device, copy=True))
 
     def split(module: nn.Module, args: Any, output: Any) -> None:
@@ -145,9 +146,18 @@ def _listening(
     with ExitStack() as stack:
         for name, module in storage.modules.items():
             stack.callback(module.register_forward_hook(keep(name)).remove)
-        stack.callback(site.layout.output.register_forward_pre_hook(keep_z).remove)
+        stack.callback(_listening_to_z(site, keep_z))
         stack.callback(site.attention.register_forward_hook(split).remove)
         yield
+
+
+def _listening_to_z(site: AttentionSite, keep: Callable[[Tensor], None]) -> Callable[[], None]:
+    """Hands over what is projected, also where z is frozen; gives what ends it."""
+    frozen = standing_in(site.layout.output)
+    if isinstance(frozen, FrozenOutput):
+        frozen.listeners.append(keep)
+        return lambda: frozen.listeners.remove(keep)
+    return site.layout.output.register_forward_pre_hook(lambda module, args: keep(args[0])).remove
 
 
 def _refuse_shard(site: AttentionSite, what: str, activation: Tensor, width: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.tracking import PassTracker, tracker_of
 from freeze_core.freezing.wiring import Wiring, wire
 
-__all__ = ["FrozenAttention", "FrozenProjection", "frozen_attention"]
+__all__ = ["FrozenAttention", "FrozenOutput", "FrozenProjection", "frozen_attention"]
 
 
 def _whole(own: Tensor, shard: Shard | None, width: int, what: str) -> Tensor:
@@ -86,7 +86,10 @@ class FrozenProjection(ReplacedForward):
 
 
 class FrozenOutput(ReplacedForward):
-    """An output projection whose input z is held, or whose gradient goes to the z of an attention left untouched."""
+    """An output projection whose input z is held, or whose gradient goes to the z of an attention left untouched.
+
+    Hooks on the module see z before it is held; `listeners` are handed what is projected.
+    """
 
     def __init__(self, attention: FrozenAttention, tracker: PassTracker) -> None:
         super().__init__(attention.site.layout.output)
@@ -97,6 +100,7 @@ class FrozenOutput(ReplacedForward):
         self.runs = 0
         self.sparing = False
         self.spared: Tensor | None = None
+        self.listeners: list[Callable[[Tensor], None]] = []
         self._tracker = tracker
 
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +117,10 @@ class FrozenOutput(ReplacedForward):
         frozen = z
         for edit in self.edits:
             frozen = edit.apply(z, frozen, self._tracker.current)
-        return self.original(shard.own(frozen) if shard else frozen, *args, **kwargs)
+        given = shard.own(frozen) if shard else frozen
+        for listener in self.listeners:
+            listener(given)
+        return self.original(given, *args, **kwargs)
 
 
 class FrozenAttention(Held):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
+from freeze_core import AttentionCircuitFreezer, ExperimentalInterventions, InterventionConfig, InterventionError
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -45,6 +45,18 @@ def test_under_a_freeze_the_frozen_values_are_recorded(any_storage, ids):
     for role in "qkv":
         assert (getattr(layer, role).abs().amax(dim=(0, 1, 3)) == 0).tolist() == [False, True, False, False]
     assert layer.k.shape[2] == 4 if group > 1 else True
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_under_a_freeze_of_heads_their_frozen_z_is_recorded(any_storage, ids, strength):
+    clean = FREEZER.record(any_storage, ids)[1].z
+    with ExperimentalInterventions().freeze_attention_heads(any_storage, {1: [2]}, strength=strength):
+        frozen = FREEZER.record(any_storage, ids)[1].z
+        again = FREEZER.record(any_storage, ids)[1].z
+    assert torch.equal(frozen[:, :, [0, 1, 3]], clean[:, :, [0, 1, 3]])
+    assert torch.equal(frozen[:, :, 2], torch.lerp(clean[:, :, 2], torch.zeros(8), strength))
+    assert torch.equal(again, frozen)
+    assert torch.equal(FREEZER.record(any_storage, ids)[1].z, clean)
 
 
 def test_inputs_may_be_ids_embeddings_or_arguments(ids):
