@@ -17,7 +17,7 @@ from pytest_circuitfreeze.options import add_options
 from pytest_circuitfreeze.results import CircuitRecord, Results, benchmarked, broken, describe, measured, model_of
 from pytest_circuitfreeze.settings import WORKER_SEED, is_enabled, is_listing, settings_of
 from pytest_circuitfreeze.summary import header, versions, write_summary
-from pytest_circuitfreeze.threads import one_thread
+from pytest_circuitfreeze.threads import is_small, one_thread
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -108,9 +108,11 @@ class SuiteRun:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """Adds what the test found, also where it failed. A claim that the engine does not offer is no pass."""
-        tiny = is_claim(item) and model_of(item) in self._settings.architectures
+        small = is_claim(item) and (
+            model_of(item) in self._settings.architectures or is_small(item.funcargs.get("circuit_model"))
+        )
         try:
-            with one_thread() if tiny else nullcontext():
+            with one_thread() if small else nullcontext():
                 result = yield
         except Exception as error:
             if is_claim(item) and (claim := broken_claim(error)) is not None:

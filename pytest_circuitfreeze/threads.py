@@ -1,10 +1,19 @@
-"""One thread for tiny models, whose tensors are too small to share out: more threads would wait for each other."""
+"""One thread for small models, whose tensors are too small to share out: more threads would wait for each other."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SMALL = 1_000_000
+"""Parameters below which a model is small: its matrices have some hundred rows at most."""
+
+
+def is_small(model: object) -> bool:
+    """Whether `model` is one with few parameters."""
+    parameters = getattr(model, "parameters", None)
+    return parameters is not None and sum(one.numel() for one in parameters()) < SMALL
 
 
 @contextmanager

@@ -74,6 +74,7 @@ def test_commands_name_what_there_is(page: Path, words: list[str]) -> None:
     flags = {option.flag: option for option in OPTIONS}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word.startswith("--circuitfreeze"):
+            assert word in flags
             option = flags[word]
             if option.kind != "switch":
                 option.parse(following)

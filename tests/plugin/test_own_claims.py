@@ -197,3 +197,36 @@ def test_a_hook_that_gives_no_claims_is_a_usage_error(pytester: pytest.Pytester,
     result = pytester.runpytest_subprocess("--circuitfreeze")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: {message}"])
+
+
+def test_small_models_run_in_one_thread(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytester.makeconftest(
+        """
+        import torch
+        from contextlib import nullcontext
+        from types import SimpleNamespace
+
+        idle = SimpleNamespace(name="idle", freeze=lambda model, config: nullcontext(model))
+
+        def pytest_circuitfreeze_models(config):
+            return {"small": lambda: torch.nn.Linear(9, 9), "large": lambda: torch.nn.Linear(1000, 1000)}
+        """
+    )
+    pytester.makepyfile(
+        """
+        import pytest
+        import torch
+
+        @pytest.mark.circuitfreeze
+        def test_threads(circuit_model):
+            assert torch.get_num_threads() == (1 if circuit_model.in_features == 9 else 2)
+
+        def test_afterwards():
+            assert torch.get_num_threads() == 2
+        """
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    (file,) = pytester.path.glob("test_*.py")
+    chosen = ("-k", "threads[small] or threads[large] or afterwards", file.name)
+    result = pytester.runpytest_subprocess("--circuitfreeze", "--circuitfreeze-engine=conftest:idle", *chosen)
+    assert (result.ret, result.parseoutcomes()["passed"]) == (0, 3)
