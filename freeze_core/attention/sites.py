@@ -53,6 +53,7 @@ class Sites:
     """The attention layers of one model.
 
     Args:
+        model: the model, as it was handed over.
         layers: number of decoder layers, attention or not; indices count these.
         stack: the module around the decoder layers that sees each pass's tokens, mask and cache.
         stack_name: its path in the model.
@@ -62,6 +63,7 @@ class Sites:
         refused: why others cannot, by layer. A layer in neither has no attention.
     """
 
+    model: nn.Module
     layers: int
     stack: nn.Module
     stack_name: str
@@ -98,9 +100,8 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None, 
     stack = asked[0].stack
     name = _entered(model, stack.rpartition(".")[0])
     names = {one.layer: one.name for one in asked}
-    return Sites(
-        layer_count(model, stack), model.get_submodule(name), name, _composite(model, name), by_layer, names, refused
-    )
+    stacked = model.get_submodule(name)
+    return Sites(model, layer_count(model, stack), stacked, name, _composite(model, name), by_layer, names, refused)
 
 
 def _entered(model: nn.Module, name: str) -> str:

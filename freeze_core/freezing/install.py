@@ -13,6 +13,7 @@ from freeze_core.attention.sites import Sites
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.frozen import FrozenAttention, frozen_attention
 from freeze_core.freezing.held import Held
+from freeze_core.freezing.places import Place
 from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.freezing.replaced import standing_in
 from freeze_core.freezing.wiring import wire
@@ -21,10 +22,17 @@ __all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen", "refuse_oth
 
 
 class FreezeHandle:
-    """One installed config; `remove` takes it out, in any order with others."""
+    """One installed config; `remove` takes it out, in any order with others.
 
-    def __init__(self, on_stale_cache: str) -> None:
+    Args:
+        on_stale_cache: what is done about a cache that was filled otherwise.
+        sites: of the model that it is in.
+    """
+
+    def __init__(self, on_stale_cache: str, sites: Sites) -> None:
         self.on_stale_cache = on_stale_cache
+        self._sites = sites
+        self._place = Place(sites.model, sites.stack_name)
         self.held: list[Held] = []
         """What stands in for modules of the model on its behalf."""
 
@@ -33,13 +41,21 @@ class FreezeHandle:
 
         Raises:
             CircuitFreezeError: a pass is running, or something else was put on top; the freeze stays as it was.
-            FreezeNotInForceError: the freeze had been undone by something else, and is taken out now.
+            FreezeNotInForceError: the freeze had been undone by something else, or what it was in is no part of the
+                model any more; it is taken out now.
         """
         self._refuse_change()
         undone = [held.name for held in self.held if held.undone()]
+        # Whatever was put around the layers (a compiled module, say) runs them as before.
+        replaced = bool(self.held) and self._place.lost() and self._sites.stack not in set(self._sites.model.modules())
         while self.held:
             self.held[-1].without(self)
             self.held.pop()
+        if replaced:
+            raise FreezeNotInForceError(
+                f"{self._place.path} of the model was replaced after the freeze, and passes since then ran without it: "
+                "freeze the model anew, run them again"
+            )
         if undone:
             raise FreezeNotInForceError(
                 f"{', '.join(undone)}: something else had put the forwards back that the freeze replaced (an "
@@ -93,7 +109,7 @@ class FrozenCircuits(Sequence[FreezeHandle]):
 
 def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_cache: str = "warn") -> FrozenCircuits:
     """Installs resolved configs, in order, on top of what is live; all of them or, on an error, none."""
-    handles = [FreezeHandle(on_stale_cache) for _ in resolved]
+    handles = [FreezeHandle(on_stale_cache, sites) for sites, _ in resolved]
     asked: dict[FrozenAttention, list[tuple[FreezeHandle, LayerFreeze]]] = {}
     fresh: dict[int, FrozenAttention] = {}
     for handle, (sites, freezes) in zip(handles, resolved, strict=True):

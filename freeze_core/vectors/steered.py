@@ -132,7 +132,7 @@ def steer(site: ResidualSite, addition: Addition, on_stale_cache: str) -> Frozen
     refuse_other_stack(layer, site.sites.stack)
     layer.refuse_change()
     layer.composite = layer.composite or site.sites.composite
-    handle = FreezeHandle(on_stale_cache)
+    handle = FreezeHandle(on_stale_cache, site.sites)
     layer.change([*layer.additions, (handle, addition)])
     handle.held = [layer]
     return FrozenCircuits([handle])

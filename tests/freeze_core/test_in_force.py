@@ -153,3 +153,33 @@ def test_a_frozen_model_is_known_as_frozen_under_whatever_was_put_on_top(ids):
             FREEZER.calibrate(model, [ids], progress=False)
         attention.forward = frozen
     FREEZER.calibrate(model, [ids], progress=False)
+
+
+def test_layers_that_were_replaced_as_a_whole_are_told_at_the_end(ids):
+    model, other = tiny_model("llama"), tiny_model("llama")
+    own = model.model
+    frozen = FREEZER.freeze_circuits(model, InterventionConfig([0], [1]))
+    model.model = other.model
+    model(ids)
+    with pytest.raises(FreezeNotInForceError, match="model of the model was replaced after the freeze, and passes"):
+        frozen.remove()
+    frozen.remove()
+    model.model = own
+    assert torch.equal(model(ids).logits, tiny_model("llama")(ids).logits)
+
+
+def test_layers_that_something_was_put_around_run_as_frozen_ones(ids):
+    class Around(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    model = tiny_model("llama")
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1])):
+        frozen = model(ids).logits
+        own, model.model = model.model, Around(model.model)
+        assert torch.equal(model(ids).logits, frozen)
+    model.model = own
