@@ -25,7 +25,7 @@ def write_file(path: str | PathLike[str], kind: str, tensors: Mapping[str, Tenso
     """
     apart = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     content = save(apart, {"format": kind, **facts})
-    target = Path(path)
+    target = Path(path).resolve()  # what a link leads to, and not the link, is replaced
     part = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
         with part.open("xb") as file:

@@ -125,3 +125,12 @@ def test_what_is_no_config_is_refused(tmp_path: Path, held: InterventionConfig) 
         write_file(path, "circuitfreeze-config-1", tensors, given_facts)
         with pytest.raises(InterventionError, match=message):
             InterventionConfig.load(path)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "deep").mkdir()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(tmp_path / "deep" / "there.safetensors")
+    InterventionConfig([0], [1]).save(link)
+    assert link.is_symlink()
+    assert InterventionConfig.load(tmp_path / "deep" / "there.safetensors").head_indices == [1]
