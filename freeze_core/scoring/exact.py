@@ -61,7 +61,8 @@ def _over_batch(
     """What is left of one batch. The clean pass is run in any case: later ones draw from where it ends."""
     numbered = dict(zip(wanted, _stretches(map(len, wanted.values())), strict=True))
     left = {layer: ledger.left(number, indices) for layer, indices in numbered.items()}
-    with passes.running(any(left.values())):
+    counts = {layer: len(several) for layer, several in wanted.items()}
+    with passes.running(counts if any(left.values()) else {}):
         clean = metric.rows(number, passes.batch, passes.clean, passes.clean, "unfrozen")
         ledger.start(number, clean, passes)
         for turn, (layer, several) in enumerate(wanted.items()):
