@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -223,11 +224,23 @@ class Passes:
             raise
         except FAULTS:
             found = None
-        if found is not None and close(found, self.clean, 8 * torch.finfo(self.clean.dtype).eps):
+        bound = _rounding(self.clean.dtype, self._tail.width if self._tail else 0)
+        if found is not None and close(found, self.clean, bound):
             return found
         if self._tail:
             self._tail.forget()
         return None
+
+
+def _rounding(dtype: torch.dtype, terms: int) -> float:
+    """What two products of other shapes may differ by, as a share of their largest number.
+
+    Some roundings of a number, and those of its sum: for terms of either sign they are as large as the typical sum
+    times the root of their number (N. J. Higham and T. Mary, "A new approach to probabilistic rounding error analysis",
+    2019), and are in float32 at least.
+    """
+    eps = torch.finfo(dtype).eps
+    return 8 * eps + math.sqrt(terms) * min(eps, torch.finfo(torch.float32).eps)
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -58,6 +58,7 @@ class Unembedding(ReplacedForward):
         self.doing: Literal["look", "skip", "keep", "give", "run"] = "look"
         self.states: list[Tensor | None] = []
         self.runs = 0
+        self.width = 0
 
     @property
     def words(self) -> int:
@@ -68,6 +69,7 @@ class Unembedding(ReplacedForward):
         self.runs += 1
         if self.doing == "look":
             logits = self.original(states, *args, **kwargs)
+            self.width = states.shape[-1]
             self._like = logits.new_empty(0, *logits.shape[1:])
             return logits
         if states.shape[:2] != (self.batch.rows, self.batch.columns):
@@ -128,6 +130,11 @@ class Tail:
     def runs(self) -> int:
         """How often the unembedding ran."""
         return self._unembedding.runs
+
+    @property
+    def width(self) -> int:
+        """How many features a logit is the sum of."""
+        return self._unembedding.width
 
     @property
     def at_once(self) -> int:
