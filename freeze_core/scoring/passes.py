@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -23,6 +23,7 @@ from freeze_core.scoring.stacked import Stacked, Under, stacks, written
 from freeze_core.scoring.tail import Tail, position_wise
 
 __all__ = ["Passes"]
+
 
 class Passes:
     """Runs a model over one batch, each pass drawing what the clean one drew.
@@ -77,12 +78,11 @@ class Passes:
         with install([(self._sites, freezes)]):
             return self._at_positions(self._logits())
 
-    def stacks(self, layer: int, freezes: int) -> list[range]:
-        """The places of a layer's freezes that are run together: what is run of them costs as much as all of them."""
-        behind = self._layers and layer < len(self._layers) - 1
-        return stacks(freezes, self._stacked.most if self._stacked and behind else 1)
+    def stacks(self, freezes: int) -> list[range]:
+        """Of so many freezes of a layer the places of those that run together: some of them cost as much as all."""
+        return stacks(freezes, self._stacked.most if self._stacked else 1)
 
-    def frozen(self, layer: int, freezes: Sequence[LayerFreeze], wanted: Collection[int]) -> Iterator[Tensor]:
+    def frozen(self, layer: int, freezes: Sequence[LayerFreeze], wanted: Collection[int]) -> Generator[Tensor]:
         """The logits at the positions `[row, position, word]` under freezes of one layer, in turn.
 
         Args:
@@ -98,7 +98,7 @@ class Passes:
                 partial(install, [(self._sites, [freeze])]) if index in wanted else None
                 for index, freeze in enumerate(freezes)
             ]
-            several = [[unders[place] for place in places] for places in self.stacks(layer, len(freezes))]
+            several = [[unders[place] for place in places] for places in self.stacks(len(freezes))]
             at_once = max(1, self._tail.at_once // max(map(len, several))) if self._tail else 1
             for start in range(0, len(several), at_once):
                 together = several[start : start + at_once]
@@ -116,13 +116,16 @@ class Passes:
         if self._tail is None or self._tail.at_once == 1:
             yield from (self._alone(under) for under in unders if under)
             return
+        stacked = self._stacked if layer < len(self._layers or ()) - 1 else None
         for together in several:
-            if not any(together):
-                self._tail.leave_out(len(together))
-            elif self._stacked and len(together) > 1:
-                self._stacked.keep(layer, together)
-            else:
-                with together[0](), self._tail.doing("keep"):
+            if stacked and len(together) > 1 and any(together):
+                stacked.keep(layer, together)
+                continue
+            for under in together:
+                if under is None:
+                    self._tail.leave_out()
+                    continue
+                with under(), self._tail.doing("keep"):
                     self._logits()
         yield from (logits for logits, under in zip(self._unembedded(len(unders)), unders, strict=True) if under)
 

@@ -27,7 +27,7 @@ TOKENS = 256
 """Of all rows of a pass together, at most: from about so many on a further token costs as much as the one before."""
 
 LEAST = 3
-"""Freezes that are run together, or each is by itself: two save little, and `Stacked.apart` compares three."""
+"""Freezes that are run together, or each is by itself: two save little, and finding out takes three."""
 
 
 def stacks(freezes: int, most: int) -> list[range]:
@@ -63,7 +63,7 @@ class Stacked:
         return min(TOKENS // (self._batch.rows * self._batch.columns), self._tail.at_once)
 
     def pays(self, freezes: Mapping[int, int]) -> bool:
-        """Whether so many freezes of each layer save twice the layers that it takes to find out if they can be stacked."""
+        """Whether so many freezes of each layer save twice the layers that finding out by `keep_beside_others` runs."""
         later = {layer: len(self._layers) - 1 - layer for layer in freezes}
         saved = sum((count - len(stacks(count, self.most))) * later[layer] for layer, count in freezes.items())
         return self.most >= LEAST and saved > 2 * LEAST * max(later.values())
@@ -76,9 +76,9 @@ class Stacked:
         self._go_on(layer, [self._output(layer, under) for under in several])
 
     def keep_beside_others(self, layer: int) -> None:
-        """Has the tail keep the last states of the clean pass, from behind `layer` on, between two others of other rows.
+        """Has the tail keep the last states of the clean pass, from behind `layer` on, between those of two others.
 
-        In the one before all is nan, and so would be whatever depended on it; in the one after it is negated.
+        In the one above all is nan, and so would be whatever depended on it; in the one below it is negated.
         """
         clean = self._layers.clean(layer)
         self._go_on(layer, [_each(clean, _nan), clean, _each(clean, torch.neg)])

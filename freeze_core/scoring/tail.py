@@ -159,9 +159,9 @@ class Tail:
         for part in self._restricted:
             part.rest = 0.0
 
-    def leave_out(self, count: int) -> None:
-        """Keeps the places of so many passes that are not run."""
-        self._unembedding.states += [None] * count
+    def leave_out(self) -> None:
+        """Keeps the place of a pass that is not run."""
+        self._unembedding.states.append(None)
 
     def forget(self) -> None:
         """Drops states that were kept."""
