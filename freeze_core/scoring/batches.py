@@ -58,9 +58,10 @@ class Batch:
             name: torch.cat([value] * count) if isinstance(value, Tensor) else value
             for name, value in self.arguments.items()
         }
-        several = {name: torch.cat([getattr(self, name)] * count) for name in ("positions", "real")}
+        positions, real = (torch.cat([one] * count) for one in (self.positions, self.real))
         labels = None if self.labels is None else torch.cat([self.labels] * count)
-        return replace(self, arguments=arguments, rows=self.rows * count, labels=labels, **several)
+        rows = self.rows * count
+        return replace(self, arguments=arguments, rows=rows, positions=positions, real=real, labels=labels)
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The row and the column of each position, as an index of values on `device`."""

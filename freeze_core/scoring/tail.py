@@ -170,7 +170,7 @@ class Tail:
     @contextmanager
     def over(self, copies: Batch) -> Iterator[None]:
         """Passes are over copies of the batch, the states of each of which are kept by themselves."""
-        modules = (self._unembedding, *self._parts)
+        modules: list[AtPositions | Unembedding] = [self._unembedding, *self._parts]
         try:
             for module in modules:
                 module.batch = copies
