@@ -59,12 +59,13 @@ class CachedLayer(ReplacedForward):
         self.runs = 0
         self.alike = False
         self.kept: Any = None
+        self.copies: Sequence[Any] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.doing == "give":
             return self._give()
         if self.doing == "stand":
-            return self.kept
+            return _stacked(self.copies)
         if self.doing == "upset":
             given = {name: _negated(value) for name, value in kwargs.items()}
             return self.original(*(_negated(value) for value in args), **given)
@@ -139,15 +140,15 @@ class CachedLayers:
     @contextmanager
     def behind(self, layer: int, outputs: Sequence[Any]) -> Iterator[None]:
         """Passes over several copies of the batch start behind `layer`, which gives `outputs`, one for each copy."""
-        with self._doing(["stand"] * (layer + 1) + ["run"] * (len(self) - layer - 1)):
-            try:
-                for before in self._layers[:layer]:
-                    before.kept = _stacked([before.output] * len(outputs))
-                self._layers[layer].kept = _stacked(outputs)
+        several = [[before.output] * len(outputs) for before in self._layers[:layer]] + [list(outputs)]
+        for one, copies in zip(self._layers, several, strict=False):
+            one.copies = copies
+        try:
+            with self._doing(["stand"] * (layer + 1) + ["run"] * (len(self) - layer - 1)):
                 yield
-            finally:
-                for one in self._layers[: layer + 1]:
-                    one.kept = None
+        finally:
+            for one in self._layers:
+                one.copies = ()
 
     def clean(self, layer: int) -> Any:
         """What `layer` gave in the clean pass."""
