@@ -66,7 +66,7 @@ class Stacked:
         """Whether so many freezes of each layer save twice the layers that finding out by `keep_beside_others` runs."""
         later = {layer: len(self._layers) - 1 - layer for layer in freezes}
         saved = sum((count - len(stacks(count, self.most))) * later[layer] for layer, count in freezes.items())
-        return self.most >= LEAST and saved > 2 * LEAST * max(later.values())
+        return saved > 2 * LEAST * max(later.values())
 
     def keep(self, layer: int, several: Sequence[Under | None]) -> None:
         """Has the tail keep the last states under each of several freezes of `layer`.
@@ -78,10 +78,11 @@ class Stacked:
     def keep_beside_others(self, layer: int) -> None:
         """Has the tail keep the last states of the clean pass, from behind `layer` on, between those of two others.
 
-        In the one above all is nan, and so would be whatever depended on it; in the one below it is negated.
+        In the one above all is nan, and so would be whatever depended on it. In the one below are numbers, which may be
+        compared with where nan never is the larger: those of the clean pass, negated, and of each state in reverse.
         """
         clean = self._layers.clean(layer)
-        self._go_on(layer, [_each(clean, _nan), clean, _each(clean, torch.neg)])
+        self._go_on(layer, [_each(clean, _nan), clean, _each(clean, _reversed)])
 
     def _output(self, layer: int, under: Under | None) -> Any:
         """What `layer` gives in a pass that ends there."""
@@ -106,3 +107,7 @@ def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _nan(part: Tensor) -> Tensor:
     return torch.full_like(part, torch.nan)
+
+
+def _reversed(part: Tensor) -> Tensor:
+    return -part.flip(-1)

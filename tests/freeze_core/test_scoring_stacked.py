@@ -117,6 +117,7 @@ LEAKS = {
     "mean": lambda module, args, output: output + output.mean(0, keepdim=True),
     "largest": lambda module, args, output: output - output.amax(0, keepdim=True),
     "no difference yet": lambda module, args, output: output + (output[:1].abs() - 1e6).relu(),
+    "columns that are large": lambda module, args, output: output * (1 + (output > output.std()).any(0)),
     "number": lambda module, args, output: output * (1 + len(output) / 10),
 }
 
