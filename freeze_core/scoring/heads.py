@@ -101,7 +101,8 @@ def score_heads(
         ig_steps: of estimates, the points of integrated gradients; 0 is the gradient of the clean pass.
         top: of a screened sweep, how many of the largest scores of each circuit are wanted; `None` is 10.
         budget: of a screened sweep, the share of an exact one that may be run, in layers, the estimates counted (the
-            `top` largest estimates are computed whatever it is); `None` is 0.2.
+            `top` largest estimates are computed whatever it is); `None` is 0.2. Layers are counted as if no freezes
+            went on together: on short batches the share of the time is about twice as large.
         progress: show a bar.
         checkpoint: a file to keep what is done in (safetensors; written whole every few seconds, at the end, and
             whatever is raised, `KeyboardInterrupt`, too). The same call goes on from there and gives the same bits as
