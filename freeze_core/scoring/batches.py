@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -45,6 +45,23 @@ class Batch:
     def at_positions(self, values: Tensor) -> Tensor:
         """Of `values` `[row, column, ...]` those of the positions, `[row, position, ...]`."""
         return values if self.everywhere else values[self.index(values.device)]
+
+    @property
+    def by_token(self) -> bool:
+        """Whether all tensors that the model is given are `[row, column, ...]`, so that rows can be put below them."""
+        tensors = [value for value in self.arguments.values() if isinstance(value, Tensor)]
+        return all(value.shape[:2] == (self.rows, self.columns) for value in tensors)
+
+    def copies(self, count: int) -> Batch:
+        """The batch so many times, one below the other."""
+        arguments = {
+            name: torch.cat([value] * count) if isinstance(value, Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        positions, real = (torch.cat([one] * count) for one in (self.positions, self.real))
+        labels = None if self.labels is None else torch.cat([self.labels] * count)
+        rows = self.rows * count
+        return replace(self, arguments=arguments, rows=rows, positions=positions, real=real, labels=labels)
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The row and the column of each position, as an index of values on `device`."""

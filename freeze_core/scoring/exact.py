@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +22,9 @@ from freeze_core.scoring.question import question_of
 from freeze_core.scoring.sweep import Intervention, Sweep
 
 __all__ = ["exact"]
+
+Stack = tuple[int, list[int]]
+"""A layer, and those of its interventions that are run together."""
 
 
 def exact(
@@ -60,27 +66,50 @@ def _over_batch(
 ) -> None:
     """What is left of one batch. The clean pass is run in any case: later ones draw from where it ends."""
     numbered = dict(zip(wanted, _stretches(map(len, wanted.values())), strict=True))
-    left = {layer: ledger.left(number, indices) for layer, indices in numbered.items()}
-    with passes.running(any(left.values())):
+    left = {index for indices in numbered.values() for index in ledger.left(number, indices)}
+    counts = {layer: len(several) for layer, several in wanted.items()}
+    with passes.running(counts if left else {}):
         clean = metric.rows(number, passes.batch, passes.clean, passes.clean, "unfrozen")
         ledger.start(number, clean, passes)
-        for turn, (layer, several) in enumerate(wanted.items()):
-            if not left[layer]:
-                continue
-            first, mine = numbered[layer].start, ledger.share(left[layer], number + turn)
-            frozen = passes.frozen(layer, [one.freeze for one in several], [index - first for index in mine])
-            for index, logits in zip(mine, frozen, strict=True):
-                heads = " and ".join(f"{name} of {head}" for name, head in several[index - first].heads)
-                where = f"under {heads} of {layer}"
-                change = metric.rows(number, passes.batch, logits, passes.clean, where) - clean
-                if bool(change.isnan().any()):
-                    raise InterventionError(
-                        f"metric={metric.name} is infinite in batch {number}, both unfrozen and {where}: the change is "
-                        "no number; score something that is finite"
-                    )
-                ledger.add(number, index, float(change.sum()))
-                bar.update()
+        for turn, several in enumerate(ledger.rounds(_stacks(passes, numbered, left))):
+            mine = ledger.share(several, number + turn)
+            with closing(_frozen(passes, wanted, numbered, mine)) as frozen:  # not when its last reference is gone
+                for layer, index, logits in frozen:
+                    one = wanted[layer][index - numbered[layer].start]
+                    where = f"under {' and '.join(f'{name} of {head}' for name, head in one.heads)} of {layer}"
+                    change = metric.rows(number, passes.batch, logits, passes.clean, where) - clean
+                    if bool(change.isnan().any()):
+                        raise InterventionError(
+                            f"metric={metric.name} is infinite in batch {number}, both unfrozen and {where}: the "
+                            "change is no number; score something that is finite"
+                        )
+                    ledger.add(number, index, float(change.sum()))
+                    bar.update()
             bar.update(ledger.settle(number))
+
+
+def _stacks(passes: Passes, numbered: Mapping[int, range], left: Collection[int]) -> Iterator[list[Stack]]:
+    """Of each layer what is left of it, stack by stack."""
+    for layer, indices in numbered.items():
+        places = passes.stacks(len(indices))
+        stacks = [[index for index in indices[one.start : one.stop] if index in left] for one in places]
+        yield [(layer, stack) for stack in stacks if stack]
+
+
+def _frozen(
+    passes: Passes,
+    wanted: Mapping[int, Sequence[Intervention]],
+    numbered: Mapping[int, range],
+    stacks: Sequence[Stack],
+) -> Generator[tuple[int, int, Tensor]]:
+    """The logits under each intervention of some stacks, with its layer and its index."""
+    for layer, of_layer in groupby(stacks, key=itemgetter(0)):
+        indices = [index for _, stack in of_layer for index in stack]
+        freezes = [one.freeze for one in wanted[layer]]
+        places = [index - numbered[layer].start for index in indices]
+        with closing(passes.frozen(layer, freezes, places)) as frozen:
+            for index, logits in zip(indices, frozen, strict=True):
+                yield layer, index, logits
 
 
 def _stretches(lengths: Iterable[int]) -> Iterator[range]:

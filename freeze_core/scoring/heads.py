@@ -64,10 +64,12 @@ def score_heads(
 
     Each score is that of a forward pass of its own under `AttentionCircuitFreezer`, to rounding. What such passes have
     in common is computed once where the clean pass shows that it can be: a pass starts at its frozen layer from what
-    the layers before it gave, and what follows the last attention runs at `positions` only. Where layers hand on more
-    than they give (keys and values of an earlier layer, layers run again), each pass is a whole one. The model runs as
-    it is, in its own mode, without gradients; all passes over a batch draw the same dropout, and torch's generators
-    are put back afterwards.
+    the layers before it gave, and what follows the last attention runs at `positions` only. Behind their layer its
+    freezes go on together, as rows of one pass, of 256 tokens at most, so that it takes the memory of a batch of so
+    many; not where a batch has over 85 tokens, rows are not apart, or anything is drawn. Where layers hand on more than
+    they give (keys and values of an earlier layer, layers run again), each pass is a whole one. The model runs as it
+    is, in its own mode, without gradients; all passes over a batch draw the same dropout, and torch's generators are
+    put back afterwards.
 
     That is `exact`. `attribution` estimates all of it from the clean pass and its gradient, and one pass for each set
     of activations that some head has frozen (one a circuit under `head`): what a freeze does to the z of its layer,
@@ -100,7 +102,8 @@ def score_heads(
         ig_steps: of estimates, the points of integrated gradients; 0 is the gradient of the clean pass.
         top: of a screened sweep, how many of the largest scores of each circuit are wanted; `None` is 10.
         budget: of a screened sweep, the share of an exact one that may be run, in layers, the estimates counted (the
-            `top` largest estimates are computed whatever it is); `None` is 0.2.
+            `top` largest estimates are computed whatever it is); `None` is 0.2. Layers are counted as if no freezes
+            went on together: on short batches the share of the time is about twice as large.
         progress: show a bar.
         checkpoint: a file to keep what is done in (safetensors; written whole every few seconds, at the end, and
             whatever is raised, `KeyboardInterrupt`, too). The same call goes on from there and gives the same bits as

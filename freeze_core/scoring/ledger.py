@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from freeze_core.scoring.processes import Processes
 from freeze_core.scoring.question import Question, differing
 
 __all__ = ["Ledger"]
+
+_T = TypeVar("_T")
 
 ROUNDING = 16
 """How many times the rounding of a number two clean passes may differ by: other products on another machine."""
@@ -62,7 +64,18 @@ class Ledger:
         """Those of `interventions` that nobody has done in a batch."""
         return self.kept.left(batch, interventions)
 
-    def share(self, left: Sequence[int], turn: int) -> Sequence[int]:
+    def rounds(self, layers: Iterable[Sequence[_T]]) -> Iterator[list[_T]]:
+        """What is left, given layer by layer: of as many layers at a time as have something for each process."""
+        several: list[_T] = []
+        for of_layer in layers:
+            several += of_layer
+            if len(several) >= self._processes.size:
+                yield several
+                several = []
+        if several:
+            yield several
+
+    def share(self, left: Sequence[_T], turn: int) -> Sequence[_T]:
         """Those that this process is to do."""
         return self._processes.share(left, turn)
 

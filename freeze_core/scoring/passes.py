@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+import math
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -18,12 +19,10 @@ from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.prefix import FAULTS, CachedLayers, close, layers_of
 from freeze_core.scoring.remembered import remembering
+from freeze_core.scoring.stacked import Stacked, Under, stacks, written
 from freeze_core.scoring.tail import Tail, position_wise
 
 __all__ = ["Passes"]
-
-Under = Callable[[], AbstractContextManager[object]]
-"""What makes a context in which a pass is run."""
 
 
 class Passes:
@@ -43,17 +42,18 @@ class Passes:
         self._start = generators.states()
         self._layers: CachedLayers | None = None
         self._tail: Tail | None = None
+        self._stacked: Stacked | None = None
         self.drawn = 0.0
         self.clean = torch.empty(0)
 
     @contextmanager
-    def running(self, others: bool = True) -> Iterator[None]:
+    def running(self, freezes: Mapping[int, int]) -> Iterator[None]:
         """Runs the clean pass and finds out which parts of later ones can be left out; then `frozen` can be called.
 
         Afterwards the generators are as the clean pass left them.
 
         Args:
-            others: whether there will be later passes.
+            freezes: how many the sweep has of each layer; empty if no pass is to follow.
         """
         layers = [] if _compiled(self._model) else layers_of(self._model, self._sites)
         cached, tail = CachedLayers(layers, self._generators), self._tail_of(layers)
@@ -61,12 +61,16 @@ class Passes:
             stack.enter_context(cached.attached())
             if tail:
                 stack.enter_context(tail.attached())
+            before = written(self._model)
             with cached.recording():
                 self.clean = self._at_positions(self._logits())
+            keeps_nothing = written(self._model) == before
             self.drawn = self._generators.drawn(self._start)
             stack.callback(self._generators.put, self._generators.states())
-            if layers and others:
+            if layers and freezes:
                 self._shorten(cached, tail)
+                if keeps_nothing:
+                    self._stack(freezes)
             yield
 
     def whole(self, freezes: Sequence[LayerFreeze] = ()) -> Tensor:
@@ -74,11 +78,15 @@ class Passes:
         with install([(self._sites, freezes)]):
             return self._at_positions(self._logits())
 
-    def frozen(self, layer: int, freezes: Sequence[LayerFreeze], wanted: Collection[int]) -> Iterator[Tensor]:
+    def stacks(self, freezes: int) -> list[range]:
+        """Of so many freezes of a layer the places of those that run together: some of them cost as much as all."""
+        return stacks(freezes, self._stacked.most if self._stacked else 1)
+
+    def frozen(self, layer: int, freezes: Sequence[LayerFreeze], wanted: Collection[int]) -> Generator[Tensor]:
         """The logits at the positions `[row, position, word]` under freezes of one layer, in turn.
 
         Args:
-            freezes: all that the sweep has of this layer: they decide which passes are unembedded together.
+            freezes: all that the sweep has of this layer: they decide which are run and unembedded together.
             wanted: the indices of those that are run; the bits of their logits do not depend on which these are.
         """
         with ExitStack() as stack:
@@ -86,43 +94,58 @@ class Passes:
                 stack.enter_context(self._layers.starting_at(layer))
                 projections = self._sites.by_layer[layer].layout.shared.modules.values()
                 stack.enter_context(remembering(list(projections), self._generators))
-            at_once = self._tail.at_once if self._tail else 1
-            for start in range(0, len(freezes), at_once):
-                several = [
-                    partial(install, [(self._sites, [freezes[index]])]) if index in wanted else None
-                    for index in range(start, min(start + at_once, len(freezes)))
-                ]
-                if any(several):
-                    yield from self._together(several)
+            unders = [
+                partial(install, [(self._sites, [freeze])]) if index in wanted else None
+                for index, freeze in enumerate(freezes)
+            ]
+            several = [[unders[place] for place in places] for places in self.stacks(len(freezes))]
+            at_once = max(1, self._tail.at_once // max(map(len, several))) if self._tail else 1
+            for start in range(0, len(several), at_once):
+                together = several[start : start + at_once]
+                if any(map(any, together)):
+                    yield from self._together(together, layer)
 
-    def _together(self, several: Sequence[Under | None]) -> Iterator[Tensor]:
+    def _together(self, several: Sequence[Sequence[Under | None]], layer: int = 0) -> Iterator[Tensor]:
         """The logits of a pass under each of several freezes, say, unembedded together where that pays.
 
-        `None` is a pass that is not run; it has none.
+        Args:
+            several: those that are run together, `None` one that is not run; it has no logits.
+            layer: the one that is frozen, where several are run together.
         """
-        together = self._tail is not None and self._tail.at_once > 1
-        for under in several:
-            if under is None:
-                if self._tail and together:
-                    self._tail.leave_out()
+        unders = [under for together in several for under in together]
+        if self._tail is None or self._tail.at_once == 1:
+            yield from (self._alone(under) for under in unders if under)
+            return
+        stacked = self._stacked if layer < len(self._layers or ()) - 1 else None
+        for together in several:
+            if stacked and len(together) > 1 and any(together):
+                stacked.keep(layer, together)
                 continue
-            with under():
-                if self._tail is None:
-                    yield self._at_positions(self._logits())
-                elif together:
-                    with self._tail.doing("keep"):
-                        self._logits()
-                else:
-                    with self._tail.doing("run"):
-                        yield self._logits()
-        if self._tail and self._layers and together:
-            with self._layers.starting_at(len(self._layers)), self._tail.doing("give"):
-                chunks = self._logits().chunk(len(several))
-            yield from (logits for logits, under in zip(chunks, several, strict=True) if under is not None)
+            for under in together:
+                if under is None:
+                    self._tail.leave_out()
+                    continue
+                with under(), self._tail.doing("keep"):
+                    self._logits()
+        yield from (logits for logits, under in zip(self._unembedded(len(unders)), unders, strict=True) if under)
 
-    def _logits(self) -> Tensor:
+    def _alone(self, under: Under) -> Tensor:
+        with under():
+            if self._tail is None:
+                return self._at_positions(self._logits())
+            with self._tail.doing("run"):
+                return self._logits()
+
+    def _unembedded(self, count: int) -> Sequence[Tensor]:
+        """The logits at the positions of so many passes whose states the tail has kept."""
+        assert self._layers
+        assert self._tail
+        with self._layers.starting_at(len(self._layers)), self._tail.doing("give"):
+            return self._logits().chunk(count)
+
+    def _logits(self, batch: Batch | None = None) -> Tensor:
         self._generators.put(self._start)
-        return logits_of(run(self._model, self.batch.arguments))
+        return logits_of(run(self._model, (batch or self.batch).arguments))
 
     def _at_positions(self, logits: Tensor) -> Tensor:
         """Of logits of all columns those at the positions."""
@@ -171,20 +194,56 @@ class Passes:
         what follows the layers may read something behind their backs, or of other rows.
         """
         self._tail = tail
+        ways: list[list[Under | None]] = [[cached.upsetting], [partial(cached.starting_at, len(cached) - 1)]]
+        found = self._tried(lambda: list(self._together(ways))[1])
+        if found is not None:
+            self.clean = found  # made as the frozen ones are made
+            return True
+        self._tail = None
+        return False
+
+    def _stack(self, freezes: Mapping[int, int]) -> None:
+        """Has freezes of one layer run together, where that pays and the clean pass shows that rows are apart."""
+        config = getattr(self._model, "config", None)
+        decodes = bool(getattr(config, "is_encoder_decoder", False))  # its encoder would be run twice as often
+        if not self._layers or not self._tail or self.drawn or decodes or not self.batch.by_token:
+            return
+        stacked, first = Stacked(self._layers, self._tail, self.batch, self._logits), min(freezes)
+        if not stacked.pays(freezes):
+            return
+
+        def beside_others() -> Tensor:
+            stacked.keep_beside_others(first)
+            return self._unembedded(3)[1]
+
+        if self._tried(beside_others) is not None:
+            self._stacked = stacked
+
+    def _tried(self, way: Callable[[], Tensor]) -> Tensor | None:
+        """What `way` gives, if that are the clean logits but for the products' other shapes."""
         try:
-            _, found = self._together([cached.upsetting, partial(cached.starting_at, len(cached) - 1)])
+            found = way()
         except torch.OutOfMemoryError:
             raise
         except FAULTS:
             found = None
-        bound = 8 * torch.finfo(self.clean.dtype).eps
+        bound = _rounding(self.clean.dtype, self._tail.width if self._tail else 0)
         if found is not None and close(found, self.clean, bound):
-            self.clean = found  # made as the frozen ones are made
-            return True
-        if tail:
-            tail.forget()
-        self._tail = None
-        return False
+            return found
+        if self._tail:
+            self._tail.forget()
+        return None
+
+
+def _rounding(dtype: torch.dtype, terms: int) -> float:
+    """What two products of other shapes may differ by, as a share of their largest number.
+
+    Some roundings of a number, and those of its sum: for terms of either sign they are as large as the typical sum
+    times the root of their number (N. J. Higham and T. Mary, "A new approach to probabilistic rounding error analysis",
+    2019), and are in float32 at least.
+    """
+    eps = torch.finfo(dtype).eps
+    return 8 * eps + math.sqrt(terms) * min(eps, torch.finfo(torch.float32).eps)
 
 
 def _compiled(model: nn.Module) -> bool:

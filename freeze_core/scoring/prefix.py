@@ -53,15 +53,19 @@ class CachedLayer(ReplacedForward):
     def __init__(self, module: nn.Module, generators: Generators) -> None:
         super().__init__(module)
         self._generators = generators
-        self._output: Any = None
+        self.output: Any = None
         self._after: list[Tensor] | None = None
-        self.doing: Literal["run", "record", "give", "compare", "upset"] = "run"
+        self.doing: Literal["run", "record", "give", "compare", "upset", "keep", "stand"] = "run"
         self.runs = 0
         self.alike = False
+        self.kept: Any = None
+        self.copies: Sequence[Any] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.doing == "give":
             return self._give()
+        if self.doing == "stand":
+            return _stacked(self.copies)
         if self.doing == "upset":
             given = {name: _negated(value) for name, value in kwargs.items()}
             return self.original(*(_negated(value) for value in args), **given)
@@ -69,22 +73,29 @@ class CachedLayer(ReplacedForward):
         output = self.original(*args, **kwargs)
         if self.doing == "record":
             self.runs += 1
-            self._output = output
+            self.output = output
             self._after = self._generators.states() if self._generators.drew(before) else None
         elif self.doing == "compare":
-            self.alike = _alike(output, self._output)
+            self.alike = _alike(output, self.output)
             return self._give()
+        elif self.doing == "keep":
+            self.kept = output
         return output
 
     def _give(self) -> Any:
         if self._after is not None:  # what comes after draws what it drew in the clean pass
             self._generators.put(self._after)
-        return self._output
+        return self.output
+
+    def taken(self) -> Any:
+        """What was kept, once."""
+        kept, self.kept = self.kept, None
+        return kept
 
     @property
     def gives(self) -> bool:
         """Whether it ran once, and gave only tensors."""
-        return self.runs == 1 and all(one is None or isinstance(one, Tensor) for one in _parts(self._output))
+        return self.runs == 1 and all(one is None or isinstance(one, Tensor) for one in _parts(self.output))
 
 
 class CachedLayers:
@@ -117,6 +128,31 @@ class CachedLayers:
         later = len(self._layers) - layer
         with self._doing(["give"] * layer + ["run"] * later):
             yield
+
+    @contextmanager
+    def only(self, layer: int) -> Iterator[Callable[[], Any]]:
+        """Passes run `layer` alone; the others give what they gave. What is yielded tells what it gave in the last."""
+        doing: list[Any] = ["give"] * len(self._layers)
+        doing[layer] = "keep"
+        with self._doing(doing):
+            yield self._layers[layer].taken
+
+    @contextmanager
+    def behind(self, layer: int, outputs: Sequence[Any]) -> Iterator[None]:
+        """Passes over several copies of the batch start behind `layer`, which gives `outputs`, one for each copy."""
+        several = [[before.output] * len(outputs) for before in self._layers[:layer]] + [list(outputs)]
+        for one, copies in zip(self._layers, several, strict=False):
+            one.copies = copies
+        try:
+            with self._doing(["stand"] * (layer + 1) + ["run"] * (len(self) - layer - 1)):
+                yield
+        finally:
+            for one in self._layers:
+                one.copies = ()
+
+    def clean(self, layer: int) -> Any:
+        """What `layer` gave in the clean pass."""
+        return self._layers[layer].output
 
     @contextmanager
     def upsetting(self) -> Iterator[None]:
@@ -163,6 +199,12 @@ class CachedLayers:
 
 def _parts(output: Any) -> tuple[Any, ...]:
     return output if type(output) is tuple else (output,)
+
+
+def _stacked(outputs: Sequence[Any]) -> Any:
+    """Several outputs of one layer as that of rows one below the other."""
+    parts = [one[0] if one[0] is None else torch.cat(one) for one in zip(*map(_parts, outputs), strict=True)]
+    return tuple(parts) if type(outputs[0]) is tuple else parts[0]
 
 
 def _tensors(output: Any) -> list[Tensor]:

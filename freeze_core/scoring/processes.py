@@ -67,7 +67,8 @@ class Processes:
     def share(self, left: Sequence[_T], turn: int) -> Sequence[_T]:
         """This process's part of what is left: a stretch as long as the others', to one.
 
-        All that is left being of one layer, the shares cost the same; `turn` has the longer ones go round.
+        What is left being of one layer, or of a few next to each other, the shares cost much the same; `turn` has the
+        longer ones go round.
         """
         place = (self.rank + turn) % self.size
         return left[len(left) * place // self.size : len(left) * (place + 1) // self.size]

@@ -32,18 +32,18 @@ class AtPositions(ReplacedForward):
 
     def __init__(self, module: nn.Module, batch: Batch) -> None:
         super().__init__(module)
-        self._batch = batch
+        self.batch = batch
         self.rest = 0.0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
-        if not isinstance(x, Tensor) or x.shape[:2] != (self._batch.rows, self._batch.columns):
+        if not isinstance(x, Tensor) or x.shape[:2] != (self.batch.rows, self.batch.columns):
             return self.original(*args, **kwargs)
-        wanted = self.original(self._batch.at_positions(x))
-        if not isinstance(wanted, Tensor) or wanted.shape[:2] != self._batch.positions.shape:
+        wanted = self.original(self.batch.at_positions(x))
+        if not isinstance(wanted, Tensor) or wanted.shape[:2] != self.batch.positions.shape:
             raise InterventionError(f"a {type(self.module).__name__} does not give a tensor [batch, token, …]")
         whole = wanted.new_full((*x.shape[:2], *wanted.shape[2:]), self.rest)
-        whole[self._batch.index(x.device)] = wanted
+        whole[self.batch.index(x.device)] = wanted
         return whole
 
 
@@ -52,11 +52,13 @@ class Unembedding(ReplacedForward):
 
     def __init__(self, module: nn.Module, batch: Batch) -> None:
         super().__init__(module)
-        self._batch = batch
+        self.batch = batch
+        self._rows = batch.rows
         self._like = torch.empty(0)
         self.doing: Literal["look", "skip", "keep", "give", "run"] = "look"
         self.states: list[Tensor | None] = []
         self.runs = 0
+        self.width = 0
 
     @property
     def words(self) -> int:
@@ -67,17 +69,17 @@ class Unembedding(ReplacedForward):
         self.runs += 1
         if self.doing == "look":
             logits = self.original(states, *args, **kwargs)
+            self.width = states.shape[-1]
             self._like = logits.new_empty(0, *logits.shape[1:])
             return logits
-        if states.shape[:2] != (self._batch.rows, self._batch.columns):
+        if states.shape[:2] != (self.batch.rows, self.batch.columns):
             raise InterventionError(f"the unembedding is given {list(states.shape)}, not [batch, token, feature]")
-        if self.doing == "skip":
-            return self._like.new_zeros(self._batch.rows, 1, *self._like.shape[2:])
         if self.doing == "run":
-            return self.original(self._batch.at_positions(states), *args, **kwargs)
-        if self.doing == "keep":
-            self.states.append(self._batch.at_positions(states))
-            return self._like.new_zeros(*self._batch.positions.shape, *self._like.shape[2:])
+            return self.original(self.batch.at_positions(states), *args, **kwargs)
+        if self.doing in ("skip", "keep"):
+            if self.doing == "keep":
+                self.states += self.batch.at_positions(states).split(self._rows)
+            return self._like.new_zeros(self.batch.rows, 1, *self._like.shape[2:])
         kept, self.states = _filled(self.states), []
         return self.original(kept, *args, **kwargs)
 
@@ -130,6 +132,11 @@ class Tail:
         return self._unembedding.runs
 
     @property
+    def width(self) -> int:
+        """How many features a logit is the sum of."""
+        return self._unembedding.width
+
+    @property
     def at_once(self) -> int:
         """How many passes have their states unembedded together."""
         words = max(1, self._unembedding.words)
@@ -159,6 +166,18 @@ class Tail:
     def forget(self) -> None:
         """Drops states that were kept."""
         self._unembedding.states = []
+
+    @contextmanager
+    def over(self, copies: Batch) -> Iterator[None]:
+        """Passes are over copies of the batch, the states of each of which are kept by themselves."""
+        modules: list[AtPositions | Unembedding] = [self._unembedding, *self._parts]
+        try:
+            for module in modules:
+                module.batch = copies
+            yield
+        finally:
+            for module in modules:
+                module.batch = self._batch
 
     @contextmanager
     def doing(self, what: Literal["skip", "keep", "give", "run"]) -> Iterator[None]:

@@ -87,8 +87,8 @@ def test_what_is_left_alone_is_run(tmp_path):
     model.lm_head.forward = lambda states: (products.append(tuple(states.shape[:2])), original(states))[1]
     scored(model, path, Stops(), positions="last")
     assert len(runs) == 3 + 3  # the clean passes; three that look at the last batch
-    # Clean, clean, clean, two to find out, and the passes of a layer, those that are left out as zeros.
-    assert products == [(2, 7), (1, 5), (2, 7), (4, 1), (16, 1)]
+    # Clean, clean, clean, two and three to find out, and the passes of a layer, those that are left out as zeros.
+    assert products == [(2, 7), (1, 5), (2, 7), (4, 1), (6, 1), (16, 1)]
 
 
 def test_a_sweep_is_kept_from_time_to_time(tmp_path, monkeypatch):
