@@ -222,7 +222,7 @@ def _measured(
             for number, batch in enumerate(batches):
                 config = _config(question, others[number], generators) if others else question.config
                 passes = Passes(question.model, question.sites, batch, generators)
-                with passes.running(others=False):
+                with passes.running({}):
                     for run in RUNS:
                         freezes = question.freezes(run, config)
                         logits = passes.whole(freezes) if run != RUNS[0] else passes.clean

@@ -58,16 +58,16 @@ class PatchSweep:
         """Those that are patched."""
         return [freeze.layer for freeze in resolve(next(iter(self.configs.values())), self.sites)]
 
-    def patches(self) -> int:
-        """How many patches a pair has.
+    def patches(self) -> dict[int, int]:
+        """How many patches a pair has, by layer.
 
         Raises:
             CircuitFreezeError: one of them cannot be served.
         """
         if self.by == "head":
-            return sum(map(len, interventions(self.sites, self.configs).values()))
+            return {layer: len(several) for layer, several in interventions(self.sites, self.configs).items()}
         columns = self.pairs[0].clean.columns + prompt_of(self.sites.stack)
-        return len(self.layers) * len(self.configs) * columns
+        return dict.fromkeys(self.layers, len(self.configs) * columns)
 
     def rows(self, number: int, logits: Tensor, clean: Tensor, where: str) -> Tensor:
         """The metric of the rows of pair `number`, `[row]` in float64.
@@ -93,11 +93,11 @@ class Unpatched(NamedTuple):
     corrupted: Tensor
 
 
-def measured(sweep: PatchSweep, patches: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def measured(sweep: PatchSweep, patches: Mapping[int, int]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The metric of each prompt: patched, by circuit `[layer, cell, prompt]`, clean `[prompt]` and corrupted.
 
     Args:
-        patches: how many a pair has, for the bar.
+        patches: how many a pair has, by layer.
 
     Raises:
         InterventionError: it is the same in both runs, or what a pass cannot serve.
@@ -110,9 +110,10 @@ def measured(sweep: PatchSweep, patches: int) -> tuple[dict[str, Tensor], Tensor
         runs = [_unpatched(sweep, number, generators) for number in range(len(sweep.pairs))]
         clean, corrupted = (torch.cat([getattr(run, name) for run in runs]) for name in ("clean", "corrupted"))
         refuse_equal(sweep.metric.name, clean, corrupted, "in the clean and in the corrupted run")
-        with tqdm(total=patches * len(runs), desc="patch_activations", unit="patch", disable=not sweep.progress) as bar:
+        total = sum(patches.values()) * len(runs)
+        with tqdm(total=total, desc="patch_activations", unit="patch", disable=not sweep.progress) as bar:
             for number, run in enumerate(runs):
-                baseline, cells = _of_pair(sweep, number, run.start, generators, bar)
+                baseline, cells = _of_pair(sweep, number, patches, run.start, generators, bar)
                 baselines.append(baseline)
                 for cell, rows in cells.items():
                     patched[cell].append(rows)
@@ -134,12 +135,12 @@ def _unpatched(sweep: PatchSweep, number: int, generators: Generators) -> Unpatc
 
 def _logits(sweep: PatchSweep, batch: Batch, generators: Generators) -> Tensor:
     passes = Passes(sweep.model, sweep.sites, batch, generators)
-    with passes.running(others=False):
+    with passes.running({}):
         return passes.clean
 
 
 def _of_pair(
-    sweep: PatchSweep, number: int, start: list[Tensor], generators: Generators, bar: Any
+    sweep: PatchSweep, number: int, counts: Mapping[int, int], start: list[Tensor], generators: Generators, bar: Any
 ) -> tuple[Tensor, dict[tuple[str, int, int], Tensor]]:
     """The metric `[row]` of the run that is patched, and under each patch by circuit, layer and cell."""
     pair = sweep.pairs[number]
@@ -159,7 +160,7 @@ def _of_pair(
     generators.put(start)
     passes = Passes(sweep.model, sweep.sites, into, generators)
     found: dict[tuple[str, int, int], Tensor] = {}
-    with passes.running():
+    with passes.running(counts):
         clean = passes.clean if clean is None else clean
         baseline = sweep.rows(number, passes.clean, clean, "unpatched")
         for several in patches:
