@@ -71,7 +71,7 @@ class Faithfulness:
 
     @cached_property
     def gap(self) -> Estimate:
-        """m(M) - m(empty), which there is to keep: where its interval holds 0, the ratios are of nothing sure."""
+        """m(M) - m(empty), which there is to keep. Where its interval holds 0, the ratios are of nothing sure."""
         return self.resampling.estimate(average, self._gap)
 
     @property
@@ -80,12 +80,12 @@ class Faithfulness:
 
     @cached_property
     def faithfulness(self) -> Estimate:
-        """(m(C) - m(empty)) / (m(M) - m(empty)): 1 where the set alone does what the model does."""
+        """(m(C) - m(empty)) / (m(M) - m(empty)), 1 where the set alone does what the model does."""
         return self._share("circuit")
 
     @cached_property
     def completeness(self) -> Estimate:
-        """(m(M without C) - m(empty)) / (m(M) - m(empty)): 0 where nothing is left that does it without the set."""
+        """(m(M without C) - m(empty)) / (m(M) - m(empty)), 0 where nothing is left that does it without the set."""
         return self._share("complement")
 
     def _share(self, run: str) -> Estimate:

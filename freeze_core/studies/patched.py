@@ -72,7 +72,7 @@ class PatchingStudy:
 
     @cached_property
     def gap(self) -> Estimate:
-        """What there is to restore, or break: the metric of the other run minus `baseline`, the mean over prompts."""
+        """What there is to restore, or to break, which is the metric of the other run minus `baseline`, the mean over prompts."""
         return self.resampling.estimate(average, self._gap)
 
     @cached_property
@@ -82,7 +82,7 @@ class PatchingStudy:
 
     @cached_property
     def normalised(self) -> dict[str, Estimates]:
-        """The same as a share of the gap between the runs, a ratio of means: 0 as `baseline`, 1 as the other run.
+        """The same as a share of the gap between the runs, a ratio of means. 0 as `baseline`, 1 as the other run.
 
         In draws of prompts that have no gap the share is infinite, and so may an end of its interval be; where the
         interval of `gap` holds 0, shares are of nothing sure.
