@@ -72,7 +72,7 @@ class PatchingStudy:
 
     @cached_property
     def gap(self) -> Estimate:
-        """What there is to restore, or to break, which is the metric of the other run minus `baseline`, the mean over prompts."""
+        """What there is to restore, or to break. The metric of the other run minus `baseline`, a mean over prompts."""
         return self.resampling.estimate(average, self._gap)
 
     @cached_property

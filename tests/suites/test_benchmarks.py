@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +79,26 @@ def test_a_twin_shares_all_weights_and_no_module() -> None:
     other = twin(model)
     assert all(one is two for one, two in zip(model.parameters(), other.parameters(), strict=True))
     assert not {*model.modules()} & {*other.modules()}
+
+
+def test_a_freeze_that_costs_more_than_its_limit_fails_in_one_line(tmp_path: Path) -> None:
+    test = "circuitfreeze/bench_overhead.py::bench_frozen_forward[gpt2-one_head_ov_zero]"
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--circuitfreeze", "--circuitfreeze-bench", test]
+    # In a worker of xdist pytest-benchmark would measure nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    for limit, status in ((0.5, 1), (50.0, 0)):
+        ran = subprocess.run(
+            [*command, f"--circuitfreeze-bench-limit={limit}", "--circuitfreeze-report=out"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == status, ran.stdout
+        told = [line for line in ran.stdout.splitlines() if line.startswith("a forward under one_head_ov_zero costs")]
+        assert len(told) == status
+        assert all(line.endswith(f"the limit is {limit:g}") for line in told)
+        assert "Traceback" not in ran.stdout
+        (result,) = json.loads((tmp_path / "out" / "report.json").read_text())["results"]
+        assert result["benchmark"]["target"] == limit
