@@ -13,6 +13,7 @@ from pytest_circuitfreeze.results import Result
 
 LARGEST = 1024 * 1024
 """Bytes of a summary that GitHub takes; it drops all of a larger one."""
+CUT = b"\n\nCut here: this is as much as a summary may hold. The report itself has all.\n"
 MOST = 10
 """Annotations of one kind that GitHub shows of a step."""
 
@@ -41,11 +42,13 @@ def add_summary(text: str, environment: Mapping[str, str] = os.environ) -> None:
     """
     if not summary_is_wanted(environment):
         return
-    content = text.encode()
-    if len(content) > LARGEST:
-        note = "\n\nCut here: this is as much as a summary may hold. The report itself has all.\n"
-        content = content[: LARGEST - len(note)].decode(errors="ignore").encode() + note.encode()
-    with Path(environment["GITHUB_STEP_SUMMARY"]).open("ab") as file:
+    path = Path(environment["GITHUB_STEP_SUMMARY"])
+    with path.open("ab") as file:
+        room = LARGEST - file.tell()
+        content = text.encode(errors="backslashreplace")
+        if len(content) > room:
+            kept = content[: max(0, room - len(CUT))].decode(errors="ignore").encode()
+            content = kept + CUT if kept else b""
         file.write(content)
 
 

@@ -39,8 +39,9 @@ class Row:
 
 def columns(results: Iterable[Result], order: Sequence[str]) -> tuple[str, ...]:
     """The models that were run, in the order asked for; then :data:`WITHOUT_MODEL` if a test was about none."""
-    seen = {result.model for result in results}
+    seen = dict.fromkeys(result.model for result in results)
     named = tuple(model for model in order if model in seen)
+    named += tuple(model for model in seen if model is not None and model not in order)
     return named + ((WITHOUT_MODEL,) if None in seen else ())
 
 
@@ -78,7 +79,7 @@ def totals(results: Sequence[Result]) -> str:
     if tightest is None or tightest.error == 0.0:
         return line
     share = f"{used(tightest.error, tightest.bound):.0%}"
-    return f"{line}\nclosest to its bound: {words(tightest.claim)}, {tightest.model}, {share} of it"
+    return f"{line}\nclosest to its bound: {words(tightest.claim)}, {tightest.model or WITHOUT_MODEL}, {share} of it"
 
 
 def _of(results: Iterable[Result], outcome: str) -> list[Result]:

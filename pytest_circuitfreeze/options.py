@@ -90,7 +90,11 @@ def parse_device(text: str) -> str:
 def parse_report(text: str) -> Path:
     """A folder to write into, which need not exist yet."""
     path = Path(text)
-    if not text.strip() or (path.exists() and not path.is_dir()):
+    try:
+        taken = path.exists() and not path.is_dir()
+    except OSError:  # a name that is too long, say
+        taken = True
+    if not text.strip() or taken:
         raise ValueError(f"{text!r} is no folder to write a report into")
     return path
 

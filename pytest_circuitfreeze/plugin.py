@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
                 raise pytest.UsageError(f"{flag} is about the shipped suites; give --circuitfreeze too")
         return
     settings = settings_of(config)
+    if settings.report is not None:
+        _make_folder(settings.report)
     if settings.bench:
         _check_benchmarks_can_run(config)
     elif settings.bench_limit is not None:
@@ -67,6 +70,14 @@ def pytest_configure(config: pytest.Config) -> None:
     register(settings.profile)
     config.pluginmanager.register(SuiteCollection(config), "circuitfreeze-collection")
     config.pluginmanager.register(SuiteRun(config), "circuitfreeze-run")
+
+
+def _make_folder(path: Path) -> None:
+    """A folder that cannot be had is told before the run, not behind it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pytest.UsageError(f"--circuitfreeze-report: {str(path)!r} cannot be made: {error.strerror}") from error
 
 
 def _check_benchmarks_can_run(config: pytest.Config) -> None:
@@ -87,6 +98,9 @@ class SuiteRun:
         self._accepted = AcceptedFailures(self._settings.accepted)
         self._results = Results()
         self._started = datetime.now(UTC)
+        self._chosen: set[str] = set()
+        self._ended: set[str] = set()
+        self._uncollected = False
         self._report_lines: list[str] = []
 
     def pytest_report_header(self) -> str:
@@ -97,6 +111,19 @@ class SuiteRun:
     def pytest_configure_node(self, node: Any) -> None:
         """Hands the seed to a worker of a distributed run, which cannot draw the same one."""
         node.workerinput[WORKER_SEED] = self._settings.seed
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Keeps which tests there are to run."""
+        self._chosen.update(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """The same of a distributed run, whose controller collects nothing itself."""
+        self._chosen.update(ids)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keeps whether some file could not be collected."""
+        self._uncollected |= report.failed
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -139,35 +166,51 @@ class SuiteRun:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keeps every report of a claim; in a distributed run the controller gets all of them."""
-        self._results.add(report)
+        if report.when == "teardown":
+            self._ended.add(report.nodeid)
+        self._results.add(report, self._settings.engine)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Writes the report, on the controller alone; one that cannot be written fails the run."""
         wanted = self._settings.report is not None or github.summary_is_wanted()
-        if not wanted or hasattr(self._config, "workerinput"):
+        if not wanted or hasattr(self._config, "workerinput") or self._config.option.collectonly:
             return
-        try:
-            self._report_lines = self._write_report(session)
-        except OSError as error:
-            self._report_lines = [f"ERROR the report cannot be written: {error}"]
-            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            self._report_lines.append("report: nothing was run; a former report is as it was")
+            return
+        document = self._document(session)
+        for write in (self._write_report, self._add_summary):
+            try:
+                self._report_lines += write(document)
+            except Exception as error:  # a traceback here would hide what the run found
+                self._report_lines.append(f"ERROR the report cannot be written: {type(error).__name__}: {error}")
+                session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
-    def _write_report(self, session: pytest.Session) -> list[str]:
-        """Writes what was asked for, and says where it is."""
+    def _document(self, session: pytest.Session) -> dict[str, Any]:
         from pytest_circuitfreeze import reports
 
-        # Interrupted, or ended by --maxfail: what was chosen has not all run.
-        stopped = session.exitstatus == pytest.ExitCode.INTERRUPTED or session.shouldstop or session.shouldfail
+        # Whatever ended the run early, a worker's death among it: a test that has not ended is missing.
+        complete = self._chosen <= self._ended and not self._uncollected
         seconds = (datetime.now(UTC) - self._started).total_seconds()
-        ended = reports.Ended(int(session.exitstatus), not stopped, self._started, seconds)
-        document = reports.build(self._settings, versions(), self._results, ended)
-        github.add_summary(reports.markdown.render(reports.parse(document)))
+        ended = reports.Ended(int(session.exitstatus), complete, self._started, seconds)
+        return reports.build(self._settings, versions(), self._results, ended)
+
+    def _write_report(self, document: dict[str, Any]) -> list[str]:
+        """Writes the files that were asked for, and says where they are."""
+        from pytest_circuitfreeze import reports
+
         if self._settings.report is None:
             return []
         lines = [f"report: {path}" for path in reports.write(document, self._settings.report)]
         if not reports.plots.available():
             lines.append(f"report: no plots, which need matplotlib ({reports.plots.EXTRA})")
         return lines
+
+    def _add_summary(self, document: dict[str, Any]) -> list[str]:
+        from pytest_circuitfreeze import reports
+
+        github.add_summary(reports.markdown.render(reports.parse(document)))
+        return []
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """The table. Workers have no terminal, so only the controller comes here."""

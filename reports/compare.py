@@ -17,12 +17,13 @@ from pytest_circuitfreeze.matrix import NOT_RUN, WORDS
 from pytest_circuitfreeze.reports.document import Report
 from pytest_circuitfreeze.reports.markdown import escape
 from pytest_circuitfreeze.reports.markdown import shown as setting
-from pytest_circuitfreeze.results import WITHOUT_MODEL
+from pytest_circuitfreeze.results import WITHOUT_MODEL, Result
 
-BAD = {WORDS["failed"], WORDS["error"], WORDS["skipped"]}
+BAD = {WORDS["failed"], WORDS["error"]}
 NOISES = 3.0
-"""How many times its noise a difference of medians is, to be told: the quartiles of a median that is measured n times
-lie about 1 / sqrt(n) of the values' own apart, and two runs on one machine differ by more than that."""
+"""How many times its noise a difference of medians is, to be told."""
+BETWEEN = 0.02
+"""What a run of its own adds to that noise, as a share: the same code, started twice, differs by some hundredths."""
 
 
 class Change(NamedTuple):
@@ -108,24 +109,27 @@ def _conditions(old: Report, new: Report) -> list[tuple[str, str, str]]:
 
 
 def _claims(old: Report, new: Report) -> list[Change]:
-    before, after = _cells(old), _cells(new)
-    messages = {(one.claim, one.model or WITHOUT_MODEL): one.message for one in new.results if one.message}
+    before, after = _words(old), _words(new)
+    messages = {_key(one): one.message for one in new.everything if one.message}
     return [
-        Change(*key, before.get(key, NOT_RUN), after.get(key, NOT_RUN), messages.get(key, ""))
+        Change(*key[1:], before.get(key, NOT_RUN), after.get(key, NOT_RUN), messages.get(key, ""))
         for key in dict.fromkeys([*before, *after])
         if before.get(key, NOT_RUN) != after.get(key, NOT_RUN)
     ]
 
 
-def _cells(report: Report) -> dict[tuple[str, str], str]:
-    """The words of the matrix by claim and model."""
-    models = matrix.columns(report.results, report.targets)
-    return {
-        (row.claim, model): word
-        for row in matrix.rows(report.results, models)
-        for model, word in zip(models, row.cells, strict=True)
-        if word != NOT_RUN
-    }
+def _words(report: Report) -> dict[tuple[str, str, str], str]:
+    """What the matrix says of each claim on each model, and the like of each benchmark."""
+    found: dict[tuple[str, str, str], list[Result]] = {}
+    for result in report.everything:
+        found.setdefault(_key(result), []).append(result)
+    return {key: matrix.cell(several, key[2]) for key, several in found.items()}
+
+
+def _key(result: Result) -> tuple[str, str, str]:
+    """File, claim and model; a benchmark is told by its whole name."""
+    claim = result.id.rpartition("::")[2] if result.is_benchmark else result.claim
+    return result.file, claim, result.model or WITHOUT_MODEL
 
 
 def _costs(old: Iterable[Benchmark], new: Iterable[Benchmark]) -> list[Slower]:
@@ -142,7 +146,7 @@ def _cost(name: str, old: Benchmark, new: Benchmark) -> Slower | None:
     """What the engines under test cost, where they differ beyond the noise; a run without a spread has no noise."""
     first, second = (one["ratios"][one["engine"]] for one in (old, new))
     ratio = second["median"] / first["median"] if first["median"] else float("inf")
-    noise = sum(_noise(one) ** 2 for one in (old, new)) ** 0.5
+    noise = sum(_noise(one) ** 2 + BETWEEN**2 for one in (old, new)) ** 0.5
     apart = second["low"] > first["high"] or second["high"] < first["low"]
     if not apart or abs(ratio - 1) <= NOISES * noise:
         return None

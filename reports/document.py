@@ -17,6 +17,7 @@ Schema 2, all of it plain data:
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,7 @@ from pytest_circuitfreeze.settings import Settings
 SCHEMA = 2
 LISTS = ("refusals", "not_offered")
 """The fields of a result that hold several texts."""
+MARGINS = ("error", "bound")
 
 
 class ReportError(Exception):
@@ -103,8 +105,14 @@ def build(settings: Settings, versions: Mapping[str, str], results: Iterable[Res
         "seconds": round(ended.seconds, 1),
         "environment": {**versions, **machine()},
         "settings": {**chosen, "architectures": list(chosen["architectures"]), "models": list(chosen["models"])},
-        "results": [asdict(result) | {name: list(getattr(result, name)) for name in LISTS} for result in results],
+        "results": [_plain(result) for result in results],
     }
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    """A result as plain data; strict JSON has no number that is not finite."""
+    margins = {name: value if math.isfinite(value := getattr(result, name)) else str(value) for name in MARGINS}
+    return asdict(result) | margins | {name: list(getattr(result, name)) for name in LISTS}
 
 
 def machine() -> dict[str, str]:
@@ -141,7 +149,7 @@ def read(path: Path) -> Report:
         return parse(document)
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReportError(f"{path} is no circuitfreeze report: {type(error).__name__}: {error}") from error
 
 
@@ -151,10 +159,13 @@ def parse(document: Mapping[str, Any]) -> Report:
     Raises:
         ValueError, KeyError, TypeError: it is none.
     """
-    # JSON has lists alone.
-    results = tuple(
-        Result(**{**entry, **{name: tuple(entry.get(name, ())) for name in LISTS}}) for entry in document["results"]
-    )
+    results = tuple(map(_result, document["results"]))
     started = datetime.fromisoformat(document["started"])
     ended = Ended(document["exit_status"], document["complete"], started, document["seconds"])
     return Report(document["settings"], document["environment"], ended, results)
+
+
+def _result(entry: Mapping[str, Any]) -> Result:
+    lists = {name: tuple(entry.get(name, ())) for name in LISTS}  # JSON has lists alone
+    margins = {name: float(entry[name]) for name in MARGINS}
+    return Result(**{**entry, **lists, **margins})

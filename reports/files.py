@@ -36,10 +36,10 @@ def render(report: Report, folder: Path) -> list[Path]:
     """
     drawn = {theme: plots.draw(report, theme) for theme in plots.THEMES} if plots.available() else {}
     made: dict[str, bytes | None] = {
-        "report.md": markdown.render(report).encode(),
-        "report.html": html.render(report, html.pictures(drawn)).encode(),
-        "claims.tex": latex.claims(report).encode() if report.results else None,
-        "benchmarks.tex": latex.measured(report).encode() if report.benchmarks else None,
+        "report.md": _encoded(markdown.render(report)),
+        "report.html": _encoded(html.render(report, html.pictures(drawn))),
+        "claims.tex": _encoded(latex.claims(report)) if report.results else None,
+        "benchmarks.tex": _encoded(latex.measured(report)) if report.benchmarks else None,
     }
     for name in plots.NAMES:
         files = drawn.get("light", {}).get(name, {})
@@ -52,8 +52,14 @@ def render(report: Report, folder: Path) -> list[Path]:
     return [folder / name for name, content in made.items() if content is not None]
 
 
+def _encoded(text: str) -> bytes:
+    """Text as UTF-8; what is none, a file name of another encoding, say, is told by its numbers."""
+    return text.encode(errors="backslashreplace")
+
+
 def _replace(path: Path, content: bytes) -> None:
     """Puts ``content`` in place of the file in one step, so that a reader never sees half of it."""
+    path = path.resolve()  # what a link leads to, and not the link, is replaced
     with NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         temporary = Path(file.name)
         try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_circuitfreeze import matrix
 from pytest_circuitfreeze.benchmarks import Benchmark
 from pytest_circuitfreeze.reports.document import Report
-from pytest_circuitfreeze.results import Result, used
+from pytest_circuitfreeze.results import WITHOUT_MODEL, Result, used
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,8 +21,8 @@ NAMES = ("bounds", "benchmarks")
 KINDS = ("svg", "png")
 LONGEST = 60
 """Letters of a name."""
-THEMES = {"light": "default", "dark": "dark_background"}
-"""matplotlib's style sheets."""
+THEMES = {"light": ["default"], "dark": ["default", "dark_background"]}
+"""matplotlib's style sheets; the first undoes what a user's settings say."""
 DRAWN = {
     "svg.hashsalt": "circuitfreeze",  # the same report gives the same file
     "svg.fonttype": "path",  # a font that the reader lacks does not matter
@@ -54,7 +54,7 @@ def draw_benchmarks(benchmarks: Sequence[Benchmark]) -> bytes:
 def _drawn(theme: str, makers: Mapping[str, Callable[[], Figure | None]]) -> dict[str, dict[str, bytes]]:
     from matplotlib import style
 
-    with style.context([THEMES[theme], DRAWN]), warnings.catch_warnings():
+    with style.context([*THEMES[theme], DRAWN]), warnings.catch_warnings():
         # A letter of a name that the font lacks is a box; where warnings are errors, it would be no plot.
         warnings.simplefilter("ignore", UserWarning)
         made = {name: make() for name, make in makers.items()}
@@ -100,7 +100,7 @@ def _bounds(report: Report) -> Figure | None:
 
 def _share(results: tuple[Result, ...], row: matrix.Row, model: str) -> float:
     """The largest share of a bound on one model, in %; nan where all was bit for bit, or failed."""
-    own = [one for one in results if (one.file, one.claim, one.model) == (row.file, row.claim, model)]
+    own = [one for one in results if (one.file, one.claim, one.model or WITHOUT_MODEL) == (row.file, row.claim, model)]
     held = [one for one in own if one.outcome == "passed" and one.bound > 0]
     return max((100 * used(one.error, one.bound) for one in held), default=nan)
 

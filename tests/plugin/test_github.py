@@ -63,8 +63,17 @@ def test_summary_that_is_too_large_is_cut(tmp_path: Path) -> None:
     assert content.decode().endswith("The report itself has all.\n")
 
 
+def test_summary_shares_its_room_with_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "summary.md"
+    for _ in range(3):
+        github.add_summary("x" * (github.LARGEST - 1000), {"GITHUB_STEP_SUMMARY": str(path)})
+    assert path.stat().st_size <= github.LARGEST
+    assert path.read_text().count("The report itself has all.") == 1
+
+
 def test_summary_that_cannot_be_written_fails_the_run(stand_in: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "/nowhere/at/all")
-    result = stand_in(*ON)
+    result = stand_in(*ON, "--circuitfreeze-report=out")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["ERROR the report cannot be written: *nowhere*"])
+    result.stdout.fnmatch_lines(["report: out/report.json", "ERROR the report cannot be written: *nowhere*"])
+    assert Path("out/report.html").exists()

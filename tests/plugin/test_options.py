@@ -22,7 +22,7 @@ BAD = {
     "device": ["gpu", "cuda:", ""],
     "dtype": ["int8", "torch.float32"],
     "attn": ["flash"],
-    "report": ["", "taken.txt"],
+    "report": ["", "taken.txt", "x" * 300],
     "bench-limit": ["", "fast", "0", "-1", "nan", "inf"],
 }
 

@@ -201,11 +201,71 @@ def test_run_that_is_killed_leaves_the_former_report(stand_in: Run) -> None:
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_report_that_cannot_be_written_fails_the_run(stand_in: Run) -> None:
+def test_worker_that_dies_is_an_error_that_is_told(stand_in: Run) -> None:
+    dies = """
+        import os
+        import pytest
+
+        @pytest.fixture
+        def memory():
+            os._exit(9)
+
+        def test_dies_in_its_set_up(circuit_model, memory):
+            '''A claim that is never tried.'''
+    """
+    result = stand_in(*ON, "--circuitfreeze-report=out", "-n", "1", "--max-worker-restart=4", test_gamma=dies)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    document = json.loads(Path("out/report.json").read_text())
+    assert not document["complete"]
+    lost = [entry for entry in document["results"] if entry["claim"] == "dies_in_its_set_up"]
+    assert [(entry["model"], entry["outcome"]) for entry in lost] == [("falcon_mqa", "error"), ("gpt2", "error")]
+    assert all("crashed while running" in entry["message"] for entry in lost)
+
+
+def test_claims_that_cannot_be_collected_are_missing(stand_in: Run) -> None:
+    broken = "raise RuntimeError('no such file')"
+    stand_in(*ON, "--circuitfreeze-report=out", "--continue-on-collection-errors", test_gamma=broken)
+    assert not json.loads(Path("out/report.json").read_text())["complete"]
+
+
+def test_run_that_is_left_early_is_not_complete(stand_in: Run) -> None:
+    leaves = """
+        import pytest
+
+        def test_leaves(circuit_model):
+            '''A claim after which the run is left.'''
+            pytest.exit("enough", returncode=1)
+    """
+    stand_in(*ON, "--circuitfreeze-report=out", test_aardvark=leaves)
+    assert not json.loads(Path("out/report.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("options", [("--collect-only",), ("-k", "nothing_is_called_so")])
+def test_run_of_nothing_leaves_the_former_report(stand_in: Run, options: tuple[str, ...]) -> None:
+    stand_in(*ON, "--circuitfreeze-report=out")
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    stand_in(*ON, "--circuitfreeze-report=out", *options)
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_folder_that_cannot_be_made_is_told_before_the_run(stand_in: Run) -> None:
     Path("out").write_text("a file where the folder should be")
     result = stand_in(*ON, "--circuitfreeze-report", "out/deep")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --circuitfreeze-report: 'out/deep' cannot be made: Not a directory"])
+
+
+def test_report_that_cannot_be_written_fails_the_run(stand_in: Run) -> None:
+    takes = """
+        from pathlib import Path
+
+        def test_takes_the_folder(circuit_model):
+            '''A claim that puts a folder where the report should be.'''
+            Path("out/report.json").mkdir(exist_ok=True)
+    """
+    result = stand_in(*ON, "--circuitfreeze-report", "out", test_gamma=takes)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["ERROR the report cannot be written: *out*"])
+    result.stdout.fnmatch_lines(["ERROR the report cannot be written: IsADirectoryError*"])
 
 
 def test_nothing_is_left_in_the_folder(stand_in: Run) -> None:

@@ -110,3 +110,27 @@ def test_command_says_which_run_is_worse(tmp_path: Path, capsys: pytest.CaptureF
     assert "## Worse" in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "old"), str(tmp_path / "none.json")]) == 2
     assert capsys.readouterr().err.endswith("none.json cannot be read: No such file or directory\n")
+
+
+def test_benchmark_that_fails_or_is_gone_is_told() -> None:
+    held = benchmark("gpt2, one head", 1.04)
+    old = reports.parse(document((HOLDS, held)))
+    for outcome in ("failed", "error"):
+        found = compare(old, reports.parse(document((HOLDS, replace(held, outcome=outcome, message="too slow")))))
+        assert found.worse
+        assert [(one.old, one.message) for one in found.claims] == [("pass", "too slow")]
+    gone = compare(old, reports.parse(document((HOLDS,))))
+    assert [(one.old, one.new) for one in gone.claims] == [("pass", "-")]
+    assert not gone.worse
+
+
+def test_claims_of_one_name_in_two_files_are_two() -> None:
+    mine = replace(HOLDS, id="tests/test_mine.py::test_values_agree[gpt2]")
+    old = reports.parse(document((mine, HOLDS)))
+    new = reports.parse(document((replace(mine, outcome="failed", message="off"), HOLDS)))
+    assert compare(old, new).worse
+
+
+def test_claim_that_was_skipped_and_fails_now_is_worse() -> None:
+    old = reports.parse(document((replace(HOLDS, outcome="skipped"),)))
+    assert compare(old, reports.parse(document((replace(HOLDS, outcome="failed"),)))).worse

@@ -150,11 +150,26 @@ def test_failed_write_leaves_the_old_report(
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
-def test_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    document = reports.build(SETTINGS, {}, [replace(HOLDS, error=float("inf"))], ENDED)
-    with pytest.raises(ValueError, match="Out of range float"):
-        reports.write(document, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_number_that_is_not_finite_is_kept_in_strict_json(tmp_path: Path) -> None:
+    endless = replace(HOLDS, bound=float("inf"))
+    source = written(reports.build(SETTINGS, {}, [endless], ENDED), tmp_path)["report.json"]
+    assert "Infinity" not in source.read_text()
+    assert reports.read(source).results == (endless,)
+
+
+def test_text_that_is_no_unicode_is_told_by_its_numbers(tmp_path: Path) -> None:
+    odd = replace(BREAKS, message="no such file: caf\udce9")
+    paths = written(reports.build(SETTINGS, {}, [odd], ENDED), tmp_path)
+    for name in ("report.md", "report.html"):
+        assert "caf\\udce9" in paths[name].read_text("utf-8").replace("\\\\", "\\")
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(document: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "report.json").symlink_to(tmp_path / "kept" / "mine.json")
+    reports.write(document, tmp_path)
+    assert (tmp_path / "report.json").is_symlink()
+    assert len(reports.read(tmp_path / "kept" / "mine.json").results) == 2
 
 
 @pytest.mark.parametrize(
@@ -164,7 +179,7 @@ def test_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         ("{}", "is no circuitfreeze report: KeyError: 'schema'"),
         ("[]", "is no circuitfreeze report: TypeError"),
         ('{"schema": 99}', "has schema 99; this version reads 2"),
-        ('{"schema": 2, "results": [{"id": "x"}]}', "is no circuitfreeze report: TypeError"),
+        ('{"schema": 2, "results": [{"id": "x"}]}', "is no circuitfreeze report: KeyError: 'error'"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str, reason: str) -> None:
