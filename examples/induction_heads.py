@@ -44,7 +44,7 @@ def main(model: Any, tokenizer: Any, out: Path) -> None:
     plot_ablation(studies["induction heads"]).savefig(out / "induction_ablation.png")
 
     layer, head = ranked[0]
-    ids, tokens = data["input_ids"][:1], tokenizer.convert_ids_to_tokens(data["input_ids"][0])
+    ids, tokens = data["input_ids"][:1], [tokenizer.decode(one) for one in data["input_ids"][0]]
     before = freezer.record(model, ids, layers=[layer], pattern=True)
     reference = freezer.record(model, unrepeated[:1], layers=[layer])
     config = InterventionConfig([layer], [head], "qk", **{**frozen, "reference": reference})

@@ -62,7 +62,7 @@ def main(model: Any, tokenizer: Any, out: Path) -> None:
         f"Logits of ' great' over ' terrible', {float(effects.clean.mean()):.2f} without a vector, n = {len(OTHERS)} "
         "prompts; control: random vectors of the same length, the mean of 8.\n"
     )
-    figure = plot_vector_effect(effects, unit="change of the logit of ' great' over ' terrible' (logits)")
+    figure = plot_vector_effect(effects, unit="change of ' great' over ' terrible' (logits)")
     figure.savefig(out / "steering.png")
 
     prompt = tokenizer("I went to see the new film yesterday. I thought it was", return_tensors="pt")

@@ -94,7 +94,7 @@ def draw(losses: dict[str, list[float]]) -> Figure:
         axis.plot(range(1, len(values) + 1), values, style, label=mode, fillstyle="none")
     axis.set_xlabel("step")
     axis.set_ylabel("loss of the second time (nats/token), frozen")
-    axis.legend(title="backward mode")
+    axis.legend(title="backward mode (4 sequences a step)")
     return figure
 
 

@@ -20,10 +20,11 @@ NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.st
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 HEAD = re.compile(r"\| (\d+\.\d) +\|")
 COLUMNS = re.compile(r"[ :-]*\|[ |:-]*")
-UNITS = {"training_frozen": 10}
+UNITS = {"training_frozen": 5}
 """By how many units of their last printed digit numbers may differ. Another machine, or another number of threads, sums
 float32 in another order: to about 1e-5 of a metric, and where that crosses the middle between two printed numbers, one
-unit. Steps of Adam divide by the size of the gradient and so are moved more by what moves small gradients."""
+unit. Steps of Adam divide by the size of the gradient and so are moved more by what moves small gradients: eager
+attention in the place of sdpa, which sums in another order too, moved them by 2 units at most."""
 
 
 @pytest.fixture(scope="module", autouse=True)
