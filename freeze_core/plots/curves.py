@@ -8,6 +8,7 @@ import numpy as np
 
 from freeze_core.errors import InterventionError, shown
 from freeze_core.plots.style import array, check_text, figure, lines
+from freeze_core.vectors.effects import SteeringEffects
 
 __all__ = ["plot_effect_by_strength", "plot_vector_effect"]
 
@@ -38,7 +39,9 @@ def plot_vector_effect(table: Any, *, unit: str, title: str = "", label: str = "
     """The effect of an intervention vector against its strength, beside that of random vectors of its length.
 
     Args:
-        table, unit, title, label: as in `plot_effect_by_strength`; the column `label` tells vector from controls.
+        table: what `InterventionVector.evaluate` returned, or `InterventionVector.effects`; or columns, as in
+            `plot_effect_by_strength`, of which `label` tells vector from controls.
+        unit, title, label: as in `plot_effect_by_strength`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -47,7 +50,20 @@ def plot_vector_effect(table: Any, *, unit: str, title: str = "", label: str = "
         InterventionError: a column that is missing, or columns that do not fit.
         ImportError: matplotlib is not installed.
     """
-    return _curves(table, label, unit, title, "strength of the vector (0: none added)")
+    columns = _columns_of(table, label) if isinstance(table, SteeringEffects) else table
+    return _curves(columns, label, unit, title, "strength of the vector (0: none added)")
+
+
+def _columns_of(effects: SteeringEffects, label: str) -> dict[str, list[Any]]:
+    """The changes that a vector makes, then those that random ones make in the mean."""
+    names = {"change": "found", "control": f"random, mean of {effects.controls.shape[1]}"}
+    columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, label)}
+    for measure, name in names.items():
+        for row in effects.rows:
+            cells = (row.strength, *getattr(row, measure), len(effects.clean), name)
+            for column, cell in zip(columns.values(), cells, strict=True):
+                column.append(cell)
+    return columns
 
 
 def _curves(table: Any, label: str, unit: str, title: str, across: str) -> Any:

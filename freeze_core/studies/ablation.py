@@ -12,18 +12,19 @@ from tqdm.auto import tqdm
 
 from freeze_core.attention.sites import Sites, find_sites
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError
+from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import install, is_frozen
 from freeze_core.freezing.plan import LayerFreeze, resolve
 from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import IGNORED, Batch
 from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.sweep import circuits_of
-from freeze_core.studies.checks import check_batch_size, check_progress
+from freeze_core.studies.checks import check_batch_size, check_progress, heads_by_layer
 from freeze_core.studies.dataset import sequences
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.measures import Sums, sums
 from freeze_core.studies.origin import origin_of
+from freeze_core.studies.patches import roles_of
 from freeze_core.studies.results import CLEAN, AblationStudy
 from freeze_core.vocabulary import CircuitType
 
@@ -34,7 +35,7 @@ def run_circuit_ablation_study(
     model: nn.Module,
     dataset: Any,
     layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     *,
     circuits: Sequence[CircuitType | str] = ("qk", "ov", "both"),
     tokenizer: Any = None,
@@ -55,7 +56,8 @@ def run_circuit_ablation_study(
         dataset: token ids `[batch, token]`, a dict of model arguments (with an `attention_mask` where there is
             padding), an iterable of either, or a list of texts with their `tokenizer`. Each row is a sequence.
         layers: decoder layers, negative ones count from the end; `None` is all that have attention.
-        heads: query heads, in the same way; `None` is all of them.
+        heads: query heads, in the same way; `None` is all of them. Or those of each layer, `{layer: [heads]}`, and then
+            `layers` is `None`.
         circuits: `qk`, `ov`, `both`, `q`, `k`, `v`, or `z`, whole heads; each has a row of the result. Under `zero` at
             full strength `both` is `ov`: where nothing is moved it does not matter where a head looks.
         tokenizer: for texts.
@@ -79,17 +81,20 @@ def run_circuit_ablation_study(
     check_batch_size(batch_size)
     check_progress(progress)
     resampling = Resampling(confidence, resamples, resampling_seed)
-    names, config = circuits_of(circuits), _config(layers, heads, fields)
+    names, config = circuits_of(circuits), _config(layers, None if isinstance(heads, Mapping) else heads, fields)
     sites = find_sites(model, attention=config.attention)
     if is_frozen(model):
         raise InterventionError("model is frozen: study it unfrozen, so that the clean run is its own")
-    freezes = {name: _freezes(name, config, sites) for name in names}
+    chosen = heads_by_layer(heads, config, sites) if isinstance(heads, Mapping) else None
+    if chosen is not None and layers is not None:
+        raise InterventionError(f"layers={shown(layers)}: must be None where heads are a dict from layer to heads")
+    freezes = {name: _freezes(name, config, sites, chosen) for name in names}
     batches = sequences(model, dataset, tokenizer, batch_size)
     if sum(batch.rows for batch in batches) < 2:
         raise InterventionError("dataset has one sequence: must have two at least, for intervals over sequences")
     measured = _measured(model, sites, batches, freezes, progress)
     targets = torch.cat([(batch.labels != IGNORED).sum(1) for batch in batches if batch.labels is not None])
-    return AblationStudy(config, measured, targets, origin_of(model, sites, batches), resampling)
+    return AblationStudy(config, measured, targets, origin_of(model, sites, batches), resampling, chosen)
 
 
 def _config(layers: Any, heads: Any, fields: Mapping[str, Any]) -> InterventionConfig:
@@ -104,10 +109,13 @@ def _config(layers: Any, heads: Any, fields: Mapping[str, Any]) -> InterventionC
     return InterventionConfig(layers, heads, **fields)
 
 
-def _freezes(circuit: str, config: InterventionConfig, sites: Sites) -> list[LayerFreeze]:
-    if circuit == "z":
-        return resolve(config, sites, ("z",))
-    return resolve(replace(config, circuit=circuit), sites)
+def _freezes(
+    circuit: str, config: InterventionConfig, sites: Sites, chosen: Mapping[int, Sequence[int]] | None
+) -> list[LayerFreeze]:
+    configs = [config]
+    if chosen is not None:
+        configs = [replace(config, layer_indices=[layer], head_indices=heads) for layer, heads in chosen.items()]
+    return [freeze for one in configs for freeze in resolve(one, sites, roles_of(circuit))]
 
 
 def _measured(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
+from freeze_core.attention.sites import Sites
+from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
+from freeze_core.freezing.plan import resolve
 
-__all__ = ["check_batch_size", "check_choice", "check_progress", "refuse_equal", "refuse_infinite"]
+__all__ = ["check_batch_size", "check_choice", "check_progress", "heads_by_layer", "refuse_equal", "refuse_infinite"]
 
 
 def check_batch_size(value: object) -> None:
@@ -21,6 +25,23 @@ def check_progress(value: object) -> None:
     """Raises `InterventionError` for what is no yes or no."""
     if not isinstance(value, bool):
         raise InterventionError(f"progress={shown(value)}: must be True or False")
+
+
+def heads_by_layer(heads: object, config: InterventionConfig, sites: Sites) -> dict[int, list[int]]:
+    """Query heads of each layer, `{layer: [heads]}`, all counted from the start and in order.
+
+    Raises:
+        InterventionError: no such mapping, or a layer or a head that is not there or is named twice.
+    """
+    if not isinstance(heads, Mapping) or not heads:
+        raise InterventionError(f"heads={shown(heads)}: must be a dict from layer to a list of heads, not empty")
+    chosen: dict[int, list[int]] = {}
+    for layer, several in heads.items():
+        (freeze,) = resolve(replace(config, layer_indices=[layer], head_indices=several), sites)
+        if freeze.layer in chosen:
+            raise InterventionError(f"heads={shown(dict(heads))}: names the same layer twice")
+        chosen[freeze.layer] = sorted(freeze.heads)
+    return dict(sorted(chosen.items()))
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

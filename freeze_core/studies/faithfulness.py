@@ -23,7 +23,7 @@ from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.statistics import ActivationStatistics, digest_of
-from freeze_core.studies.checks import check_batch_size, check_progress, refuse_equal, refuse_infinite
+from freeze_core.studies.checks import check_batch_size, check_progress, heads_by_layer, refuse_equal, refuse_infinite
 from freeze_core.studies.faithful import RUNS, Faithfulness
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
@@ -166,17 +166,10 @@ def _check_freeze_type(freeze_type: object, corrupted: object) -> bool:
 
 def _sets(heads: object, sites: Sites, config: InterventionConfig) -> dict[str, dict[int, list[int]]]:
     """The heads of each layer that are frozen, by run."""
-    if not isinstance(heads, Mapping) or not heads:
-        raise InterventionError(f"heads={shown(heads)}: must be a dict from layer to a list of heads, not empty")
+    chosen = heads_by_layer(heads, config, sites)
     every = {freeze.layer: list(freeze.heads) for freeze in resolve(config, sites)}
-    chosen: dict[int, list[int]] = {}
-    for layer, several in heads.items():
-        (freeze,) = resolve(replace(config, layer_indices=[layer], head_indices=several), sites)
-        if freeze.layer in chosen:
-            raise InterventionError(f"heads={shown(dict(heads))}: names the same layer twice")
-        chosen[freeze.layer] = sorted(freeze.heads)
     rest = {layer: [head for head in several if head not in chosen.get(layer, [])] for layer, several in every.items()}
-    return dict(zip(RUNS, ({}, every, rest, dict(sorted(chosen.items()))), strict=True))
+    return dict(zip(RUNS, ({}, every, rest, chosen), strict=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from os import PathLike
@@ -63,6 +63,7 @@ class AblationStudy:
         targets: how many tokens each sequence had to predict `[sequence]`.
         origin: of which model, data and versions.
         resampling: how intervals and tests are made.
+        heads: of each layer, where they were asked for so; `config` then names none.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class AblationStudy:
         targets: Tensor,
         origin: Mapping[str, str],
         resampling: Resampling,
+        heads: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         self.config = config
         self.sums = dict(sums)
         self.targets = targets
         self.origin = dict(origin)
         self.resampling = resampling
+        self.heads = None if heads is None else {layer: list(several) for layer, several in heads.items()}
 
     @property
     def circuits(self) -> list[str]:
@@ -91,7 +94,7 @@ class AblationStudy:
         rest = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
         return {
             "layers": self.config.layer_indices,
-            "heads": self.config.head_indices,
+            "heads": self.config.head_indices if self.heads is None else self.heads,
             "circuits": self.circuits,
             **self.resampling.settings,
             **{name: value for name, value in rest.items() if name not in taken},
@@ -173,6 +176,7 @@ class AblationStudy:
             "circuits": list(self.sums),
             "origin": self.origin,
             "resampling": self.resampling.settings,
+            "heads": None if self.heads is None else list(self.heads.items()),
         }
         write_file(path, FORMAT, tensors, {name: json.dumps(fact) for name, fact in facts.items()})
 
@@ -191,7 +195,9 @@ class AblationStudy:
             _check(circuits, sums, tensors["targets"])
             config = config_of(parts, json.loads(facts["config"]))
             origin, resampling = json.loads(facts["origin"]), Resampling(**json.loads(facts["resampling"]))
-            return cls(config, sums, tensors["targets"], {"model": origin.pop("model"), **origin}, resampling)
+            heads = json.loads(facts.get("heads", "null"))  # files of earlier versions have none
+            origin = {"model": origin.pop("model"), **origin}
+            return cls(config, sums, tensors["targets"], origin, resampling, None if heads is None else dict(heads))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InterventionError(f"ablation study of {path}: not what save writes ({error})") from error
 

@@ -78,6 +78,8 @@ def shown_with_interval(estimate: Estimate, unit: float = 1) -> str:
 def _caption(study: AblationStudy) -> str:
     config, resampling = study.config, study.resampling.settings
     where = f"{_named(config.layer_indices, 'layer')}, {_named(config.head_indices, 'query head')}"
+    if study.heads is not None:
+        where = ", ".join(f"layer {layer} {_named(heads, 'query head')}" for layer, heads in study.heads.items())
     how = f"{config.freeze_type}, strength {config.strength:g}, kv_scope {config.kv_scope}"
     return (
         f"{study.origin['model']}, {where}, each circuit frozen alone: {how}. "

@@ -144,6 +144,29 @@ def test_a_study_is_made_again_from_its_file(tmp_path: Path) -> None:
         AblationStudy.load(tmp_path / "study")
 
 
+@pytest.mark.parametrize("circuit", ["qk", "ov", "z"])
+def test_heads_may_be_of_each_layer(tmp_path: Path, circuit: str) -> None:
+    model = tiny_model("mistral_gqa")
+    made = study(model, IDS, heads={-1: [2], 0: [1, 0]}, circuits=[circuit], kv_scope="head")
+    if circuit == "z":
+        frozen = ExperimentalInterventions().freeze_attention_heads(model, {0: [0, 1], -1: [2]})
+    else:
+        configs = [InterventionConfig(*at, circuit, kv_scope="head") for at in (([0], [0, 1]), ([-1], [2]))]
+        frozen = AttentionCircuitFreezer().freeze_circuits(model, configs)
+    with frozen, torch.no_grad():
+        logits = model(IDS).logits
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), IDS[:, 1:], reduction="none").double().sum(1)
+    torch.testing.assert_close(made.sums[circuit].loss, losses, rtol=1e-5, atol=1e-5)
+    made.save(tmp_path / "study")
+    loaded = AblationStudy.load(tmp_path / "study")
+    assert loaded.heads == made.heads
+    assert loaded.settings["heads"] == made.heads
+    last = model.config.num_hidden_layers - 1
+    assert made.heads == {0: [0, 1], last: [2]}
+    assert run_circuit_ablation_study(model, IDS, progress=False, **loaded.settings).to_frame().equals(made.to_frame())
+    assert f"layer 0 query heads 0, 1, layer {last} query head 2, each circuit" in loaded.to_markdown()
+
+
 def test_labels_of_padding_are_no_targets() -> None:
     model = tiny_model("llama_gqa")
     with_labels = study(model, {**PADDED, "labels": PADDED["input_ids"]}, circuits=["ov"])
@@ -244,6 +267,10 @@ def test_texts_are_sequences() -> None:
         (IDS, {"colour": 1}, "colour: no such argument"),
         (IDS, {"layers": [9]}, "layer_indices"),
         (IDS, {"heads": [9]}, "head_indices"),
+        (IDS, {"heads": {}}, "heads={}: must be a dict from layer to a list of heads"),
+        (IDS, {"heads": {0: [1]}, "layers": [0]}, r"layers=\[0\]: must be None where heads"),
+        (IDS, {"heads": {0: [1], -3: [2]}}, "names the same layer twice"),
+        (IDS, {"heads": {0: [9]}}, "head_indices"),
         (IDS, {"strength": 2}, "strength=2"),
         (IDS, {"confidence": 95}, "confidence=95"),
         (IDS, {"resamples": 10}, "resamples=10"),

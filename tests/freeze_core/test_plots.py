@@ -37,6 +37,8 @@ from freeze_core.plots import (
 )
 from freeze_core.plots.gradients import layer_norms
 from freeze_core.plots.style import COLOURS, DASHES, MARKERS, share_map, signed_map
+from freeze_core.studies.intervals import Resampling
+from freeze_core.vectors.effects import SteeringEffects
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -215,6 +217,22 @@ def test_curves_are_drawn_in_order_of_strength_with_their_bands(plot: Any) -> No
         assert "strength" in axis.get_xlabel()
     del table["kind"]
     assert len(plot(table, unit="x").axes[0].get_legend().get_texts()) == 1
+
+
+def test_effects_of_a_vector_are_drawn_as_they_are_evaluated() -> None:
+    steered, controls = torch.rand(2, 5).double() + 1, torch.rand(2, 3, 5).double()
+    resampling = Resampling(0.95, 999, 0)
+    effects = SteeringEffects("loss", "all", (2.0, 1.0), torch.zeros(5).double(), steered, controls, resampling)
+    (axis,) = plot_vector_effect(effects, unit="change of loss (nats)").axes
+    lines = {line.get_label(): line.get_xydata() for line in axis.lines if not line.get_label().startswith("_")}
+    assert list(lines) == ["found (n = 5)", "random, mean of 3 (n = 5)"]
+    for number, values in enumerate((steered, controls.mean(1))):
+        want = [[1.0, float(values[1].mean())], [2.0, float(values[0].mean())]]
+        assert list(lines.values())[number] == pytest.approx(np.array(want))
+        frame = effects.to_frame()
+        ends = {(row.strength, getattr(row, f"{('change', 'control')[number]}_low")) for row in frame.itertuples()}
+        band = axis.collections[number].get_paths()[0].vertices
+        assert ends <= {(float(x), float(y)) for x, y in band}
 
 
 def test_gradients_are_those_of_the_reports() -> None:
