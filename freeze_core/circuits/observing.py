@@ -13,7 +13,7 @@ from freeze_core.attention.probed import left_alone
 from freeze_core.errors import InterventionError
 from freeze_core.inputs import model_arguments, run, vocabulary_size
 
-__all__ = ["Flow", "device_of", "drawn_tokens", "observed", "source_of", "undisturbed"]
+__all__ = ["Flow", "device_of", "drawn_tokens", "observed", "same", "source_of", "undisturbed"]
 
 TOKENS = 8
 """On which modules are observed."""
@@ -86,10 +86,11 @@ def _rows(value: Tensor) -> Tensor:
 def source_of(taken: Tensor, flows: Mapping[nn.Module, Flow]) -> nn.Module | None:
     """The first of the modules that gave what was `taken`, and took something else."""
     for module, flow in flows.items():
-        if _same(flow.given, taken) and flow.taken and not _same(flow.taken[0], taken):
+        if same(flow.given, taken) and flow.taken and not same(flow.taken[0], taken):
             return module
     return None
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers."""
     return one.shape == other.shape and torch.equal(one.to(other.device), other)

@@ -197,6 +197,19 @@ def test_copying_is_that_of_the_matrix_from_word_to_word(name: str) -> None:
         assert float(found[1, head]) == pytest.approx(float(kept.real.sum() / kept.abs().sum()), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ernie", "rembert", "modernbert-decoder"])
+def test_a_head_of_more_than_a_norm_and_an_unembedding_has_no_copying(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="is not what the last layer gives: something else comes between"):
+        copying_scores(tiny_model(name))
+
+
+def test_a_stream_that_is_scaled_before_the_unembedding_is_not_taken_for_the_stream() -> None:
+    model: Any = copy.deepcopy(tiny_model("llama"))
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
+    with pytest.raises(UnsupportedModelError, match="something else comes between"):
+        copying_scores(model)
+
+
 def test_what_is_no_matrix_is_refused_when_it_is_asked_for() -> None:
     normed = head_circuits(tiny_model("qwen3"), 1, 0)
     with pytest.raises(UnsupportedModelError, match="is not bilinear in query and key"):
