@@ -251,12 +251,19 @@ def _split(sizes: Sequence[int], paired: bool, held_out: object, seed: int) -> t
 
 def _refuse_repeated(batches: Sequence[Sequence[Sequence[Batch]]]) -> None:
     """Raises `InterventionError` for a prompt that is there several times, of which one may be held out from others."""
+    kinds: list[set[str]] = []
     for name, found, apart in zip(("positive", "negative"), *batches, strict=True):
         every = [*digests(found), *digests(apart)]
         if len(set(every)) < len(every):
             raise InterventionError(
                 f"{name} has a prompt several times, which would be found on and judged on: give each once"
             )
+        kinds.append(set(every))
+    if both := len(set.intersection(*kinds)):
+        raise InterventionError(
+            f"{both} prompt{'s are' if both > 1 else ' is'} both positive and negative: what tells the kinds apart "
+            "cannot be in them, and one that is held out as one kind may be found on as the other; leave them out"
+        )
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -545,6 +545,8 @@ FOUR = POSITIVE[:4]
             r"positive has 10 prompts and negative 5: must be",
         ),
         ({"positive": torch.cat([FOUR, FOUR])}, r"positive has a prompt several times"),
+        ({"negative": torch.cat([NEGATIVE[:5], POSITIVE[3:5]])}, r"2 prompts are both positive and negative"),
+        ({"negative": torch.cat([NEGATIVE[:9], POSITIVE[:1]])}, r"1 prompt is both positive and negative"),
         ({"positive": POSITIVE.float()}, r"inputs is torch.float32"),
         ({"layer": 3}, r"layer=3: must be an int in -3 to 2, of 3 layers"),
         ({"layer": -4}, r"layer=-4: must be"),
@@ -601,10 +603,11 @@ def test_texts_of_unequal_length_need_a_pad_token() -> None:
 
 def test_prompts_that_do_not_differ_have_no_vector() -> None:
     model = tiny_model("llama")
+    alike = torch.cat([POSITIVE[:, :1], NEGATIVE[:, 1:]], dim=1)
     with pytest.raises(InterventionError, match="found a vector that is 0 or not finite"):
-        discover(model, POSITIVE, POSITIVE)
+        discover(model, POSITIVE, alike, positions=[0])
     with pytest.raises(InterventionError, match="it has no positive side"):
-        discover(model, POSITIVE, POSITIVE, 1, "principal_component")
+        discover(model, POSITIVE, alike, 1, "principal_component", positions=[0])
 
 
 def test_a_metric_without_a_gradient_is_refused_by_name() -> None:
