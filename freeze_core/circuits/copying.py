@@ -98,10 +98,11 @@ def _score(
 
 
 def _streams(model: nn.Module, sites: Sites, flows: Mapping[nn.Module, Flow]) -> list[Tensor]:
-    """The residual stream behind each of the decoder layers, attention or not."""
+    """What the decoder layers give, attention or not, and what the parts of them do where each part has a list."""
     inside = layer_around(model, sites, sites.by_layer[max(sites.by_layer)])
-    layers = next((one for one in model.modules() if isinstance(one, nn.ModuleList) and inside in list(one)), [inside])
-    return [flows[layer].given for layer in layers if layer in flows]
+    lists = [list(one) for one in model.modules() if isinstance(one, nn.ModuleList)]
+    layers = next((len(one) for one in lists if inside in one), 0)
+    return [flows[part].given for one in lists if len(one) == layers for part in one if part in flows]
 
 
 def _unembedded(model: nn.Module, flows: dict[nn.Module, Flow], streams: Sequence[Tensor]) -> Tensor:

@@ -141,11 +141,15 @@ def discover(
         seen = [activations(model, site, one) for one in batches[0]]
         options = Options(method, max_norm, 50 if steps is None else steps, seed, _dtype(model))
         find = _finder(model, site, seen, found, question, options)
-        vector, losses = find(Rows(*(torch.arange(len(rows)) for rows in found)))
+        vector, losses = find(Rows(*(torch.arange(len(rows)) for rows in found)), 0)
         _refuse_nothing(vector, method)
         splits = SPLITS if method in CLOSED else 1
         cosines = split_cosines(
-            (len(found.positive), len(found.negative)), paired, lambda *half: find(Rows(*half))[0], seed, splits
+            (len(found.positive), len(found.negative)),
+            paired,
+            lambda start, *half: find(Rows(*half), start)[0],
+            seed,
+            splits,
         )
         held = [projections(activations(model, site, one), vector) for one in batches[1]]
         made = InterventionVector(
@@ -188,11 +192,14 @@ def _finder(
     found: Rows,
     question: Question | None,
     options: Options,
-) -> Callable[[Rows], tuple[Tensor, Tensor]]:
-    """What finds a vector `[hidden]`, and the losses on the way, in some of the prompts that were seen."""
+) -> Callable[[Rows, int], tuple[Tensor, Tensor]]:
+    """What finds a vector `[hidden]`, and the losses on the way, in some of the prompts that were seen.
+
+    Where it takes steps it starts elsewhere for each number.
+    """
     if options.method in CLOSED:
         closed = CLOSED[options.method]
-        return lambda inside: (
+        return lambda inside, start: (
             closed(seen[0][inside.positive], seen[1][inside.negative]).to(options.dtype),
             torch.empty(0, dtype=torch.float64),
         )
@@ -201,7 +208,7 @@ def _finder(
     difference = float(mean_difference(*seen).norm())
     bound = difference if options.max_norm is None else float(options.max_norm)
 
-    def find(inside: Rows) -> tuple[Tensor, Tensor]:
+    def find(inside: Rows, start: int) -> tuple[Tensor, Tensor]:
         batches, measure = asked.of(found.of(inside).negative)
         return optimised(
             model,
@@ -213,6 +220,7 @@ def _finder(
             bound=bound,
             steps=options.steps,
             seed=options.seed,
+            start=start,
             dtype=options.dtype,
         )
 

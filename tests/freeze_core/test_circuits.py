@@ -203,6 +203,10 @@ def test_a_head_of_more_than_a_norm_and_an_unembedding_has_no_copying(name: str)
         copying_scores(tiny_model(name))
 
 
+def test_layers_whose_parts_have_lists_of_their_own_have_copying() -> None:
+    assert not bool(copying_scores(tiny_model("xlm")).values["copying"].isnan().any())
+
+
 def test_a_stream_that_is_scaled_before_the_unembedding_is_not_taken_for_the_stream() -> None:
     model: Any = copy.deepcopy(tiny_model("llama"))
     model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] / 2,))

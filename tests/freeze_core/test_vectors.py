@@ -210,6 +210,25 @@ def test_losses_are_the_metric_on_what_the_vector_was_found_on() -> None:
         )  # the best that was seen
 
 
+def test_starts_are_no_controls_and_not_the_same_for_both_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    drawn: list[Tensor] = []
+    own = torch.randn
+
+    def kept(*args: Any, **options: Any) -> Tensor:
+        made = own(*args, **options)
+        if "generator" in options:
+            drawn.extend(made.view(-1, made.shape[-1]))
+        return made
+
+    monkeypatch.setattr(torch, "randn", kept)
+    discover(model, POSITIVE, NEGATIVE, 1, "optimised", steps=1)
+    assert len(drawn) == 3 + CONTROLS  # whole, halves, controls
+    directions = torch.nn.functional.normalize(torch.stack(drawn), dim=1)
+    cosines = (directions @ directions.T - torch.eye(len(drawn))).abs()
+    assert float(cosines.max()) < 0.9  # of 32 features: six times the deviation of a cosine of what is independent
+
+
 def test_the_best_vector_that_was_seen_is_kept() -> None:
     """One step, of more than twice the bound, leads from a start near the best vector, 0, to the ball's other side."""
     model = tiny_model("llama")
