@@ -60,7 +60,7 @@ def pattern_scores(
         first: a token to put before all others, such as the one that the model was trained to begin with.
         seed: of the tokens.
         batch_size: sequences that are run at once.
-        confidence, resamples, resampling_seed: of the percentile bootstrap intervals over sequences.
+        confidence, resamples, resampling_seed: of the expanded percentile bootstrap intervals over sequences.
         progress: show a bar.
 
     Raises:
@@ -87,8 +87,8 @@ def pattern_scores(
         n,
         "share of attention",
         f"{type(model).__name__}: mean attention of each head (layer.head) on {tokens} distinct random tokens that "
-        f"come twice; n = {n} sequences. In brackets {100 * confidence:g} % percentile bootstrap intervals over "
-        "sequences.",
+        f"come twice; n = {n} sequences. In brackets {100 * confidence:g} % expanded percentile bootstrap "
+        "intervals over sequences.",
         {measure: low for measure, (low, _) in ends.items()},
         {measure: high for measure, (_, high) in ends.items()},
     )

@@ -175,7 +175,7 @@ class PatchingStudy:
             f"{scope}. {which} on {settings['metric']}, which is {float(self.clean.mean()):.3g} in the "
             f"clean and {float(self.corrupted.mean()):.3g} in the corrupted run, a gap of "
             f"{shown_with_interval(self.gap)}. n = {self.n} pairs of prompts. In brackets "
-            f"{100 * settings['confidence']:g} % percentile bootstrap intervals over prompts, each by itself."
+            f"{100 * settings['confidence']:g} % expanded percentile bootstrap intervals over prompts, each by itself."
         )
 
     def save(self, path: str | PathLike[str]) -> None:

@@ -82,8 +82,8 @@ def _caption(study: AblationStudy) -> str:
     return (
         f"{study.origin['model']}, {where}, each circuit frozen alone: {how}. "
         f"n = {len(study.targets)} sequences, {int(study.targets.sum())} predicted tokens. In brackets "
-        f"{100 * resampling['confidence']:g} % percentile bootstrap intervals over sequences; p of a paired sign-flip "
-        "test of the mean loss, adjusted for all circuits (Benjamini-Yekutieli)."
+        f"{100 * resampling['confidence']:g} % expanded percentile bootstrap intervals over sequences; p of a paired "
+        "sign-flip test of the mean loss, adjusted for all circuits (Benjamini-Yekutieli)."
     )
 
 

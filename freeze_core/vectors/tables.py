@@ -96,7 +96,7 @@ def _effects(vector: InterventionVector, effects: SteeringEffects) -> Table:
 
 
 def _interval(vector: InterventionVector) -> str:
-    return f"{_percent(vector)} % percentile bootstrap intervals"
+    return f"{_percent(vector)} % expanded percentile bootstrap intervals"
 
 
 def _percent(vector: InterventionVector) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from intervals import expanded
 from torch import Tensor
 
 from freeze_core import (
@@ -67,9 +68,9 @@ def test_intervals_are_of_prompts_drawn_anew() -> None:
     changes = (study.values["ov"][1, 2] - study.corrupted).numpy()
     gaps = (study.clean - study.corrupted).numpy()
     effect, share = ([float(one[1, 2]) for one in getattr(study, name)["ov"]] for name in ("effect", "normalised"))
-    assert effect == pytest.approx([changes.mean(), *np.quantile(changes[draws].mean(1), [0.1, 0.9])])
+    assert effect == pytest.approx([changes.mean(), *np.quantile(changes[draws].mean(1), expanded(0.8, 6))])
     shares = changes[draws].sum(1) / gaps[draws].sum(1)
-    assert share == pytest.approx([changes.sum() / gaps.sum(), *np.quantile(shares, [0.1, 0.9])])
+    assert share == pytest.approx([changes.sum() / gaps.sum(), *np.quantile(shares, expanded(0.8, 6))])
     assert study.gap.value == pytest.approx(gaps.mean())
     again = patched(tiny_model("gpt2"), *six, resampling_seed=3, **fields)
     assert again.to_frame().equals(study.to_frame())
@@ -134,7 +135,7 @@ def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
         "GPT2LMHeadModel, activation patching by head, denoising: the clean run into the corrupted one, normalised so "
         "that 0 is corrupted and 1 clean; kv_scope head. The 2 largest of 12 effects on logit_difference, which is "
     )
-    assert "n = 3 pairs of prompts. In brackets 95 % percentile bootstrap intervals over prompts" in lines[-1]
+    assert "n = 3 pairs of prompts. In brackets 95 % expanded percentile bootstrap intervals over prompts" in lines[-1]
     assert len(study.to_markdown(top=None).splitlines()) == 16
     assert "All 12 effects on" in study.to_markdown(top=None)
     with pytest.raises(InterventionError, match="top=0: must be None or an int"):

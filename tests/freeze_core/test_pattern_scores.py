@@ -154,10 +154,10 @@ def test_a_table_says_of_what_it_is() -> None:
     assert lines[-1].startswith(
         "LlamaForCausalLM: mean attention of each head (layer.head) on 6 distinct random tokens"
     )
-    assert "n = 4 sequences. In brackets 95 % percentile" in lines[-1]
+    assert "n = 4 sequences. In brackets 95 % expanded percentile" in lines[-1]
     latex = found.to_latex(2)
     assert latex.startswith("\\begin{table}")
-    assert "95 \\% percentile" in latex
+    assert "95 \\% expanded percentile" in latex
     weights = copying_scores(tiny_model("llama_gqa"))
     assert weights.to_frame().low.isna().all()
     assert "[" not in weights.to_markdown().splitlines()[2]
