@@ -235,6 +235,16 @@ def test_what_is_no_matrix_is_refused_when_it_is_asked_for() -> None:
         head_circuits(tiny_model("olmo2"), 1, 0, fold_norm=True)
 
 
+def test_where_no_pattern_is_heard_weights_are_told_all_the_same() -> None:
+    circuits = head_circuits(tiny_model("openai-gpt"), 0, 0)
+    assert circuits.W_Q.shape == circuits.W_K.shape == (32, 8)
+    for circuit in (circuits.qk, lambda: circuits.ov):
+        with pytest.raises(UnsupportedModelError, match=r"formed 0 patterns in a pass|gave no pattern in this pass"):
+            circuit()
+    with pytest.raises(UnsupportedModelError, match="gave no pattern in this pass"):
+        copying_scores(tiny_model("openai-gpt"))
+
+
 class Bent(nn.Module):
     """A projection that is not linear."""
 
