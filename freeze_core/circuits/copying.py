@@ -93,6 +93,11 @@ def _score(
         raise UnsupportedModelError(reason)
     values = reading_map(site, head, "v", flows, norm_before(site, "v", flows)).weight
     output = writing_map(site, head, flows).weight
+    if len(values) != len(words):
+        raise UnsupportedModelError(
+            f"{site.name} reads {len(values)} features where words are embedded in {len(words)}: there is no circuit "
+            "from word to word"
+        )
     found = Factored(values, output @ words.to(output)).eigenvalues()
     return float(found.real.sum() / found.abs().sum())
 

@@ -245,6 +245,13 @@ def test_where_no_pattern_is_heard_weights_are_told_all_the_same() -> None:
         copying_scores(tiny_model("openai-gpt"))
 
 
+def test_what_is_read_through_more_than_a_norm_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"a Qwen4ExpTextGatedResidual gives a tuple: it is no map"):
+        _ = head_circuits(tiny_model("qwen4_exp_text"), -1, 0, fold_norm=True).W_Q
+    with pytest.raises(UnsupportedModelError, match="reads 64 features where words are embedded in 32"):
+        copying_scores(tiny_model("zamba"))
+
+
 class Bent(nn.Module):
     """A projection that is not linear."""
 
