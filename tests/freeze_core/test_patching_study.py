@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,6 +24,7 @@ from freeze_core import (
 )
 from freeze_core.files import read_file, write_file
 from freeze_core.studies.patched import FORMAT
+from freeze_core.studies.tables import as_latex
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -142,11 +144,29 @@ def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
         study.to_latex(top=0)
 
 
+def test_names_are_printed_as_they_stand() -> None:
+    study = patched(tiny_model("gpt2"), metric=lambda logits: logits[:, -1, 3], targets=None, circuits=["ov"])
+    text = study.to_markdown(top=1)
+    assert "effect (\\<lambda>)" in text.splitlines()[0]
+    assert "effects on \\<lambda>, which" in text
+    assert "effects on \\ensuremath{<}lambda\\ensuremath{>}, which" in study.to_latex(top=1)
+    latex = as_latex(["[a]", "b"], [["[1]", "[2]"], ["*", "[3]"]], "\\ ^ ~ < >")
+    assert " {[}a]" in latex
+    assert "\n {[}1] " in latex
+    assert "& [2] " in latex
+    assert "\n {*} " in latex
+    expected = "\\textbackslash{} \\textasciicircum{} \\textasciitilde{} \\ensuremath{<} \\ensuremath{>}"
+    assert f"\\caption{{{expected}}}" in latex
+    assert "\\\\[" not in re.sub(r"\s", "", latex)
+
+
 @pytest.mark.latex
 def test_latex_compiles(tmp_path: Path) -> None:
     study = patched(tiny_model("gpt2"))
     head, end = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n", "\\end{document}\n"
-    (tmp_path / "paper.tex").write_text(head + study.to_latex() + end)
+    (tmp_path / "paper.tex").write_text(
+        head + study.to_latex() + as_latex(["[a]", "b"], [["*", "<"], ["[1]", "^"]], "\\~^<>[]") + end
+    )
     command = shutil.which("pdflatex")
     if command is None:
         pytest.skip("pdflatex is not installed (Debian: texlive-latex-recommended)")
