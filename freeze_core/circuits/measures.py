@@ -54,14 +54,14 @@ class HeadMeasures:
         return [(cell.layer, cell.head) for cell in self._largest(measure, count)]
 
     def to_frame(self) -> Any:
-        """A pandas `DataFrame` with one row a value: `measure`, `layer`, `head`, `value`, `low`, `high` and `n`.
+        """A pandas `DataFrame`, one row a value: `measure`, `layer`, `head`, `value`, `low`, `high`, `n` and `unit`.
 
         Raises:
             ImportError: pandas is not installed.
         """
         pandas = extra("pandas", "to_frame makes a pandas DataFrame; HeadMeasures.values has the same numbers")
-        rows = [(*cell, self.n) for measure in self.values for cell in self._cells(measure)]
-        return pandas.DataFrame(rows, columns=[*_Cell._fields, "n"])
+        rows = [(*cell, self.n, self.unit) for measure in self.values for cell in self._cells(measure)]
+        return pandas.DataFrame(rows, columns=[*_Cell._fields, "n", "unit"])
 
     def to_markdown(self, count: int = 10) -> str:
         """The `count` largest heads of each measure, and below them what they are."""

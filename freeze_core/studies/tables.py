@@ -13,13 +13,13 @@ from freeze_core.studies.intervals import Estimate
 if TYPE_CHECKING:
     from freeze_core.studies.results import AblationStudy, Row
 
-__all__ = ["as_latex", "as_markdown", "latex", "markdown", "protected", "shown_with_interval", "unit_of"]
+__all__ = ["UNITS", "as_latex", "as_markdown", "latex", "markdown", "protected", "shown_with_interval", "unit_of"]
 
 
 HEADERS = ["circuit", "perplexity", "accuracy (%)", "KL to clean (nats/token)", "effect size (d)", "p", "p, adjusted"]
 
-UNITS = {"logit_difference": "logits", "loss": "nats", "kl": "nats", "probability": "probability"}
-"""Of the built-in metrics."""
+UNITS = {"logit_difference": "logits", "loss": "nats/token", "kl": "nats/token", "probability": "probability"}
+"""Of the built-in metrics; one of the user's own has a unit of its own."""
 
 SPECIAL = {letter: f"\\{letter}" for letter in "%_&#${}"} | {
     "\\": "\\textbackslash{}",

@@ -139,7 +139,8 @@ def test_scores_are_those_of_a_loop_by_hand(name: str, first: int | None) -> Non
 def test_a_table_says_of_what_it_is() -> None:
     found = scores(tiny_model("llama_gqa"), 6, 4, layers=[-1])
     frame = found.to_frame()
-    assert list(frame.columns) == ["measure", "layer", "head", "value", "low", "high", "n"]
+    assert list(frame.columns) == ["measure", "layer", "head", "value", "low", "high", "n", "unit"]
+    assert set(frame.unit) == {"share of attention"}
     assert len(frame) == 4 * 4
     assert set(frame.layer) == {2}
     assert set(frame.n) == {4}
