@@ -122,6 +122,7 @@ def patch_activations(
     measure = metric_of(metric, targets, [pair.clean for pair in pairs], vocabulary_size(model))
     sweep = PatchSweep(model, sites, measure, configs, by, direction == "denoising", pairs, progress)
     patches = sweep.patches()
+    origin = origin_of(model, sites, [batch for pair in pairs for batch in pair])  # before anything can be lost
     with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
         values = measured(sweep, patches)
     settings = {
@@ -135,5 +136,4 @@ def patch_activations(
         "kv_scope": str(next(iter(configs.values())).kv_scope),
         "attention": attention,
     }
-    origin = origin_of(model, sites, [batch for pair in pairs for batch in pair])
     return PatchingStudy(*values, settings, origin, resampling)

@@ -19,7 +19,13 @@ from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
 from freeze_core.vectors.activations import activations
-from freeze_core.vectors.arguments import check_columns, check_method, check_running, checked_strengths
+from freeze_core.vectors.arguments import (
+    check_columns,
+    check_method,
+    check_reached,
+    check_running,
+    checked_strengths,
+)
 from freeze_core.vectors.effects import effects_of
 from freeze_core.vectors.methods import CLOSED, mean_difference
 from freeze_core.vectors.optimised import optimised
@@ -137,7 +143,10 @@ def discover(
         question = Question(kinds[1], metric, targets, metric_positions, where, vocabulary_size(model))
         for rows in (found.negative, apart.negative):
             question.of(rows)  # which refuses what cannot be served, before anything is run
+            check_reached(where, kinds[1], rows.tolist())
     with torch.inference_mode(False):
+        # First, so that nothing that was measured is lost.
+        origin = origin_of(model, site.sites, [batch for part in batches for kind in part for batch in kind])
         seen = [activations(model, site, one) for one in batches[0]]
         options = Options(method, max_norm, 50 if steps is None else steps, seed, _dtype(model))
         find = _finder(model, site, seen, found, question, options)
@@ -165,7 +174,7 @@ def discover(
             losses=losses,
             effects=None,
             prompts=tuple(one for kind in batches[0] for one in digests(kind)),
-            origin=origin_of(model, site.sites, [batch for part in batches for kind in part for batch in kind]),
+            origin=origin,
             resampling=resampling,
         )
         if question is None:

@@ -15,7 +15,15 @@ from intervals import expanded
 from scipy import stats
 from torch import Tensor, nn
 
-from freeze_core import ExperimentalInterventions, InterventionConfig, InterventionError, InterventionVector
+from freeze_core import (
+    ExperimentalInterventions,
+    InterventionConfig,
+    InterventionError,
+    InterventionVector,
+    measure_faithfulness,
+    patch_activations,
+    run_circuit_ablation_study,
+)
 from freeze_core.files import read_file, write_file
 from freeze_core.vectors.effects import CONTROLS
 from freeze_core.vectors.vector import FORMAT
@@ -438,6 +446,8 @@ def test_a_vector_is_evaluated_on_other_prompts_at_other_strengths() -> None:
     given = {"input_ids": padded, "attention_mask": (torch.arange(10) > 2).long().expand(2, -1)}
     with pytest.raises(InterventionError, match="prompt 0 of prompts is one that the vector was found on"):
         made.evaluate(model, given, progress=False, **METRIC)
+    with pytest.raises(InterventionError, match="7 is out of range; a batch has 7 columns"):
+        made.evaluate(model, NEGATIVE[apart], positions=[7], progress=False, **METRIC)
     with pytest.raises(InterventionError, match="prompts has one prompt"):
         made.evaluate(model, NEGATIVE[apart[:1]], progress=False, **METRIC)
 
@@ -598,6 +608,12 @@ FOUR = POSITIVE[:4]
         ({"positions": "first"}, r"positions='first': must be"),
         ({"apply_positions": "first"}, r"positions='first': must be 'all', 'last', a list"),
         ({**METRIC, "metric_positions": [9]}, r"positions=\[9\]: 9 is out of range"),
+        ({**METRIC, "apply_positions": [0, 50]}, r"positions=\(0, 50\): 50 is out of range"),
+        ({**METRIC, "apply_positions": [0, -7]}, r"positions=\(0, -7\): names the same of 7 columns twice"),
+        (
+            {**METRIC, "negative": {"input_ids": NEGATIVE, "attention_mask": MASK}, "apply_positions": [0]},
+            r"positions=\(0,\): one of them is padding in some prompt of negative",
+        ),
         ({"confidence": 2.0}, r"confidence=2.0: must be"),
         ({"resamples": 1}, r"resamples=1: must be"),
     ],
@@ -610,6 +626,28 @@ def test_what_cannot_be_served_is_an_error_before_any_pass(given: dict[str, Any]
     asked = {"positive": POSITIVE, "negative": NEGATIVE, "layer": 1, "method": "mean_difference", "progress": False}
     with pytest.raises(InterventionError, match=message):
         ExperimentalInterventions().discover_intervention_vector(model, **{**asked, **given})
+
+
+@pytest.mark.parametrize("module", ["ablation", "patching", "faithfulness", "discovery"])
+def test_what_a_result_is_of_is_found_out_before_any_pass(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    own = model.forward
+    model.forward = lambda *args, **kwargs: pytest.fail("the model was run")
+    model.forward.__func__ = own.__func__  # type: ignore[attr-defined]
+    package = "vectors" if module == "discovery" else "studies"
+
+    def failing(*args: Any) -> None:
+        raise LookupError("no version")
+
+    monkeypatch.setattr(f"freeze_core.{package}.{module}.origin_of", failing)
+    calls: dict[str, Any] = {
+        "ablation": lambda: run_circuit_ablation_study(model, NEGATIVE, [0], [0], progress=False),
+        "patching": lambda: patch_activations(model, POSITIVE, NEGATIVE, **METRIC, progress=False),
+        "faithfulness": lambda: measure_faithfulness(model, NEGATIVE, {0: [0]}, **METRIC, progress=False),
+        "discovery": lambda: discover(model),
+    }
+    with pytest.raises(LookupError, match="no version"):
+        calls[module]()
 
 
 def test_texts_of_unequal_length_need_a_pad_token() -> None:
