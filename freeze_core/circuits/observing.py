@@ -13,7 +13,7 @@ from freeze_core.attention.probed import left_alone
 from freeze_core.errors import InterventionError
 from freeze_core.inputs import model_arguments, run, vocabulary_size
 
-__all__ = ["Flow", "device_of", "drawn_tokens", "observed", "same", "source_of", "undisturbed"]
+__all__ = ["Flow", "arguments_of", "device_of", "drawn_tokens", "observed", "same", "source_of", "undisturbed"]
 
 TOKENS = 8
 """On which modules are observed."""
@@ -51,7 +51,11 @@ def drawn_tokens(model: nn.Module, rows: int, tokens: int) -> dict[str, Any]:
         raise InterventionError(
             f"{type(model).__name__} has no config that says vocab_size, so that no tokens are drawn"
         )
-    ids = torch.randint(words, (rows, tokens), generator=generator).to(device_of(model))
+    return arguments_of(model, torch.randint(words, (rows, tokens), generator=generator).to(device_of(model)))
+
+
+def arguments_of(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """The arguments of a pass on token ids `[row, token]`: of an encoder and a decoder, both on the same."""
     arguments = model_arguments(model, ids)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         arguments["decoder_input_ids"] = ids
