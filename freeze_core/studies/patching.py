@@ -20,13 +20,10 @@ from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
 from freeze_core.studies.pairs import pairs_of
 from freeze_core.studies.patch_sweep import PatchSweep, measured
-from freeze_core.studies.patched import PatchingStudy
+from freeze_core.studies.patched import CELLS, DIRECTIONS, PatchingStudy
 from freeze_core.vocabulary import CircuitType, KVScope
 
 __all__ = ["patch_activations"]
-
-CELLS = ("head", "position")
-DIRECTIONS = ("denoising", "noising")
 
 
 def patch_activations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -117,6 +118,14 @@ def test_a_study_is_made_again_from_its_file(tmp_path: Path) -> None:
         write_file(tmp_path / "study", FORMAT, tensors | change, facts)
         with pytest.raises(InterventionError, match="not what save writes"):
             PatchingStudy.load(tmp_path / "study")
+    for name, value in (("direction", "sideways"), ("by", "layer"), ("kv_scope", "all"), ("metric", 3)):
+        settings = json.dumps(json.loads(facts["settings"]) | {name: value})
+        write_file(tmp_path / "study", FORMAT, tensors, facts | {"settings": settings})
+        with pytest.raises(InterventionError, match=f"not what save writes .*{name}"):
+            PatchingStudy.load(tmp_path / "study")
+    write_file(tmp_path / "study", FORMAT, tensors, facts | {"origin": "[" * 200_000})
+    with pytest.raises(InterventionError, match=r"not what save writes .*nested too deeply"):
+        PatchingStudy.load(tmp_path / "study")
 
 
 def test_the_frame_and_the_tables_say_of_what_they_are() -> None:

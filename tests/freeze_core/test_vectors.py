@@ -500,6 +500,16 @@ def test_a_vector_is_what_it_was_when_it_is_loaded(tmp_path: Path) -> None:
             InterventionVector.load(tmp_path / name)
 
 
+BAD = [
+    ("threshold", "NaN"),
+    ("threshold", '"x"'),
+    ("threshold", "true"),
+    ("typical_norm", "Infinity"),
+    ("origin", "[" * 200_000),
+]
+"""Facts of a vector that no discovery writes, as text."""
+
+
 @pytest.mark.parametrize(
     ("tensor", "value"),
     [
@@ -519,7 +529,7 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, tensor: str
     write_file(tmp_path / "vector", FORMAT, {**tensors, tensor: value}, facts)
     with pytest.raises(InterventionError, match="not what save writes"):
         InterventionVector.load(tmp_path / "vector")
-    for fact, text in (("layer", '"one"'), ("origin", "{}"), ("effects", "3"), ("found", "null")):
+    for fact, text in (("layer", '"one"'), ("origin", "{}"), ("effects", "3"), ("found", "null"), *BAD):
         write_file(tmp_path / "vector", FORMAT, tensors, {**facts, fact: text})
         with pytest.raises(InterventionError, match="not what save writes"):
             InterventionVector.load(tmp_path / "vector")
