@@ -16,7 +16,7 @@ from torch import Tensor
 
 from freeze_core.activations import Recording
 from freeze_core.errors import InterventionError, shown
-from freeze_core.files import read_file, write_file
+from freeze_core.files import parsed, read_file, write_file
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import ATTENTION, BackwardMode, CircuitType, FreezeType, KVScope
 
@@ -150,7 +150,7 @@ def config_of(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Interv
     Raises:
         KeyError, TypeError, ValueError: one is missing, or no such thing.
     """
-    fields = json.loads(facts["config"])
+    fields = parsed(facts["config"])
 
     def under(name: str) -> dict[str, Tensor]:
         return {rest: tensors[whole] for whole in tensors if (rest := whole.removeprefix(f"{name}.")) != whole}
@@ -160,7 +160,7 @@ def config_of(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Interv
         if not known.get(whole.partition(".")[0]):
             raise ValueError(f"a tensor {whole}, which no field of this config has")
     if "statistics" in facts:
-        fields["statistics"] = ActivationStatistics.of(under("statistics"), json.loads(facts["statistics"]))
+        fields["statistics"] = ActivationStatistics.of(under("statistics"), parsed(facts["statistics"]))
     if fields["freeze_type"] == FreezeType.REFERENCE:
         fields["reference"] = Recording.of(under("reference"), fields["attention"])
     return InterventionConfig(**fields)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from safetensors import safe_open
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from freeze_core.errors import InterventionError
 
-__all__ = ["read_file", "write_file"]
+__all__ = ["parsed", "read_file", "write_file"]
 
 
 def write_file(path: str | PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
@@ -55,3 +57,15 @@ def read_file(path: str | PathLike[str], kind: str, what: str) -> tuple[dict[str
     if facts.get("format") != kind:
         raise InterventionError(f"{what} of {path}: format {facts.get('format')!r}, must be {kind!r}")
     return tensors, facts
+
+
+def parsed(text: str) -> Any:
+    """What a fact says that was written as JSON.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error

@@ -21,7 +21,7 @@ from freeze_core.circuits.maps import layer_around, norm_before, reading_map, wr
 from freeze_core.circuits.measures import HeadMeasures
 from freeze_core.circuits.moved import not_moved, recorded
 from freeze_core.circuits.norms import folded
-from freeze_core.circuits.observing import Flow, device_of, observed, source_of, undisturbed
+from freeze_core.circuits.observing import Flow, device_of, observed, same, source_of, undisturbed
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError
 from freeze_core.freezing.install import is_frozen
@@ -49,7 +49,8 @@ def copying_scores(model: nn.Module, layers: Sequence[int] | None = None) -> Hea
         `HeadMeasures` with the one measure `copying`; nan of heads whose OV circuit is no matrix, or 0.
 
     Raises:
-        UnsupportedModelError: the model cannot be served, has no unembedding, or no head whose OV circuit is a matrix.
+        UnsupportedModelError: the model cannot be served, has no unembedding that reads the residual stream, but for a
+            norm, or no head whose OV circuit is a matrix.
         InterventionError: a layer that is out of range, or a frozen model.
     """
     with torch.inference_mode(False):  # whose tensors have no derivatives
@@ -72,7 +73,7 @@ def _scores(model: nn.Module, sites: Sites, chosen: Sequence[AttentionSite]) -> 
     reasons: list[str] = []
     scores = torch.full((sites.layers, max(site.heads for site in chosen)), torch.nan, dtype=torch.float64)
     with undisturbed(model):
-        words = _unembedded(model, flows)
+        words = _unembedded(model, flows, _streams(model, sites, flows))
         for site in chosen:
             inside = {one: flows[one] for one in layer_around(model, sites, site).modules() if one in flows}
             for head in range(site.heads):
@@ -92,15 +93,29 @@ def _score(
         raise UnsupportedModelError(reason)
     values = reading_map(site, head, "v", flows, norm_before(site, "v", flows)).weight
     output = writing_map(site, head, flows).weight
+    if len(values) != len(words):
+        raise UnsupportedModelError(
+            f"{site.name} reads {len(values)} features where words are embedded in {len(words)}: there is no circuit "
+            "from word to word"
+        )
     found = Factored(values, output @ words.to(output)).eigenvalues()
     return float(found.real.sum() / found.abs().sum())
 
 
-def _unembedded(model: nn.Module, flows: dict[nn.Module, Flow]) -> Tensor:
+def _streams(model: nn.Module, sites: Sites, flows: Mapping[nn.Module, Flow]) -> list[Tensor]:
+    """What the decoder layers give, attention or not, and what the parts of them do where each part has a list."""
+    inside = layer_around(model, sites, sites.by_layer[max(sites.by_layer)])
+    lists = [list(one) for one in model.modules() if isinstance(one, nn.ModuleList)]
+    layers = next((len(one) for one in lists if inside in one), 0)
+    return [flows[part].given for one in lists if len(one) == layers for part in one if part in flows]
+
+
+def _unembedded(model: nn.Module, flows: dict[nn.Module, Flow], streams: Sequence[Tensor]) -> Tensor:
     """What is written to the residual stream as words, and those as their embeddings: `W_U W_E` `[hidden, hidden]`.
 
     Raises:
-        UnsupportedModelError: one of the two is missing, or of other features than the residual stream.
+        UnsupportedModelError: one of the two is missing, or of other features than the residual stream, or something
+            else than a norm lies between that and the unembedding.
     """
     getters: Any = model
     embedding, unembedding = (
@@ -121,6 +136,13 @@ def _unembedded(model: nn.Module, flows: dict[nn.Module, Flow]) -> Tensor:
     if words.shape[1] != taken.shape[-1]:
         raise UnsupportedModelError(
             f"embeddings of {words.shape[1]} features and a residual stream of {taken.shape[-1]}: they are projected"
+        )
+    # A norm that ends the last layer is itself in what that gives.
+    if not any(same(one, stream) for one in (taken, like) for stream in streams):
+        raise UnsupportedModelError(
+            f"what the unembedding of {type(model).__name__} reads, or the norm before it, is not what the last layer "
+            "gives: something else comes between (a dense layer of the head, say, or a scale), so that W_U is not the "
+            "unembedding alone"
         )
     made = torch.cat([pulled_back(unembedding, like, some) for some in words.T.split(AT_ONCE)])
     if norm is not None:

@@ -41,12 +41,14 @@ def pulled_back(module: nn.Module, like: Tensor, cotangents: Tensor) -> Tensor:
         cotangents: `[row, out]`.
 
     Raises:
-        UnsupportedModelError: the module has no derivative.
+        UnsupportedModelError: the module has no derivative, or gives more than one tensor.
     """
     with torch.inference_mode(False), torch.enable_grad():
         zero = like.new_zeros(1, len(cotangents), like.shape[-1]).requires_grad_()
         try:
             given = module(zero)
+            if not isinstance(given, Tensor):
+                raise UnsupportedModelError(f"a {type(module).__name__} gives a {type(given).__name__}: it is no map")
             (found,) = torch.autograd.grad(given, zero, cotangents.to(given)[None])
         except (RuntimeError, NotImplementedError) as error:
             raise UnsupportedModelError(f"a {type(module).__name__} has no derivative here: {error}") from error

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
 from torch import Tensor
 
 from freeze_core.errors import InterventionError, shown
 from freeze_core.extras import extra
-from freeze_core.studies.tables import escaped
+from freeze_core.studies.tables import as_latex, as_markdown
 
 __all__ = ["HeadMeasures"]
 
@@ -55,25 +54,22 @@ class HeadMeasures:
         return [(cell.layer, cell.head) for cell in self._largest(measure, count)]
 
     def to_frame(self) -> Any:
-        """A pandas `DataFrame` with one row a value: `measure`, `layer`, `head`, `value`, `low`, `high` and `n`.
+        """A pandas `DataFrame`, one row a value: `measure`, `layer`, `head`, `value`, `low`, `high`, `n` and `unit`.
 
         Raises:
             ImportError: pandas is not installed.
         """
         pandas = extra("pandas", "to_frame makes a pandas DataFrame; HeadMeasures.values has the same numbers")
-        rows = [(*cell, self.n) for measure in self.values for cell in self._cells(measure)]
-        return pandas.DataFrame(rows, columns=[*_Cell._fields, "n"])
+        rows = [(*cell, self.n, self.unit) for measure in self.values for cell in self._cells(measure)]
+        return pandas.DataFrame(rows, columns=[*_Cell._fields, "n", "unit"])
 
     def to_markdown(self, count: int = 10) -> str:
         """The `count` largest heads of each measure, and below them what they are."""
-        table = tabulate(self._table(count), self._headers(), tablefmt="github", disable_numparse=True)
-        return f"{table}\n\n{self.about}\n"
+        return as_markdown(self._headers(), self._table(count), self.about)
 
     def to_latex(self, count: int = 10) -> str:
         """The same with its caption as LaTeX, for the package booktabs."""
-        table = tabulate(self._table(count), self._headers(), tablefmt="latex_booktabs", disable_numparse=True)
-        lines = ["\\begin{table}", "\\centering", table, f"\\caption{{{escaped(self.about)}}}", "\\end{table}", ""]
-        return "\n".join(lines)
+        return as_latex(self._headers(), self._table(count), self.about)
 
     def _headers(self) -> list[str]:
         return ["measure", "head", f"value ({self.unit})"]

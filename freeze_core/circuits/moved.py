@@ -10,6 +10,7 @@ from freeze_core.activations import LayerActivations, Recording
 from freeze_core.attention.sites import AttentionSite
 from freeze_core.circuits.linear import rounding, wide
 from freeze_core.circuits.observing import drawn_tokens, undisturbed
+from freeze_core.errors import InterventionError, UnsupportedModelError
 from freeze_core.recording import record, under_eager
 
 __all__ = ["not_moved", "recorded"]
@@ -22,11 +23,15 @@ def recorded(model: nn.Module, layers: Sequence[int], attention: str) -> Recordi
     """What the attention of `layers` reads and writes on drawn tokens, patterns included.
 
     Raises:
-        UnsupportedModelError: it forms no patterns.
+        UnsupportedModelError: it forms no patterns, or what was asked for does not come by.
     """
     # Under eager throughout, since some families bias scores otherwise under other implementations.
     with undisturbed(model), under_eager(model):
-        return record(model, drawn_tokens(model, 1, TOKENS), layers, pattern=True, attention=attention)
+        tokens = drawn_tokens(model, 1, TOKENS)
+        try:
+            return record(model, tokens, layers, pattern=True, attention=attention)
+        except InterventionError as error:  # of tokens that are not the user's
+            raise UnsupportedModelError(str(error)) from error
 
 
 def not_moved(site: AttentionSite, head: int, seen: LayerActivations) -> str:

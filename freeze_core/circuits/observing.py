@@ -13,7 +13,7 @@ from freeze_core.attention.probed import left_alone
 from freeze_core.errors import InterventionError
 from freeze_core.inputs import model_arguments, run, vocabulary_size
 
-__all__ = ["Flow", "device_of", "drawn_tokens", "observed", "source_of", "undisturbed"]
+__all__ = ["Flow", "arguments_of", "device_of", "drawn_tokens", "observed", "same", "source_of", "undisturbed"]
 
 TOKENS = 8
 """On which modules are observed."""
@@ -51,7 +51,11 @@ def drawn_tokens(model: nn.Module, rows: int, tokens: int) -> dict[str, Any]:
         raise InterventionError(
             f"{type(model).__name__} has no config that says vocab_size, so that no tokens are drawn"
         )
-    ids = torch.randint(words, (rows, tokens), generator=generator).to(device_of(model))
+    return arguments_of(model, torch.randint(words, (rows, tokens), generator=generator).to(device_of(model)))
+
+
+def arguments_of(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """The arguments of a pass on token ids `[row, token]`: of an encoder and a decoder, both on the same."""
     arguments = model_arguments(model, ids)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         arguments["decoder_input_ids"] = ids
@@ -86,10 +90,11 @@ def _rows(value: Tensor) -> Tensor:
 def source_of(taken: Tensor, flows: Mapping[nn.Module, Flow]) -> nn.Module | None:
     """The first of the modules that gave what was `taken`, and took something else."""
     for module, flow in flows.items():
-        if _same(flow.given, taken) and flow.taken and not _same(flow.taken[0], taken):
+        if same(flow.given, taken) and flow.taken and not same(flow.taken[0], taken):
             return module
     return None
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers."""
     return one.shape == other.shape and torch.equal(one.to(other.device), other)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from freeze_core.attention.sites import Sites, find_sites
 from freeze_core.circuits.measures import HeadMeasures
-from freeze_core.circuits.observing import device_of
+from freeze_core.circuits.observing import arguments_of, device_of
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.plan import resolve
@@ -50,7 +50,8 @@ def pattern_scores(
     - `first_token`: from any token but the first, the first (a sink).
 
     Each is the mean over such tokens of a sequence, then over sequences, in [0, 1]. A model that is frozen is looked at
-    as it is. It runs in its own mode, without gradients, under its own and under eager attention.
+    as it is; of an encoder and a decoder, the decoder, while both are given the same. It runs in its own mode, without
+    gradients, under its own and under eager attention.
 
     Args:
         model: with self-attention whose patterns can be recorded.
@@ -60,7 +61,7 @@ def pattern_scores(
         first: a token to put before all others, such as the one that the model was trained to begin with.
         seed: of the tokens.
         batch_size: sequences that are run at once.
-        confidence, resamples, resampling_seed: of the percentile bootstrap intervals over sequences.
+        confidence, resamples, resampling_seed: of the expanded percentile bootstrap intervals over sequences.
         progress: show a bar.
 
     Raises:
@@ -87,8 +88,8 @@ def pattern_scores(
         n,
         "share of attention",
         f"{type(model).__name__}: mean attention of each head (layer.head) on {tokens} distinct random tokens that "
-        f"come twice; n = {n} sequences. In brackets {100 * confidence:g} % percentile bootstrap intervals over "
-        "sequences.",
+        f"come twice; n = {n} sequences. In brackets {100 * confidence:g} % expanded percentile bootstrap "
+        "intervals over sequences.",
         {measure: low for measure, (low, _) in ends.items()},
         {measure: high for measure, (_, high) in ends.items()},
     )
@@ -133,7 +134,7 @@ def _measured(
     found = {measure: torch.full((sites.layers, heads, rows), torch.nan, dtype=torch.float64) for measure in MEASURES}
     start = 0
     for batch in tqdm(batches, desc="pattern scores", unit="batch", disable=not progress):
-        seen = record(model, batch, chosen, pattern=True)
+        seen = record(model, arguments_of(model, batch), chosen, pattern=True)
         for layer in chosen:
             pattern = seen[layer].pattern
             assert pattern is not None

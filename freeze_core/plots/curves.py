@@ -35,13 +35,14 @@ def plot_effect_by_strength(table: Any, *, unit: str, title: str = "", label: st
     return _curves(table, label, unit, title, "strength of the freeze (0: unfrozen, 1: replaced)")
 
 
-def plot_vector_effect(table: Any, *, unit: str, title: str = "", label: str = "vector") -> Any:
+def plot_vector_effect(table: Any, *, unit: str | None = None, title: str = "", label: str = "vector") -> Any:
     """The effect of an intervention vector against its strength, beside that of random vectors of its length.
 
     Args:
-        table: what `InterventionVector.evaluate` returned, or `InterventionVector.effects`; or columns, as in
-            `plot_effect_by_strength`, of which `label` tells vector from controls.
-        unit, title, label: as in `plot_effect_by_strength`.
+        table: the `SteeringEffects` of a vector, or the frame of them or of the vector; or columns as in
+            `plot_effect_by_strength`, of which the column `label` tells vector from controls.
+        unit: of the effect, as there; of the first two, `None` is the metric's.
+        title, label: as there.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -50,23 +51,38 @@ def plot_vector_effect(table: Any, *, unit: str, title: str = "", label: str = "
         InterventionError: a column that is missing, or columns that do not fit.
         ImportError: matplotlib is not installed.
     """
-    columns = _columns_of(table, label) if isinstance(table, SteeringEffects) else table
-    return _curves(columns, label, unit, title, "strength of the vector (0: none added)")
+    if isinstance(table, SteeringEffects):
+        rows = table.flat()
+        table = {name: [row[name] for row in rows] for name in rows[0]}
+    if (
+        hasattr(table, "keys")
+        and "effect" not in table
+        and {"change", "control", "metric", "unit"} <= set(table.keys())
+    ):
+        unit = f"change of {_one(table, 'metric')} ({_one(table, 'unit')})" if unit is None else unit
+        table = _beside_controls(table, label)
+    return _curves(table, label, unit, title, "strength of the vector (0: none added)")
 
 
-def _columns_of(effects: SteeringEffects, label: str) -> dict[str, list[Any]]:
-    """The changes that a vector makes, then those that random ones make in the mean."""
-    names = {"change": "found", "control": f"random, mean of {effects.controls.shape[1]}"}
-    columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, label)}
-    for measure, name in names.items():
-        for row in effects.rows:
-            cells = (row.strength, *getattr(row, measure), len(effects.clean), name)
-            for column, cell in zip(columns.values(), cells, strict=True):
-                column.append(cell)
-    return columns
+def _one(table: Any, name: str) -> Any:
+    """What a column has in all rows."""
+    found = list(dict.fromkeys(table[name]))
+    if len(found) != 1:
+        raise InterventionError(f"{name} of table is {shown(found)}: must be one of all rows, as one axis has one unit")
+    return found[0]
 
 
-def _curves(table: Any, label: str, unit: str, title: str, across: str) -> Any:
+def _beside_controls(table: Any, label: str) -> dict[str, list[Any]]:
+    """Of columns with both in each row, columns with the one below the other."""
+    made: dict[str, list[Any]] = {name: 2 * _column(table, name) for name in ("strength", "n")}
+    half = len(made["n"]) // 2
+    made[label] = half * ["vector"] + half * ["random vectors"]
+    for end in ("", "_low", "_high"):
+        made[f"effect{end}"] = [*_column(table, f"change{end}"), *_column(table, f"control{end}")]
+    return made
+
+
+def _curves(table: Any, label: str, unit: str | None, title: str, across: str) -> Any:
     check_text("unit", unit)
     columns = {name: array(name, _column(table, name), 1) for name in COLUMNS}
     count = len(columns["strength"])
@@ -74,6 +90,8 @@ def _curves(table: Any, label: str, unit: str, title: str, across: str) -> Any:
         raise InterventionError(
             f"columns of {', '.join(f'{len(one)} {name}' for name, one in columns.items())}: must fit"
         )
+    if not bool(np.isfinite(columns["n"]).all()) or columns["n"].min() < 0:
+        raise InterventionError(f"n={shown(list(columns['n']))}: must be over how many each number is a mean")
     labels = [str(one) for one in _column(table, label)] if label in table else [""] * count
     if len(labels) != count:
         raise InterventionError(f"{label} has {len(labels)} rows, the other columns {count}")

@@ -10,11 +10,9 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.plots.heatmap import draw_heatmaps
 from freeze_core.plots.style import array
 from freeze_core.scoring.scores import HeadScores
+from freeze_core.studies.tables import UNITS
 
 __all__ = ["plot_head_measures", "plot_head_scores"]
-
-UNITS = {"loss": "nats/token", "kl": "nats/token", "probability": "probability", "logit_difference": "logits"}
-"""Of the built-in metrics."""
 
 
 def plot_head_scores(scores: HeadScores, unit: str | None = None) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from freeze_core.errors import InterventionError, shown
-from freeze_core.files import read_file, write_file
+from freeze_core.files import parsed, read_file, write_file
 from freeze_core.scoring.kept import Kept
 from freeze_core.scoring.question import Question, differing
 
@@ -54,7 +54,7 @@ class Checkpoint:
             return kept
         found, facts = read_file(self.path, FORMAT, "checkpoint")
         try:
-            asked = json.loads(facts["question"])
+            asked = parsed(facts["question"])
         except (KeyError, ValueError) as error:
             raise self._refusal(f"does not say what it is of ({error!r})") from error
         if asked != question:

@@ -92,9 +92,10 @@ def run_circuit_ablation_study(
     batches = sequences(model, dataset, tokenizer, batch_size)
     if sum(batch.rows for batch in batches) < 2:
         raise InterventionError("dataset has one sequence: must have two at least, for intervals over sequences")
+    origin = origin_of(model, sites, batches)  # first, so that nothing that was measured is lost
     measured = _measured(model, sites, batches, freezes, progress)
     targets = torch.cat([(batch.labels != IGNORED).sum(1) for batch in batches if batch.labels is not None])
-    return AblationStudy(config, measured, targets, origin_of(model, sites, batches), resampling, chosen)
+    return AblationStudy(config, measured, targets, origin, resampling, chosen)
 
 
 def _config(layers: Any, heads: Any, fields: Mapping[str, Any]) -> InterventionConfig:

@@ -137,5 +137,6 @@ class Faithfulness:
             f"{self.origin['model']}, {settings['circuit']} of {chosen} of "
             f"{self.all_heads} heads{heads}: {settings['freeze_type']}{calibrated}, strength "
             f"{settings['strength']:g}, kv_scope {settings['kv_scope']}. m is {settings['metric']}; n = {self.n} "
-            f"prompts. In brackets {100 * settings['confidence']:g} % percentile bootstrap intervals over prompts."
+            f"prompts. In brackets {100 * settings['confidence']:g} % expanded percentile bootstrap "
+            "intervals over prompts."
         )

@@ -132,6 +132,9 @@ def measure_faithfulness(
     measure = metric_of(metric, targets, batches, vocabulary_size(model))
     question = _Question(model, sites, config, name, sets, measure)
     question.refuse_dependent()
+    origin = origin_of(model, sites, [*batches, *others])  # first, so that nothing that was measured is lost
+    if statistics is not None:
+        origin["statistics"] = digest_of(statistics.tensors().values())
     with torch.inference_mode(False):
         values = _measured(question, batches, others, progress)
     refuse_equal(measure.name, values["model"], values["empty"], "both unfrozen and with all heads frozen")
@@ -148,9 +151,6 @@ def measure_faithfulness(
         "targets": None if targets is None else torch.as_tensor(targets).tolist(),
         "positions": positions if isinstance(positions, str) else [int(one) for one in positions],
     }
-    origin = origin_of(model, sites, [*batches, *others])
-    if statistics is not None:
-        origin["statistics"] = digest_of(statistics.tensors().values())
     return Faithfulness(values, settings, sum(map(len, sets["empty"].values())), origin, resampling)
 
 

@@ -2,6 +2,13 @@
 
 Sequences are what is drawn anew, whole ones, since tokens of one sequence are not independent: B. Efron and R. J.
 Tibshirani, "An Introduction to the Bootstrap", 1993.
+
+Percentiles of what is drawn anew are too close together where there are few sequences, since the ones that were had
+vary less than all that might have been, and by how much is itself not known. They are expanded as Student's t does it:
+T. Hesterberg, "What Teachers Should Know About the Bootstrap: Resampling in the Undergraduate Statistics Curriculum",
+2015. Of a mean of normal numbers the intervals that are asked for at 95 % then cover it 91 to 95 % of the time, from 5
+sequences on. Of 4, 3 and 2 the interval is the whole range of what is drawn, and there is no wider one: it covers a
+symmetric mean at most 87.5, 75 and 50 % of the time.
 """
 
 from __future__ import annotations
@@ -65,7 +72,7 @@ class Resampling:
         self._stats = extra("scipy.stats", "intervals are made by scipy")
 
     def estimate(self, statistic: Callable[..., Any], *values: Tensor, paired: bool = True) -> Estimate:
-        """`statistic(*values, axis)` of `values`, each `[sequence]`, with its percentile interval.
+        """`statistic(*values, axis)` of `values`, each `[sequence]`, with its expanded percentile interval.
 
         Args:
             paired: `values` are of the same sequences, drawn together; else each is drawn by itself.
@@ -104,11 +111,17 @@ class Resampling:
                 axis=-1,
                 n_resamples=self.settings["resamples"],
                 batch=max(1, LARGEST // max(one.size for one in arrays)),
-                confidence_level=self.settings["confidence"],
+                confidence_level=self._expanded(min(one.shape[-1] for one in arrays)),
                 method="percentile",
                 rng=self._generator(),
             )
         return statistic(*arrays, axis=-1), *made.confidence_interval
+
+    def _expanded(self, n: int) -> float:
+        """The confidence of percentiles that are as far out as it is of Student's t, of `n` sequences."""
+        rest = (1 - self.settings["confidence"]) / 2
+        far = (n / (n - 1)) ** 0.5 * self._stats.t.isf(rest, n - 1)
+        return float(1 - 2 * self._stats.norm.sf(far))
 
     def paired_test(self, differences: Tensor) -> float:
         """The probability, were there no effect, of a mean of `differences` `[sequence]` this far from 0.

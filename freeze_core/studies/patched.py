@@ -13,14 +13,19 @@ from torch import Tensor
 
 from freeze_core.errors import InterventionError, shown
 from freeze_core.extras import extra
-from freeze_core.files import read_file, write_file
+from freeze_core.files import parsed, read_file, write_file
+from freeze_core.studies.checks import check_choice
 from freeze_core.studies.intervals import Estimate, Estimates, Resampling
 from freeze_core.studies.statistics import average, ratio
 from freeze_core.studies.tables import as_latex, as_markdown, shown_with_interval, unit_of
+from freeze_core.vocabulary import KVScope
 
-__all__ = ["PatchingStudy"]
+__all__ = ["CELLS", "DIRECTIONS", "PatchingStudy"]
 
 FORMAT = "circuitfreeze-patching-study-1"
+
+CELLS = ("head", "position")
+DIRECTIONS = ("denoising", "noising")
 
 
 class PatchingStudy:
@@ -175,7 +180,7 @@ class PatchingStudy:
             f"{scope}. {which} on {settings['metric']}, which is {float(self.clean.mean()):.3g} in the "
             f"clean and {float(self.corrupted.mean()):.3g} in the corrupted run, a gap of "
             f"{shown_with_interval(self.gap)}. n = {self.n} pairs of prompts. In brackets "
-            f"{100 * settings['confidence']:g} % percentile bootstrap intervals over prompts, each by itself."
+            f"{100 * settings['confidence']:g} % expanded percentile bootstrap intervals over prompts, each by itself."
         )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -198,7 +203,7 @@ class PatchingStudy:
         """
         tensors, facts = read_file(path, FORMAT, "patching study")
         try:
-            settings, origin = json.loads(facts["settings"]), json.loads(facts["origin"])
+            settings, origin = parsed(facts["settings"]), parsed(facts["origin"])
             resampling = Resampling(*(settings.pop(one) for one in ("confidence", "resamples", "resampling_seed")))
             values = {name: tensors[f"values.{name}"] for name in settings["circuits"]}
             _check(values, tensors["clean"], tensors["corrupted"], settings)
@@ -217,5 +222,8 @@ def _check(values: Mapping[str, Tensor], clean: Tensor, corrupted: Tensor, setti
     for name, one in values.items():
         if one.dtype != torch.float64 or one.dim() != 3 or one.shape[-1] != len(clean) or len(shapes) > 1:
             raise ValueError(f"{name} is no number for each patch and prompt")
-    if len(clean) != len(corrupted) or {"by", "direction", "metric", "kv_scope"} - settings.keys():
-        raise ValueError("clean and corrupted are no pairs, or it is not said how they were patched")
+    if len(clean) != len(corrupted) or not isinstance(settings["metric"], str):
+        raise ValueError("clean and corrupted are no pairs, or it is not said by which metric they were measured")
+    check_choice("by", settings["by"], CELLS)
+    check_choice("direction", settings["direction"], DIRECTIONS)
+    check_choice("kv_scope", settings["kv_scope"], tuple(KVScope))

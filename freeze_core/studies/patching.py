@@ -20,13 +20,10 @@ from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
 from freeze_core.studies.pairs import pairs_of
 from freeze_core.studies.patch_sweep import PatchSweep, measured
-from freeze_core.studies.patched import PatchingStudy
+from freeze_core.studies.patched import CELLS, DIRECTIONS, PatchingStudy
 from freeze_core.vocabulary import CircuitType, KVScope
 
 __all__ = ["patch_activations"]
-
-CELLS = ("head", "position")
-DIRECTIONS = ("denoising", "noising")
 
 
 def patch_activations(
@@ -122,6 +119,7 @@ def patch_activations(
     measure = metric_of(metric, targets, [pair.clean for pair in pairs], vocabulary_size(model))
     sweep = PatchSweep(model, sites, measure, configs, by, direction == "denoising", pairs, progress)
     patches = sweep.patches()
+    origin = origin_of(model, sites, [batch for pair in pairs for batch in pair])  # before anything can be lost
     with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
         values = measured(sweep, patches)
     settings = {
@@ -135,5 +133,4 @@ def patch_activations(
         "kv_scope": str(next(iter(configs.values())).kv_scope),
         "attention": attention,
     }
-    origin = origin_of(model, sites, [batch for pair in pairs for batch in pair])
     return PatchingStudy(*values, settings, origin, resampling)

@@ -15,7 +15,7 @@ from torch import Tensor
 from freeze_core.config import InterventionConfig, config_of, parts_of
 from freeze_core.errors import InterventionError
 from freeze_core.extras import extra
-from freeze_core.files import read_file, write_file
+from freeze_core.files import parsed, read_file, write_file
 from freeze_core.studies.intervals import Estimate, Resampling
 from freeze_core.studies.measures import Sums
 from freeze_core.studies.statistics import accuracy, effect_size, mean, perplexity
@@ -190,12 +190,12 @@ class AblationStudy:
         tensors, facts = read_file(path, FORMAT, "ablation study")
         try:
             parts = {name.removeprefix("config."): tensors[name] for name in tensors if name.startswith("config.")}
-            circuits = json.loads(facts["circuits"])
+            circuits = parsed(facts["circuits"])
             sums = {one: Sums(*(tensors[f"sums.{one}.{name}"] for name in Sums._fields)) for one in circuits}
             _check(circuits, sums, tensors["targets"])
-            config = config_of(parts, json.loads(facts["config"]))
-            origin, resampling = json.loads(facts["origin"]), Resampling(**json.loads(facts["resampling"]))
-            heads = json.loads(facts.get("heads", "null"))  # files of earlier versions have none
+            config = config_of(parts, parsed(facts["config"]))
+            origin, resampling = parsed(facts["origin"]), Resampling(**parsed(facts["resampling"]))
+            heads = parsed(facts.get("heads", "null"))  # files of earlier versions have none
             origin = {"model": origin.pop("model"), **origin}
             return cls(config, sums, tensors["targets"], origin, resampling, None if heads is None else dict(heads))
         except (AttributeError, KeyError, TypeError, ValueError) as error:

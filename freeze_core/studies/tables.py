@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,22 @@ from freeze_core.studies.intervals import Estimate
 if TYPE_CHECKING:
     from freeze_core.studies.results import AblationStudy, Row
 
-__all__ = ["as_latex", "as_markdown", "escaped", "latex", "markdown", "shown_with_interval", "unit_of"]
+__all__ = ["UNITS", "as_latex", "as_markdown", "latex", "markdown", "protected", "shown_with_interval", "unit_of"]
 
 
 HEADERS = ["circuit", "perplexity", "accuracy (%)", "KL to clean (nats/token)", "effect size (d)", "p", "p, adjusted"]
 
-UNITS = {"logit_difference": "logits", "loss": "nats", "kl": "nats", "probability": "probability"}
-"""Of the built-in metrics."""
+UNITS = {"logit_difference": "logits", "loss": "nats/token", "kl": "nats/token", "probability": "probability"}
+"""Of the built-in metrics; one of the user's own has a unit of its own."""
 
-SPECIAL = {letter: f"\\{letter}" for letter in "%_&#${}"}
-"""What LaTeX would not print as it stands, among what stands in a caption."""
+SPECIAL = {letter: f"\\{letter}" for letter in "%_&#${}"} | {
+    "\\": "\\textbackslash{}",
+    "^": "\\textasciicircum{}",
+    "~": "\\textasciitilde{}",
+    "<": "\\ensuremath{<}",
+    ">": "\\ensuremath{>}",
+}
+"""What LaTeX would not print as it stands."""
 
 
 def markdown(study: AblationStudy) -> str:
@@ -36,19 +43,30 @@ def latex(study: AblationStudy) -> str:
 
 def as_markdown(headers: Sequence[str], cells: Sequence[Sequence[str]], caption: str) -> str:
     """A table, and below it what it is of."""
-    table = tabulate(cells, headers, tablefmt="github", disable_numparse=True)
-    return f"{table}\n\n{caption}\n"
+    rows = [[_unmarked(cell) for cell in row] for row in cells]
+    table = tabulate(rows, [_unmarked(header) for header in headers], tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{_unmarked(caption)}\n"
 
 
 def as_latex(headers: Sequence[str], cells: Sequence[Sequence[str]], caption: str) -> str:
     """A `table` environment with rules of booktabs."""
-    table = tabulate(cells, headers, tablefmt="latex_booktabs", disable_numparse=True)
-    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{escaped(caption)}}}", "\\end{table}", ""])
+    table = protected(tabulate(cells, headers, tablefmt="latex_booktabs", disable_numparse=True))
+    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{_escaped(caption)}}}", "\\end{table}", ""])
 
 
-def escaped(text: str) -> str:
+def _escaped(text: str) -> str:
     """Text that LaTeX prints as it stands."""
     return "".join(SPECIAL.get(letter, letter) for letter in text)
+
+
+def protected(table: str) -> str:
+    """A LaTeX table, none of whose rows begins with what the end of the row before it would take for an option."""
+    return re.sub(r"^( *)([\[*])", r"\1{\2}", table, flags=re.MULTILINE)
+
+
+def _unmarked(text: str) -> str:
+    """Text that Markdown prints as it stands: a metric of the user's own may be called `<lambda>`."""
+    return re.sub(r"([\\<|*`])", r"\\\1", text)
 
 
 def _cells(study: AblationStudy) -> list[list[str]]:
@@ -84,8 +102,8 @@ def _caption(study: AblationStudy) -> str:
     return (
         f"{study.origin['model']}, {where}, each circuit frozen alone: {how}. "
         f"n = {len(study.targets)} sequences, {int(study.targets.sum())} predicted tokens. In brackets "
-        f"{100 * resampling['confidence']:g} % percentile bootstrap intervals over sequences; p of a paired sign-flip "
-        "test of the mean loss, adjusted for all circuits (Benjamini-Yekutieli)."
+        f"{100 * resampling['confidence']:g} % expanded percentile bootstrap intervals over sequences; p of a paired "
+        "sign-flip test of the mean loss, adjusted for all circuits (Benjamini-Yekutieli)."
     )
 
 

@@ -10,9 +10,10 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.padding import prompt_of
 from freeze_core.vectors.methods import CLOSED
 from freeze_core.vectors.positions import Positions
+from freeze_core.vectors.prompts import Prompts
 from freeze_core.vectors.sites import ResidualSite
 
-__all__ = ["check_columns", "check_method", "check_running", "checked_strengths"]
+__all__ = ["check_columns", "check_method", "check_reached", "check_running", "checked_strengths"]
 
 
 def check_columns(site: ResidualSite, positions: Positions) -> None:
@@ -22,6 +23,12 @@ def check_columns(site: ResidualSite, positions: Positions) -> None:
             f"positions={positions}: {type(site.sites.stack).__name__} puts tokens of its own before those that it is "
             "given, so that columns cannot be told: must be 'all' or 'last'"
         )
+
+
+def check_reached(positions: Positions, prompts: Prompts, rows: Sequence[int]) -> None:
+    """Raises `InterventionError` for listed columns that one of these prompts has not, or has padding in."""
+    if isinstance(positions.given, tuple):
+        prompts.batches(rows, positions.given)
 
 
 def checked_strengths(strengths: object, name: str = "strengths") -> tuple[float, ...]:

@@ -19,7 +19,13 @@ from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
 from freeze_core.vectors.activations import activations
-from freeze_core.vectors.arguments import check_columns, check_method, check_running, checked_strengths
+from freeze_core.vectors.arguments import (
+    check_columns,
+    check_method,
+    check_reached,
+    check_running,
+    checked_strengths,
+)
 from freeze_core.vectors.effects import effects_of
 from freeze_core.vectors.methods import CLOSED, mean_difference
 from freeze_core.vectors.optimised import optimised
@@ -137,15 +143,22 @@ def discover(
         question = Question(kinds[1], metric, targets, metric_positions, where, vocabulary_size(model))
         for rows in (found.negative, apart.negative):
             question.of(rows)  # which refuses what cannot be served, before anything is run
+            check_reached(where, kinds[1], rows.tolist())
     with torch.inference_mode(False):
+        # First, so that nothing that was measured is lost.
+        origin = origin_of(model, site.sites, [batch for part in batches for kind in part for batch in kind])
         seen = [activations(model, site, one) for one in batches[0]]
         options = Options(method, max_norm, 50 if steps is None else steps, seed, _dtype(model))
         find = _finder(model, site, seen, found, question, options)
-        vector, losses = find(Rows(*(torch.arange(len(rows)) for rows in found)))
+        vector, losses = find(Rows(*(torch.arange(len(rows)) for rows in found)), 0)
         _refuse_nothing(vector, method)
         splits = SPLITS if method in CLOSED else 1
         cosines = split_cosines(
-            (len(found.positive), len(found.negative)), paired, lambda *half: find(Rows(*half))[0], seed, splits
+            (len(found.positive), len(found.negative)),
+            paired,
+            lambda start, *half: find(Rows(*half), start)[0],
+            seed,
+            splits,
         )
         held = [projections(activations(model, site, one), vector) for one in batches[1]]
         made = InterventionVector(
@@ -161,7 +174,7 @@ def discover(
             losses=losses,
             effects=None,
             prompts=tuple(one for kind in batches[0] for one in digests(kind)),
-            origin=origin_of(model, site.sites, [batch for part in batches for kind in part for batch in kind]),
+            origin=origin,
             resampling=resampling,
         )
         if question is None:
@@ -188,11 +201,14 @@ def _finder(
     found: Rows,
     question: Question | None,
     options: Options,
-) -> Callable[[Rows], tuple[Tensor, Tensor]]:
-    """What finds a vector `[hidden]`, and the losses on the way, in some of the prompts that were seen."""
+) -> Callable[[Rows, int], tuple[Tensor, Tensor]]:
+    """What finds a vector `[hidden]`, and the losses on the way, in some of the prompts that were seen.
+
+    Where it takes steps it starts elsewhere for each number.
+    """
     if options.method in CLOSED:
         closed = CLOSED[options.method]
-        return lambda inside: (
+        return lambda inside, start: (
             closed(seen[0][inside.positive], seen[1][inside.negative]).to(options.dtype),
             torch.empty(0, dtype=torch.float64),
         )
@@ -201,7 +217,7 @@ def _finder(
     difference = float(mean_difference(*seen).norm())
     bound = difference if options.max_norm is None else float(options.max_norm)
 
-    def find(inside: Rows) -> tuple[Tensor, Tensor]:
+    def find(inside: Rows, start: int) -> tuple[Tensor, Tensor]:
         batches, measure = asked.of(found.of(inside).negative)
         return optimised(
             model,
@@ -213,6 +229,7 @@ def _finder(
             bound=bound,
             steps=options.steps,
             seed=options.seed,
+            start=start,
             dtype=options.dtype,
         )
 
@@ -251,12 +268,19 @@ def _split(sizes: Sequence[int], paired: bool, held_out: object, seed: int) -> t
 
 def _refuse_repeated(batches: Sequence[Sequence[Sequence[Batch]]]) -> None:
     """Raises `InterventionError` for a prompt that is there several times, of which one may be held out from others."""
+    kinds: list[set[str]] = []
     for name, found, apart in zip(("positive", "negative"), *batches, strict=True):
         every = [*digests(found), *digests(apart)]
         if len(set(every)) < len(every):
             raise InterventionError(
                 f"{name} has a prompt several times, which would be found on and judged on: give each once"
             )
+        kinds.append(set(every))
+    if both := len(set.intersection(*kinds)):
+        raise InterventionError(
+            f"{both} prompt{'s are' if both > 1 else ' is'} both positive and negative: what tells the kinds apart "
+            "cannot be in them, and one that is held out as one kind may be found on as the other; leave them out"
+        )
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -18,6 +18,7 @@ from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.metrics import Metric
 from freeze_core.studies.intervals import Estimate, Resampling
+from freeze_core.studies.tables import unit_of
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.sites import ResidualSite
 from freeze_core.vectors.steered import Addition, steer
@@ -111,6 +112,7 @@ class SteeringEffects:
             flat: dict[str, Any] = {
                 "strength": row.strength,
                 "metric": self.metric,
+                "unit": unit_of(self.metric),
                 "clean": float(self.clean.mean()),
             }
             for name in ("change", "control", "difference"):

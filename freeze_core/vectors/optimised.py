@@ -8,6 +8,7 @@ do: put back to the ball time and again, it ends where all features are as large
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +40,7 @@ def optimised(
     bound: float,
     steps: int,
     seed: int,
+    start: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The best vector `[hidden]` that was seen, and what was lowered at each `[step + 1]`: the mean loss over prompts.
@@ -46,10 +48,13 @@ def optimised(
     `loss` is lowered itself, any other metric's negative. No parameter, gradient, flag or generator of the model is
     touched; every step draws the same dropout.
 
+    Args:
+        seed, start: of where it starts, in no direction that another start or a random vector of that seed has.
+
     Raises:
         InterventionError: the metric has no gradient, one that is 0, or one that is not finite.
     """
-    drawn = torch.randn(hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.randn(hidden, generator=_generator(seed, start), dtype=torch.float64)
     device = next((one.device for one in site.module.parameters() if not one.is_meta), torch.device("cpu"))
     vector = (drawn * (START * bound / drawn.norm())).to(device, dtype).requires_grad_()
     best, losses = vector.detach().clone(), list[float]()
@@ -77,6 +82,12 @@ def optimised(
     finally:
         generators.put(before)
     return best.cpu(), torch.tensor(losses, dtype=torch.float64)
+
+
+def _generator(seed: int, start: int) -> torch.Generator:
+    """By a hash: `seed` itself draws the random vectors that what is found is compared with."""
+    digest = hashlib.sha256(f"start {start} of {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _clean(model: nn.Module, batches: Sequence[Batch], generators: Generators) -> list[Tensor]:

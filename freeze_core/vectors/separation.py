@@ -74,14 +74,15 @@ def separation(
 
 
 def split_cosines(
-    sizes: tuple[int, int], paired: bool, find: Callable[[Tensor, Tensor], Tensor], seed: int, splits: int
+    sizes: tuple[int, int], paired: bool, find: Callable[[int, Tensor, Tensor], Tensor], seed: int, splits: int
 ) -> Tensor:
     """The cosine of the vectors of two random halves, `[split]`.
 
     Args:
         sizes: positive and negative prompts.
         paired: pairs stay together.
-        find: the vector of some, given their places among the positive and among the negative prompts.
+        find: the vector of some, given which half they are, 1 or 2, and their places among the positive and among the
+            negative prompts.
     """
     generator = torch.Generator().manual_seed(seed)
     cosines = []
@@ -91,7 +92,7 @@ def split_cosines(
         halves = zip(
             *([one.sort().values for one in rows.tensor_split(2)] for rows in (positive, negative)), strict=True
         )
-        first, second = (find(*half).double() for half in halves)
+        first, second = (find(number, *half).double() for number, half in enumerate(halves, 1))
         cosines.append(torch.nn.functional.cosine_similarity(first, second, dim=0))
     return torch.stack(cosines)
 

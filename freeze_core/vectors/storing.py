@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from freeze_core.files import parsed
 from freeze_core.studies.intervals import Resampling
 from freeze_core.vectors.effects import SteeringEffects
 
@@ -45,7 +47,7 @@ def fields_of(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> dict[s
     Raises:
         AttributeError, KeyError, TypeError, ValueError: one is missing, or no such thing.
     """
-    facts = {name: json.loads(text) for name, text in texts.items() if name != "format"}
+    facts = {name: parsed(text) for name, text in texts.items() if name != "format"}
     resampling, told, effects = Resampling(**facts["resampling"]), facts["effects"], None
     if told is not None:
         strengths = tuple(map(float, told["strengths"]))
@@ -67,6 +69,9 @@ def check_made(made: InterventionVector) -> None:
         raise ValueError("vector is no [hidden] of finite numbers")
     if isinstance(made.layer, bool) or not isinstance(made.layer, int) or made.layer < 0:
         raise ValueError(f"layer {made.layer}")
+    for number in (made.threshold, made.typical_norm):
+        if isinstance(number, bool) or not isinstance(number, float | int) or not math.isfinite(number):
+            raise ValueError("the threshold, or the norm of the stream, is no finite number")
     for values in (*made.held_out, made.cosines):
         if values.dtype != torch.float64 or values.dim() != 1 or not len(values) or not bool(values.isfinite().all()):
             raise ValueError("held-out projections, or cosines, are no finite numbers")

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from freeze_core.studies.tables import as_latex, as_markdown, shown_with_interval
+from freeze_core.studies.tables import UNITS, as_latex, as_markdown, shown_with_interval
 
 if TYPE_CHECKING:
     from freeze_core.vectors.effects import SteeringEffects
     from freeze_core.vectors.vector import InterventionVector
 
 __all__ = ["latex", "markdown"]
-
-
-UNITS = {"logit_difference": "logits", "loss": "nats", "kl": "nats", "probability": "probability"}
-"""Of the built-in metrics; one of the user's own has a unit of its own."""
 
 
 class Table(NamedTuple):
@@ -96,7 +92,7 @@ def _effects(vector: InterventionVector, effects: SteeringEffects) -> Table:
 
 
 def _interval(vector: InterventionVector) -> str:
-    return f"{_percent(vector)} % percentile bootstrap intervals"
+    return f"{_percent(vector)} % expanded percentile bootstrap intervals"
 
 
 def _percent(vector: InterventionVector) -> str:

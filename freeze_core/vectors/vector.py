@@ -19,7 +19,7 @@ from freeze_core.inputs import vocabulary_size
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.statistics import digest_of, model_identity
 from freeze_core.studies.intervals import Resampling
-from freeze_core.vectors.arguments import check_columns, check_running, checked_strengths
+from freeze_core.vectors.arguments import check_columns, check_reached, check_running, checked_strengths
 from freeze_core.vectors.effects import SteeringEffects, effects_of
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.prompts import Prompts, digests
@@ -178,6 +178,7 @@ class InterventionVector:
         if len(given) < 2:
             raise InterventionError("prompts has one prompt: must have two at least, for intervals over prompts")
         batches = given.batches(range(len(given)), metric_positions)
+        check_reached(where, given, range(len(given)))
         for number, one in enumerate(digests(batches)):
             if one in self.prompts:
                 raise InterventionError(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from intervals import expanded
 from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ from freeze_core import (
 )
 from freeze_core.files import read_file, write_file
 from freeze_core.scoring.batches import batches_of
+from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.measures import sums
 from freeze_core.studies.results import FORMAT
 from pytest_circuitfreeze.models import tiny_model
@@ -98,13 +100,26 @@ def test_accuracy_and_kl_are_those_of_a_loop_by_hand() -> None:
     assert row.kl.low < row.kl.value < row.kl.high
 
 
+@pytest.mark.parametrize(("n", "least"), [(2, 0.5), (3, 0.75), (4, 0.875), (5, 0.91), (8, 0.91), (20, 0.93)])
+def test_intervals_cover_what_they_say_of_few_sequences(n: int, least: float) -> None:
+    """Of 4 and fewer, what the range of them covers: all but the cases in which they lie on one side."""
+    times = 2000
+    values = torch.randn(times, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    low, high = Resampling(0.95, 2000, 0).mean_intervals(values)
+    covered = float(((low <= 0) & (high >= 0)).double().mean())
+    bound = 4 * (least * (1 - least) / times) ** 0.5  # deviations of a binomial share
+    assert least - bound <= covered <= 0.95 + bound
+    if n < 5:
+        assert covered <= least + bound
+
+
 def test_intervals_and_tests_are_of_sequences() -> None:
     made = study(tiny_model("gpt2"), IDS, circuits=["ov", "qk"], resamples=500, resampling_seed=3, confidence=0.8)
     row = made.rows[0]
     losses, clean = made.sums["ov"].loss.numpy(), made.sums["clean"].loss.numpy()
     draws = np.random.default_rng(3).integers(0, 6, (500, 6))  # as scipy draws them
     drawn = np.exp(losses[draws].sum(1) / 48)
-    assert row.perplexity[1:] == pytest.approx(np.quantile(drawn, [0.1, 0.9]))
+    assert row.perplexity[1:] == pytest.approx(np.quantile(drawn, expanded(0.8, 6)))
     signs = np.array(np.meshgrid(*[[1, -1]] * 6)).reshape(6, -1)
     means = ((losses - clean) / 8) @ signs / 6
     expected = 2 * min(np.mean(means >= means[0] - 1e-12), np.mean(means <= means[0] + 1e-12))
@@ -310,7 +325,7 @@ def test_the_table_says_of_what_it_is() -> None:
     assert f"| {row.kl.value:.3g} [{row.kl.low:.3g}, {row.kl.high:.3g}]" in lines[3]
     assert lines[-1].startswith(
         "GPT2LMHeadModel, layer 0, query heads 1, 2, each circuit frozen alone: zero, strength 1, kv_scope group. "
-        "n = 6 sequences, 48 predicted tokens. In brackets 95 % percentile"
+        "n = 6 sequences, 48 predicted tokens. In brackets 95 % expanded percentile"
     )
 
 

@@ -197,6 +197,23 @@ def test_copying_is_that_of_the_matrix_from_word_to_word(name: str) -> None:
         assert float(found[1, head]) == pytest.approx(float(kept.real.sum() / kept.abs().sum()), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ernie", "rembert", "modernbert-decoder"])
+def test_a_head_of_more_than_a_norm_and_an_unembedding_has_no_copying(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="is not what the last layer gives: something else comes between"):
+        copying_scores(tiny_model(name))
+
+
+def test_layers_whose_parts_have_lists_of_their_own_have_copying() -> None:
+    assert not bool(copying_scores(tiny_model("xlm")).values["copying"].isnan().any())
+
+
+def test_a_stream_that_is_scaled_before_the_unembedding_is_not_taken_for_the_stream() -> None:
+    model: Any = copy.deepcopy(tiny_model("llama"))
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
+    with pytest.raises(UnsupportedModelError, match="something else comes between"):
+        copying_scores(model)
+
+
 def test_what_is_no_matrix_is_refused_when_it_is_asked_for() -> None:
     normed = head_circuits(tiny_model("qwen3"), 1, 0)
     with pytest.raises(UnsupportedModelError, match="is not bilinear in query and key"):
@@ -216,6 +233,23 @@ def test_what_is_no_matrix_is_refused_when_it_is_asked_for() -> None:
         copying_scores(tiny_model("qwen3_next"))
     with pytest.raises(UnsupportedModelError, match="no norm in layer 1 makes"):
         head_circuits(tiny_model("olmo2"), 1, 0, fold_norm=True)
+
+
+def test_where_no_pattern_is_heard_weights_are_told_all_the_same() -> None:
+    circuits = head_circuits(tiny_model("openai-gpt"), 0, 0)
+    assert circuits.W_Q.shape == circuits.W_K.shape == (32, 8)
+    for circuit in (circuits.qk, lambda: circuits.ov):
+        with pytest.raises(UnsupportedModelError, match=r"formed 0 patterns in a pass|gave no pattern in this pass"):
+            circuit()
+    with pytest.raises(UnsupportedModelError, match="gave no pattern in this pass"):
+        copying_scores(tiny_model("openai-gpt"))
+
+
+def test_what_is_read_through_more_than_a_norm_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"a Qwen4ExpTextGatedResidual gives a tuple: it is no map"):
+        _ = head_circuits(tiny_model("qwen4_exp_text"), -1, 0, fold_norm=True).W_Q
+    with pytest.raises(UnsupportedModelError, match="reads 64 features where words are embedded in 32"):
+        copying_scores(tiny_model("zamba"))
 
 
 class Bent(nn.Module):

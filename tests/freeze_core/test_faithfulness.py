@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from intervals import expanded
 from torch import Tensor, nn
 
 from freeze_core import (
@@ -135,8 +136,8 @@ def test_intervals_are_of_prompts_drawn_anew() -> None:
     model, empty, circuit, complement = (one.numpy() for one in found.values.values())
     gap = (model - empty)[draws].sum(1)
     for rows, ratio in ((circuit, found.faithfulness), (complement, found.completeness)):
-        assert list(ratio[1:]) == pytest.approx(np.quantile((rows - empty)[draws].sum(1) / gap, [0.1, 0.9]))
-    assert list(found.means["circuit"][1:]) == pytest.approx(np.quantile(circuit[draws].mean(1), [0.1, 0.9]))
+        assert list(ratio[1:]) == pytest.approx(np.quantile((rows - empty)[draws].sum(1) / gap, expanded(0.8, 4)))
+    assert list(found.means["circuit"][1:]) == pytest.approx(np.quantile(circuit[draws].mean(1), expanded(0.8, 4)))
     again = measured(tiny_model("gpt2"), freeze_type="zero", resamples=500, resampling_seed=3, confidence=0.8)
     assert again.to_frame().equals(found.to_frame())
     made_again = measure_faithfulness(tiny_model("gpt2"), IDS, progress=False, **found.settings)
@@ -158,8 +159,8 @@ def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
     assert f"| faithfulness, of the set alone           | {value:.3g} [{low:.3g}, {high:.3g}]" in lines[7]
     assert lines[-1] == (
         "GPT2LMHeadModel, z of 3 of 12 heads (layer 0: 1; layer 2: 0, 2): mean of calibrated statistics, strength 1, "
-        "kv_scope head. m is logit_difference; n = 4 prompts. In brackets 95 % percentile bootstrap intervals over "
-        "prompts."
+        "kv_scope head. m is logit_difference; n = 4 prompts. In brackets 95 % expanded percentile bootstrap "
+        "intervals over prompts."
     )
     assert found.settings["heads"] == {0: [1], 2: [0, 2]}
     assert list(measured(model, heads={2: [1], 0: [3]}).settings["heads"]) == [0, 2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from intervals import expanded
 from torch import Tensor
 
 from freeze_core import (
@@ -22,6 +25,7 @@ from freeze_core import (
 )
 from freeze_core.files import read_file, write_file
 from freeze_core.studies.patched import FORMAT
+from freeze_core.studies.tables import as_latex
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -67,9 +71,9 @@ def test_intervals_are_of_prompts_drawn_anew() -> None:
     changes = (study.values["ov"][1, 2] - study.corrupted).numpy()
     gaps = (study.clean - study.corrupted).numpy()
     effect, share = ([float(one[1, 2]) for one in getattr(study, name)["ov"]] for name in ("effect", "normalised"))
-    assert effect == pytest.approx([changes.mean(), *np.quantile(changes[draws].mean(1), [0.1, 0.9])])
+    assert effect == pytest.approx([changes.mean(), *np.quantile(changes[draws].mean(1), expanded(0.8, 6))])
     shares = changes[draws].sum(1) / gaps[draws].sum(1)
-    assert share == pytest.approx([changes.sum() / gaps.sum(), *np.quantile(shares, [0.1, 0.9])])
+    assert share == pytest.approx([changes.sum() / gaps.sum(), *np.quantile(shares, expanded(0.8, 6))])
     assert study.gap.value == pytest.approx(gaps.mean())
     again = patched(tiny_model("gpt2"), *six, resampling_seed=3, **fields)
     assert again.to_frame().equals(study.to_frame())
@@ -114,6 +118,14 @@ def test_a_study_is_made_again_from_its_file(tmp_path: Path) -> None:
         write_file(tmp_path / "study", FORMAT, tensors | change, facts)
         with pytest.raises(InterventionError, match="not what save writes"):
             PatchingStudy.load(tmp_path / "study")
+    for name, value in (("direction", "sideways"), ("by", "layer"), ("kv_scope", "all"), ("metric", 3)):
+        settings = json.dumps(json.loads(facts["settings"]) | {name: value})
+        write_file(tmp_path / "study", FORMAT, tensors, facts | {"settings": settings})
+        with pytest.raises(InterventionError, match=f"not what save writes .*{name}"):
+            PatchingStudy.load(tmp_path / "study")
+    write_file(tmp_path / "study", FORMAT, tensors, facts | {"origin": "[" * 200_000})
+    with pytest.raises(InterventionError, match=r"not what save writes .*nested too deeply"):
+        PatchingStudy.load(tmp_path / "study")
 
 
 def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
@@ -134,18 +146,36 @@ def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
         "GPT2LMHeadModel, activation patching by head, denoising: the clean run into the corrupted one, normalised so "
         "that 0 is corrupted and 1 clean; kv_scope head. The 2 largest of 12 effects on logit_difference, which is "
     )
-    assert "n = 3 pairs of prompts. In brackets 95 % percentile bootstrap intervals over prompts" in lines[-1]
+    assert "n = 3 pairs of prompts. In brackets 95 % expanded percentile bootstrap intervals over prompts" in lines[-1]
     assert len(study.to_markdown(top=None).splitlines()) == 16
     assert "All 12 effects on" in study.to_markdown(top=None)
     with pytest.raises(InterventionError, match="top=0: must be None or an int"):
         study.to_latex(top=0)
 
 
+def test_names_are_printed_as_they_stand() -> None:
+    study = patched(tiny_model("gpt2"), metric=lambda logits: logits[:, -1, 3], targets=None, circuits=["ov"])
+    text = study.to_markdown(top=1)
+    assert "effect (\\<lambda>)" in text.splitlines()[0]
+    assert "effects on \\<lambda>, which" in text
+    assert "effects on \\ensuremath{<}lambda\\ensuremath{>}, which" in study.to_latex(top=1)
+    latex = as_latex(["[a]", "b"], [["[1]", "[2]"], ["*", "[3]"]], "\\ ^ ~ < >")
+    assert " {[}a]" in latex
+    assert "\n {[}1] " in latex
+    assert "& [2] " in latex
+    assert "\n {*} " in latex
+    expected = "\\textbackslash{} \\textasciicircum{} \\textasciitilde{} \\ensuremath{<} \\ensuremath{>}"
+    assert f"\\caption{{{expected}}}" in latex
+    assert "\\\\[" not in re.sub(r"\s", "", latex)
+
+
 @pytest.mark.latex
 def test_latex_compiles(tmp_path: Path) -> None:
     study = patched(tiny_model("gpt2"))
     head, end = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n", "\\end{document}\n"
-    (tmp_path / "paper.tex").write_text(head + study.to_latex() + end)
+    (tmp_path / "paper.tex").write_text(
+        head + study.to_latex() + as_latex(["[a]", "b"], [["*", "<"], ["[1]", "^"]], "\\~^<>[]") + end
+    )
     command = shutil.which("pdflatex")
     if command is None:
         pytest.skip("pdflatex is not installed (Debian: texlive-latex-recommended)")

@@ -136,10 +136,33 @@ def test_scores_are_those_of_a_loop_by_hand(name: str, first: int | None) -> Non
         assert float(found.high[measure][1, 2]) == pytest.approx(high, abs=1e-6)
 
 
+def test_of_an_encoder_and_a_decoder_it_is_the_decoder() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+    model = T5ForConditionalGeneration(config).eval()
+    heard: list[torch.Tensor] = []
+    hook = model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: heard.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    found = scores(model, 5, 3)
+    hook.remove()
+    ids = next(one for one in heard if len(one) == 3)
+    assert ids.shape == (3, 10)
+    seen = AttentionCircuitFreezer().record(model, {"input_ids": ids, "decoder_input_ids": ids}, pattern=True)
+    for layer in range(2):
+        pattern = seen[layer].pattern
+        assert pattern is not None
+        by_hand = pattern[:, :, 5:].diagonal(1, 2, 3).mean(-1).mean(0)  # the token after the first time
+        assert found.values["prefix_matching"][layer].tolist() == pytest.approx(by_hand.tolist(), abs=1e-6)
+
+
 def test_a_table_says_of_what_it_is() -> None:
     found = scores(tiny_model("llama_gqa"), 6, 4, layers=[-1])
     frame = found.to_frame()
-    assert list(frame.columns) == ["measure", "layer", "head", "value", "low", "high", "n"]
+    assert list(frame.columns) == ["measure", "layer", "head", "value", "low", "high", "n", "unit"]
+    assert set(frame.unit) == {"share of attention"}
     assert len(frame) == 4 * 4
     assert set(frame.layer) == {2}
     assert set(frame.n) == {4}
@@ -154,10 +177,10 @@ def test_a_table_says_of_what_it_is() -> None:
     assert lines[-1].startswith(
         "LlamaForCausalLM: mean attention of each head (layer.head) on 6 distinct random tokens"
     )
-    assert "n = 4 sequences. In brackets 95 % percentile" in lines[-1]
+    assert "n = 4 sequences. In brackets 95 % expanded percentile" in lines[-1]
     latex = found.to_latex(2)
     assert latex.startswith("\\begin{table}")
-    assert "95 \\% percentile" in latex
+    assert "95 \\% expanded percentile" in latex
     weights = copying_scores(tiny_model("llama_gqa"))
     assert weights.to_frame().low.isna().all()
     assert "[" not in weights.to_markdown().splitlines()[2]

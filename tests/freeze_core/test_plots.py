@@ -18,6 +18,7 @@ from matplotlib.text import Text
 
 from freeze_core import (
     AttentionCircuitFreezer,
+    ExperimentalInterventions,
     HeadMeasures,
     HeadScores,
     InterventionConfig,
@@ -37,8 +38,6 @@ from freeze_core.plots import (
 )
 from freeze_core.plots.gradients import layer_norms
 from freeze_core.plots.style import COLOURS, DASHES, MARKERS, share_map, signed_map
-from freeze_core.studies.intervals import Resampling
-from freeze_core.vectors.effects import SteeringEffects
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -219,20 +218,23 @@ def test_curves_are_drawn_in_order_of_strength_with_their_bands(plot: Any) -> No
     assert len(plot(table, unit="x").axes[0].get_legend().get_texts()) == 1
 
 
-def test_effects_of_a_vector_are_drawn_as_they_are_evaluated() -> None:
-    steered, controls = torch.rand(2, 5).double() + 1, torch.rand(2, 3, 5).double()
-    resampling = Resampling(0.95, 999, 0)
-    effects = SteeringEffects("loss", "all", (2.0, 1.0), torch.zeros(5).double(), steered, controls, resampling)
-    (axis,) = plot_vector_effect(effects, unit="change of loss (nats)").axes
-    lines = {line.get_label(): line.get_xydata() for line in axis.lines if not line.get_label().startswith("_")}
-    assert list(lines) == ["found (n = 5)", "random, mean of 3 (n = 5)"]
-    for number, values in enumerate((steered, controls.mean(1))):
-        want = [[1.0, float(values[1].mean())], [2.0, float(values[0].mean())]]
-        assert list(lines.values())[number] == pytest.approx(np.array(want))
-        frame = effects.to_frame()
-        ends = {(row.strength, getattr(row, f"{('change', 'control')[number]}_low")) for row in frame.itertuples()}
-        band = axis.collections[number].get_paths()[0].vertices
-        assert ends <= {(float(x), float(y)) for x, y in band}
+def test_a_vector_is_drawn_from_its_own_effects_and_their_frame() -> None:
+    ids = torch.randint(0, 90, (2, 8, 5), generator=torch.Generator().manual_seed(0))
+    vector = ExperimentalInterventions().discover_intervention_vector(
+        tiny_model("gpt2"), *ids, 1, metric="kl", strengths=(2.0, 1.0), resamples=100, progress=False
+    )
+    effects = vector.effects
+    assert effects is not None
+    for given in (effects, effects.to_frame(), vector.to_frame()):
+        (axis,) = plot_vector_effect(given).axes
+        lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
+        assert list(lines) == ["vector (n = 4)", "random vectors (n = 4)"]
+        last, first = effects.rows
+        for line, name in zip(lines.values(), ("change", "control"), strict=True):
+            assert line.get_xydata().tolist() == [[row.strength, getattr(row, name).value] for row in (first, last)]
+        assert axis.get_ylabel() == "change of kl (nats/token)"
+        assert plot_vector_effect(given, unit="nats").axes[0].get_ylabel() == "nats"
+    assert set(effects.to_frame().unit) == {"nats/token"}
 
 
 def test_gradients_are_those_of_the_reports() -> None:
@@ -308,6 +310,11 @@ def test_colours_order_in_grey_and_lines_differ_without_colour() -> None:
         (lambda: plot_effect_by_strength(3, unit="x"), "table has no column strength"),
         (lambda: plot_effect_by_strength({**curves("circuit", "a"), "n": [1]}, unit="x"), "columns of 3 strength"),
         (lambda: plot_effect_by_strength(curves("circuit", *"abcdefg"), unit="x"), "7 lines: must be 6 at most"),
+        (lambda: plot_vector_effect(curves("vector", "a")), "unit=None: must be a text"),
+        (
+            lambda: plot_vector_effect({**curves("vector", "a"), "n": [1, np.nan, 2]}, unit="x"),
+            "n=.*: must be over how",
+        ),
         (lambda: plot_gradient_flow({}), "reports={}"),
         (lambda: plot_gradient_flow({"ste": {}}), "of='parameters'"),
         (lambda: plot_gradient_flow(reports(), "z"), "of='z': must be one of parameters, activations"),

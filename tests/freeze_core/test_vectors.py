@@ -11,10 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from intervals import expanded
 from scipy import stats
 from torch import Tensor, nn
 
-from freeze_core import ExperimentalInterventions, InterventionConfig, InterventionError, InterventionVector
+from freeze_core import (
+    ExperimentalInterventions,
+    InterventionConfig,
+    InterventionError,
+    InterventionVector,
+    measure_faithfulness,
+    patch_activations,
+    run_circuit_ablation_study,
+)
 from freeze_core.files import read_file, write_file
 from freeze_core.vectors.effects import CONTROLS
 from freeze_core.vectors.vector import FORMAT
@@ -210,6 +219,25 @@ def test_losses_are_the_metric_on_what_the_vector_was_found_on() -> None:
         )  # the best that was seen
 
 
+def test_starts_are_no_controls_and_not_the_same_for_both_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    drawn: list[Tensor] = []
+    own = torch.randn
+
+    def kept(*args: Any, **options: Any) -> Tensor:
+        made = own(*args, **options)
+        if "generator" in options:
+            drawn.extend(made.view(-1, made.shape[-1]))
+        return made
+
+    monkeypatch.setattr(torch, "randn", kept)
+    discover(model, POSITIVE, NEGATIVE, 1, "optimised", steps=1)
+    assert len(drawn) == 3 + CONTROLS  # whole, halves, controls
+    directions = torch.nn.functional.normalize(torch.stack(drawn), dim=1)
+    cosines = (directions @ directions.T - torch.eye(len(drawn))).abs()
+    assert float(cosines.max()) < 0.9  # of 32 features: six times the deviation of a cosine of what is independent
+
+
 def test_the_best_vector_that_was_seen_is_kept() -> None:
     """One step, of more than twice the bound, leads from a start near the best vector, 0, to the ball's other side."""
     model = tiny_model("llama")
@@ -333,7 +361,7 @@ def test_separation_is_that_of_scipy_and_draws_pairs_together() -> None:
     assert made.separation.accuracy.value == pytest.approx(correct)
     draws = np.random.default_rng(3).integers(0, 5, (500, 5))  # as scipy draws them
     drawn = [np.mean(positive[one][:, None] > negative[one]) for one in draws]
-    assert made.separation.auc[1:] == pytest.approx(np.quantile(drawn, [0.1, 0.9]))
+    assert made.separation.auc[1:] == pytest.approx(np.quantile(drawn, expanded(0.8, 5)))
 
 
 def test_stability_is_the_cosine_of_halves() -> None:
@@ -418,6 +446,8 @@ def test_a_vector_is_evaluated_on_other_prompts_at_other_strengths() -> None:
     given = {"input_ids": padded, "attention_mask": (torch.arange(10) > 2).long().expand(2, -1)}
     with pytest.raises(InterventionError, match="prompt 0 of prompts is one that the vector was found on"):
         made.evaluate(model, given, progress=False, **METRIC)
+    with pytest.raises(InterventionError, match="7 is out of range; a batch has 7 columns"):
+        made.evaluate(model, NEGATIVE[apart], positions=[7], progress=False, **METRIC)
     with pytest.raises(InterventionError, match="prompts has one prompt"):
         made.evaluate(model, NEGATIVE[apart[:1]], progress=False, **METRIC)
 
@@ -470,6 +500,16 @@ def test_a_vector_is_what_it_was_when_it_is_loaded(tmp_path: Path) -> None:
             InterventionVector.load(tmp_path / name)
 
 
+BAD = [
+    ("threshold", "NaN"),
+    ("threshold", '"x"'),
+    ("threshold", "true"),
+    ("typical_norm", "Infinity"),
+    ("origin", "[" * 200_000),
+]
+"""Facts of a vector that no discovery writes, as text."""
+
+
 @pytest.mark.parametrize(
     ("tensor", "value"),
     [
@@ -489,7 +529,7 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, tensor: str
     write_file(tmp_path / "vector", FORMAT, {**tensors, tensor: value}, facts)
     with pytest.raises(InterventionError, match="not what save writes"):
         InterventionVector.load(tmp_path / "vector")
-    for fact, text in (("layer", '"one"'), ("origin", "{}"), ("effects", "3"), ("found", "null")):
+    for fact, text in (("layer", '"one"'), ("origin", "{}"), ("effects", "3"), ("found", "null"), *BAD):
         write_file(tmp_path / "vector", FORMAT, tensors, {**facts, fact: text})
         with pytest.raises(InterventionError, match="not what save writes"):
             InterventionVector.load(tmp_path / "vector")
@@ -506,7 +546,7 @@ def test_tables_say_what_they_are_of() -> None:
     assert "GPT2LMHeadModel, a vector of the residual stream after layer 1, found on 6 positive and 6 negative" in text
     assert "n = 4 positive and 4 negative ones held out" in text
     assert "n = 4 prompts that it was not found on" in text
-    assert "95 % percentile bootstrap intervals over pairs" in text
+    assert "95 % expanded percentile bootstrap intervals over pairs" in text
     assert "change (logits)" in text
     frame = made.to_frame()
     assert list(frame.strength) == [1, -1]
@@ -545,6 +585,8 @@ FOUR = POSITIVE[:4]
             r"positive has 10 prompts and negative 5: must be",
         ),
         ({"positive": torch.cat([FOUR, FOUR])}, r"positive has a prompt several times"),
+        ({"negative": torch.cat([NEGATIVE[:5], POSITIVE[3:5]])}, r"2 prompts are both positive and negative"),
+        ({"negative": torch.cat([NEGATIVE[:9], POSITIVE[:1]])}, r"1 prompt is both positive and negative"),
         ({"positive": POSITIVE.float()}, r"inputs is torch.float32"),
         ({"layer": 3}, r"layer=3: must be an int in -3 to 2, of 3 layers"),
         ({"layer": -4}, r"layer=-4: must be"),
@@ -576,6 +618,12 @@ FOUR = POSITIVE[:4]
         ({"positions": "first"}, r"positions='first': must be"),
         ({"apply_positions": "first"}, r"positions='first': must be 'all', 'last', a list"),
         ({**METRIC, "metric_positions": [9]}, r"positions=\[9\]: 9 is out of range"),
+        ({**METRIC, "apply_positions": [0, 50]}, r"positions=\(0, 50\): 50 is out of range"),
+        ({**METRIC, "apply_positions": [0, -7]}, r"positions=\(0, -7\): names the same of 7 columns twice"),
+        (
+            {**METRIC, "negative": {"input_ids": NEGATIVE, "attention_mask": MASK}, "apply_positions": [0]},
+            r"positions=\(0,\): one of them is padding in some prompt of negative",
+        ),
         ({"confidence": 2.0}, r"confidence=2.0: must be"),
         ({"resamples": 1}, r"resamples=1: must be"),
     ],
@@ -590,6 +638,28 @@ def test_what_cannot_be_served_is_an_error_before_any_pass(given: dict[str, Any]
         ExperimentalInterventions().discover_intervention_vector(model, **{**asked, **given})
 
 
+@pytest.mark.parametrize("module", ["ablation", "patching", "faithfulness", "discovery"])
+def test_what_a_result_is_of_is_found_out_before_any_pass(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    own = model.forward
+    model.forward = lambda *args, **kwargs: pytest.fail("the model was run")
+    model.forward.__func__ = own.__func__  # type: ignore[attr-defined]
+    package = "vectors" if module == "discovery" else "studies"
+
+    def failing(*args: Any) -> None:
+        raise LookupError("no version")
+
+    monkeypatch.setattr(f"freeze_core.{package}.{module}.origin_of", failing)
+    calls: dict[str, Any] = {
+        "ablation": lambda: run_circuit_ablation_study(model, NEGATIVE, [0], [0], progress=False),
+        "patching": lambda: patch_activations(model, POSITIVE, NEGATIVE, **METRIC, progress=False),
+        "faithfulness": lambda: measure_faithfulness(model, NEGATIVE, {0: [0]}, **METRIC, progress=False),
+        "discovery": lambda: discover(model),
+    }
+    with pytest.raises(LookupError, match="no version"):
+        calls[module]()
+
+
 def test_texts_of_unequal_length_need_a_pad_token() -> None:
     tokenizer = Words()
     tokenizer.pad_token = None
@@ -601,10 +671,11 @@ def test_texts_of_unequal_length_need_a_pad_token() -> None:
 
 def test_prompts_that_do_not_differ_have_no_vector() -> None:
     model = tiny_model("llama")
+    alike = torch.cat([POSITIVE[:, :1], NEGATIVE[:, 1:]], dim=1)
     with pytest.raises(InterventionError, match="found a vector that is 0 or not finite"):
-        discover(model, POSITIVE, POSITIVE)
+        discover(model, POSITIVE, alike, positions=[0])
     with pytest.raises(InterventionError, match="it has no positive side"):
-        discover(model, POSITIVE, POSITIVE, 1, "principal_component")
+        discover(model, POSITIVE, alike, 1, "principal_component", positions=[0])
 
 
 def test_a_metric_without_a_gradient_is_refused_by_name() -> None:

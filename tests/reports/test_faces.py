@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def test_names_are_text_in_markdown(faces: dict[str, Path]) -> None:
         assert not re.search(rf"(?<!\\){re.escape(special)}", outside), special
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| Frozen")}
     assert widths == {6}
+
+
+def test_no_row_begins_with_what_latex_takes_for_an_option(tmp_path: Path) -> None:
+    rows = tuple(replace(HOLDS, id=f"a.py::test_{one}", claim=one, sentence=f"{one}1] holds.") for one in "[*")
+    made = {path.name: path for path in reports.write(document(rows), tmp_path / "new")}["claims.tex"].read_text(
+        "utf-8"
+    )
+    assert "\n {[}1] holds." in made
+    assert "\n {*}1] holds." in made
 
 
 @pytest.mark.latex
