@@ -13,6 +13,7 @@ symmetric mean at most 87.5, 75 and 50 % of the time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -102,7 +103,9 @@ class Resampling:
         return low, high
 
     def _bootstrap(self, statistic: Callable[..., Any], arrays: Sequence[Any], paired: bool) -> tuple[Any, Any, Any]:
-        with np.errstate(invalid="ignore"):  # of the standard error, which is not asked for, where a draw is infinite
+        # Of the standard error, which is not asked for, and of ends between draws that are infinite, which are nan.
+        with np.errstate(invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._stats.DegenerateDataWarning)
             made = self._stats.bootstrap(
                 arrays,
                 statistic,
