@@ -103,7 +103,7 @@ class Resampling:
         return low, high
 
     def _bootstrap(self, statistic: Callable[..., Any], arrays: Sequence[Any], paired: bool) -> tuple[Any, Any, Any]:
-        # Of the standard error, which is not asked for, and of ends between draws that are infinite, which are nan.
+        # Of scipy's own standard error and interval, which are not asked for, where a draw is infinite.
         with np.errstate(invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", self._stats.DegenerateDataWarning)
             made = self._stats.bootstrap(
@@ -114,17 +114,19 @@ class Resampling:
                 axis=-1,
                 n_resamples=self.settings["resamples"],
                 batch=max(1, LARGEST // max(one.size for one in arrays)),
-                confidence_level=self._expanded(min(one.shape[-1] for one in arrays)),
                 method="percentile",
                 rng=self._generator(),
             )
-        return statistic(*arrays, axis=-1), *made.confidence_interval
+        drawn, outside = made.bootstrap_distribution, self._outside(min(one.shape[-1] for one in arrays))
+        # Draws themselves, and none in between: of an infinite one there is nothing in between.
+        low = np.quantile(drawn, outside, axis=-1, method="lower")
+        return statistic(*arrays, axis=-1), low, np.quantile(drawn, 1 - outside, axis=-1, method="higher")
 
-    def _expanded(self, n: int) -> float:
-        """The confidence of percentiles that are as far out as it is of Student's t, of `n` sequences."""
+    def _outside(self, n: int) -> float:
+        """The share of draws below the interval, and above it, so that it is as far out as Student's t of `n` is."""
         rest = (1 - self.settings["confidence"]) / 2
         far = (n / (n - 1)) ** 0.5 * self._stats.t.isf(rest, n - 1)
-        return float(1 - 2 * self._stats.norm.sf(far))
+        return float(self._stats.norm.sf(far))
 
     def paired_test(self, differences: Tensor) -> float:
         """The probability, were there no effect, of a mean of `differences` `[sequence]` this far from 0.
