@@ -273,8 +273,9 @@ def _message(reports: Iterable[pytest.TestReport]) -> str:
     for report in reports:
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            text = crash.message if crash else report.longreprtext
-            return str(text).strip().partition("\n")[0]
+            # Of a worker that died it is a text, which `longreprtext` would put behind the worker's name.
+            text = report.longrepr if isinstance(report.longrepr, str) else report.longreprtext
+            return str(crash.message if crash else text).strip().partition("\n")[0]
         if report.skipped and isinstance(report.longrepr, tuple):
             return str(report.longrepr[2])
     return ""
