@@ -21,7 +21,7 @@ def one(**other: Any) -> dict[str, Any]:
         "environment": {"CPU": "Some CPU", "cores": "2", "torch": "2.13"},
         "row": "tiny, qk",
         "engine": "e",
-        "ratios": {"plain": {**SPREAD, "median": 1.0}, "e": SPREAD},
+        "ratios": {"plain": {**SPREAD, "median": 1.0, "low": 0.9}, "e": SPREAD},
         "target": 1.1,
         "missing": {"pyvene": "not\ninstalled"},
     } | other
@@ -33,7 +33,7 @@ def lines(*made: dict[str, Any], notes: dict[str, str] | None = None) -> list[st
 
 def test_a_ratio_stands_with_its_spread_beside_its_target() -> None:
     shown = lines(one())
-    assert "| tiny, qk | 1.000 [1.200, 1.300] n=20 | 1.250 [1.200, 1.300] n=20 | 1.1 | not reached |" in shown
+    assert "| tiny, qk | 1.000 [0.900, 1.300] n=20 | 1.250 [1.200, 1.300] n=20 | 1.1 | not reached |" in shown
     assert "- CPU Some CPU, cores 2, torch 2.13" in shown
     assert "- pyvene, not measured: not installed" in shown
 
