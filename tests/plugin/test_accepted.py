@@ -43,7 +43,7 @@ def test_an_accepted_failure_is_neither_passed_nor_failed(stand_in: Run, workers
     assert [one["message"] for one in document["results"] if one["outcome"] == "accepted"] == ["ours to mend, in #12"]
     text = Path("out/report.md").read_text()
     assert "| accepted " in text
-    assert "falcon\\_mqa accepted (breaks): ours to mend, in #12" in text
+    assert "falcon\\_mqa accepted (breaks): ours to mend, in \\#12" in text
 
 
 @WORKERS
