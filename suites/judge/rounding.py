@@ -59,7 +59,8 @@ class NudgedAttention(TorchFunctionMode):
 
     The gradient of a score is `pattern * (dp - delta)`, where `delta` is the mean of `dp` under the pattern: the two
     round apart and may cancel altogether (a query that sees one key has no gradient). Nothing that is done to weights
-    or to what arrives shows that, so `dp` is nudged and `delta` is not.
+    or to what arrives shows that, so `dp` is nudged and `delta` is not: by `gamma` of the products that `dp` is a sum
+    of, since that sum may cancel too.
     """
 
     def __torch_function__(
@@ -103,6 +104,8 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         pattern, value, mixed = ctx.saved_tensors
-        of_pattern = Nudge(grad.dtype)(grad @ value.transpose(-1, -2), grad.shape[-1])
+        products = grad.abs() @ value.abs().transpose(-1, -2)
+        rounding = Nudge(grad.dtype)(products, grad.shape[-1]) - products
+        of_pattern = grad @ value.transpose(-1, -2) + rounding
         delta = (grad * mixed).sum(-1, keepdim=True)
         return pattern * (of_pattern - delta), pattern.transpose(-1, -2) @ grad
