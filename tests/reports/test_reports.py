@@ -6,43 +6,16 @@ import json
 import stat
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
+import documents
 import pytest
+from documents import ENDED, HOLDS
 
 from pytest_circuitfreeze import reports
 from pytest_circuitfreeze.reports import ReportError, files
-from pytest_circuitfreeze.results import Result
-from pytest_circuitfreeze.settings import Settings
 
-SETTINGS = Settings(
-    enabled=True,
-    architectures=("gpt2", "falcon_mqa"),
-    models=("my|model",),
-    engine="freeze_core",
-    profile="standard",
-    seed=7,
-    device="cpu",
-    dtype=None,
-    attn=None,
-    bench=False,
-    report=Path("secret/folder"),
-)
-HOLDS = Result(
-    id="circuitfreeze/test_values.py::test_values_agree[gpt2]",
-    claim="values_agree",
-    sentence="Frozen values are r * strength.",
-    model="gpt2",
-    engine="freeze_core",
-    outcome="passed",
-    seconds=0.5,
-    examples=25,
-    error=1e-9,
-    bound=4e-9,
-    message="",
-)
-ENDED = reports.Ended(1, True, datetime(2020, 1, 2, 3, 4, tzinfo=UTC), 61.04)
+SETTINGS = replace(documents.SETTINGS, architectures=("gpt2", "falcon_mqa"), models=("my|model",), bench=False)
 BREAKS = replace(
     HOLDS,
     id="circuitfreeze/test_values.py::test_values_agree[my|model]",
