@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from intervals import expanded
 from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
+from typesetting import typeset
 
 from freeze_core import (
     AblationStudy,
@@ -333,11 +332,5 @@ def test_the_table_says_of_what_it_is() -> None:
 def test_latex_compiles(tmp_path: Path) -> None:
     made = study(tiny_model("gpt2"), IDS, [0], [1, 2])
     made.origin["model"] = "My_Model"
-    head, end = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n", "\\end{document}\n"
-    (tmp_path / "paper.tex").write_text(head + made.to_latex() + end)
-    command = shutil.which("pdflatex")
-    if command is None:
-        pytest.skip("pdflatex is not installed (Debian: texlive-latex-recommended)")
-    done = subprocess.run([command, "-halt-on-error", "paper.tex"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    typeset(made.to_latex(), tmp_path)
     assert (tmp_path / "paper.pdf").stat().st_size > 10_000

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interrupted import stopped_at
 from intervals import expanded
 from torch import Tensor, nn
+from typesetting import typeset
 
 from freeze_core import (
     AttentionCircuitFreezer,
@@ -22,7 +22,6 @@ from freeze_core import (
     UnsupportedModelError,
     measure_faithfulness,
 )
-from freeze_core.freezing.install import is_frozen
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -169,14 +168,7 @@ def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
 
 @pytest.mark.latex
 def test_latex_compiles(tmp_path: Path) -> None:
-    found = measured(tiny_model("gpt2"))
-    head, end = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n", "\\end{document}\n"
-    (tmp_path / "paper.tex").write_text(head + found.to_latex() + end)
-    command = shutil.which("pdflatex")
-    if command is None:
-        pytest.skip("pdflatex is not installed (Debian: texlive-latex-recommended)")
-    done = subprocess.run([command, "-halt-on-error", "paper.tex"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    typeset(measured(tiny_model("gpt2")).to_latex(), tmp_path)
 
 
 def test_dropout_is_the_same_in_every_pass_and_generators_are_put_back() -> None:
@@ -201,29 +193,9 @@ def test_kl_is_from_the_unfrozen_model() -> None:
     assert bool((found.values["empty"] > 0).all())
 
 
-class Stopped(Exception):
-    pass
-
-
 def test_after_an_error_the_model_is_what_it_was() -> None:
     model = tiny_model("llama_gqa")
-    with torch.no_grad():
-        before = model(IDS).logits
-    calls = []
-
-    def stops(logits: Tensor) -> Tensor:
-        calls.append(logits)
-        if len(calls) == 3:
-            raise Stopped
-        return logits[:, -1, 5]
-
-    with pytest.raises(Stopped):
-        measured(model, metric=stops)
-    assert not is_frozen(model)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not any("forward" in vars(module) for module in model.modules())
-    with torch.no_grad():
-        assert torch.equal(model(IDS).logits, before)
+    stopped_at(3, model, lambda metric: measured(model, metric=metric))
 
 
 def test_what_is_infinite_has_no_mean() -> None:

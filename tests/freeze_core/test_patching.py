@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from encoder_decoders import bart
+from interrupted import stopped_at
+from patched import CLEAN, CORRUPTED, LEFT, TARGETS, patched
 from torch import Tensor, nn
 
 from freeze_core import (
@@ -14,26 +16,15 @@ from freeze_core import (
     ExperimentalInterventions,
     InterventionConfig,
     InterventionError,
-    PatchingStudy,
     UnsupportedModelError,
-    patch_activations,
 )
 from freeze_core.attention.sites import find_sites
-from freeze_core.freezing.install import install, is_frozen
+from freeze_core.freezing.install import install
 from freeze_core.studies.patches import by_position, roles_of
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
 CIRCUITS = ["qk", "ov", "both", "q", "k", "v", "z"]
-TARGETS = (5, 7)
-GENERATOR = torch.Generator().manual_seed(0)
-CLEAN, CORRUPTED = torch.randint(0, 60, (2, 3, 6), generator=GENERATOR)
-LEFT = (torch.arange(6) >= torch.tensor([[0], [2], [3]])).long()
-FIELDS = {"metric": "logit_difference", "targets": TARGETS, "progress": False, "resamples": 199}
-
-
-def patched(model: Any, clean: Any = CLEAN, corrupted: Any = CORRUPTED, **options: Any) -> PatchingStudy:
-    return patch_activations(model, clean, corrupted, **FIELDS | options)
 
 
 def difference(model: Any, ids: Tensor, **arguments: Tensor) -> Tensor:
@@ -346,29 +337,7 @@ def test_a_layer_that_runs_several_times_is_patched_by_head_alone() -> None:
         patched(model, by="position")
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("by", ["head", "position"])
 def test_after_an_error_the_model_is_what_it_was(by: str) -> None:
     model = tiny_model("llama_gqa")
-    with torch.no_grad():
-        before = model(CLEAN).logits
-    calls = []
-
-    def stops(logits: Tensor) -> Tensor:
-        calls.append(logits)
-        if len(calls) == 10:
-            raise Stopped
-        return logits[:, -1, 5]
-
-    state = torch.get_rng_state()
-    with pytest.raises(Stopped):
-        patched(model, metric=stops, targets=None, by=by)
-    assert not is_frozen(model)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert torch.equal(torch.get_rng_state(), state)
-    with torch.no_grad():
-        assert torch.equal(model(CLEAN).logits, before)
+    stopped_at(10, model, lambda metric: patched(model, metric=metric, targets=None, by=by))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from intervals import expanded
+from patched import CLEAN, CORRUPTED, LEFT, patched
 from torch import Tensor
+from typesetting import typeset
 
 from freeze_core import (
     AttentionCircuitFreezer,
@@ -29,15 +29,6 @@ from freeze_core.studies.tables import as_latex
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
-TARGETS = (5, 7)
-GENERATOR = torch.Generator().manual_seed(0)
-CLEAN, CORRUPTED = torch.randint(0, 60, (2, 3, 6), generator=GENERATOR)
-LEFT = (torch.arange(6) >= torch.tensor([[0], [2], [3]])).long()
-FIELDS = {"metric": "logit_difference", "targets": TARGETS, "progress": False, "resamples": 199}
-
-
-def patched(model: Any, clean: Any = CLEAN, corrupted: Any = CORRUPTED, **options: Any) -> PatchingStudy:
-    return patch_activations(model, clean, corrupted, **FIELDS | options)
 
 
 def test_texts_are_prompts() -> None:
@@ -171,16 +162,8 @@ def test_names_are_printed_as_they_stand() -> None:
 
 @pytest.mark.latex
 def test_latex_compiles(tmp_path: Path) -> None:
-    study = patched(tiny_model("gpt2"))
-    head, end = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n", "\\end{document}\n"
-    (tmp_path / "paper.tex").write_text(
-        head + study.to_latex() + as_latex(["[a]", "b"], [["*", "<"], ["[1]", "^"]], "\\~^<>[]") + end
-    )
-    command = shutil.which("pdflatex")
-    if command is None:
-        pytest.skip("pdflatex is not installed (Debian: texlive-latex-recommended)")
-    done = subprocess.run([command, "-halt-on-error", "paper.tex"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    names = as_latex(["[a]", "b"], [["*", "<"], ["[1]", "^"]], "\\~^<>[]")
+    typeset(patched(tiny_model("gpt2")).to_latex() + names, tmp_path)
 
 
 def test_what_is_infinite_has_no_mean() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from discovered import METRIC, discover
+from typesetting import typeset
 
 from pytest_circuitfreeze.models import tiny_model
 
@@ -35,9 +34,4 @@ def test_tables_say_what_they_are_of() -> None:
 
 @pytest.mark.latex
 def test_latex_is_typeset(tmp_path: Path) -> None:
-    if shutil.which("pdflatex") is None:
-        pytest.skip("pdflatex is not installed")
-    body = discover(tiny_model("gpt2"), **METRIC).to_latex()
-    text = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\n{body}\\end{{document}}\n"
-    (tmp_path / "table.tex").write_text(text, encoding="utf-8")
-    subprocess.run(["pdflatex", "-halt-on-error", "table.tex"], cwd=tmp_path, check=True, capture_output=True)
+    typeset(discover(tiny_model("gpt2"), **METRIC).to_latex(), tmp_path)
