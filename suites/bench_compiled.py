@@ -51,7 +51,7 @@ def bench_recompiles(benchmark: BenchmarkFixture, circuit_engine: Engine, change
         breaks = sum(counters["graph_break"].values())
     finally:
         torch.compiler.reset()
-    benchmark.pedantic(lambda: None)  # type: ignore[no-untyped-call]
+    benchmark.pedantic(lambda: None)
     ratios = {
         name: {"median": number, "low": number, "high": number, "n": 1}
         for name, number in (("graphs made anew", made), ("graph breaks", breaks))

@@ -46,7 +46,7 @@ def bench_growth(benchmark: BenchmarkFixture, circuit_engine: Engine, what: str,
         pairs = Pairs(call, compared)
         pairs.rounds(ROUNDS)
         with frozen(freezes[circuit_engine.name]) as own:
-            benchmark.pedantic(own, rounds=ROUNDS)  # type: ignore[no-untyped-call]
+            benchmark.pedantic(own, rounds=ROUNDS)
     benchmark.extra_info.update(
         row=f"{number} {what}", engine=circuit_engine.name, ratios=pairs.spreads(), target=None, missing={}
     )

@@ -43,7 +43,7 @@ def bench_install_and_remove(benchmark: BenchmarkFixture, circuit_engine: Engine
     with one_thread():
         pairs = Pairs(by_hand, {circuit_engine.name: lambda: nullcontext(installed)}, floor=IN_PLACE)
         pairs.rounds(ROUNDS)
-        benchmark.pedantic(installed, rounds=ROUNDS)  # type: ignore[no-untyped-call]
+        benchmark.pedantic(installed, rounds=ROUNDS)
     benchmark.extra_info.update(row=width, engine=circuit_engine.name, ratios=pairs.spreads(), target=HANDS, missing={})
 
 
@@ -66,7 +66,7 @@ def bench_memory(benchmark: BenchmarkFixture, circuit_engine: Engine, width: str
         before = bytes_alive()
         with circuit_engine.freeze(model, config) as call:
             step: Call = partial(call, input_ids=prompt)
-            benchmark.pedantic(step, rounds=2)  # type: ignore[no-untyped-call]
+            benchmark.pedantic(step, rounds=2)
             extra = bytes_alive() - before
     share = extra / sum(parameter.nbytes for parameter in model.parameters())
     ratios = {circuit_engine.name: {"median": share, "low": share, "high": share, "n": 1}}

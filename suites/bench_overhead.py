@@ -57,7 +57,7 @@ def bench_frozen_forward(
         pairs = Pairs(partial(forward, circuit_model), {circuit_engine.name: frozen}, clock=clock)
         pairs.rounds(ROUNDS)
         with frozen() as own:
-            benchmark.pedantic(own, rounds=ROUNDS)  # type: ignore[no-untyped-call]
+            benchmark.pedantic(own, rounds=ROUNDS)
     _describe(benchmark, request, circuit_engine, pairs, limit)
     found = benchmark.extra_info["ratios"][circuit_engine.name]
     if limit is not None and found["low"] > limit:
@@ -89,7 +89,7 @@ def bench_install_and_remove(
         plain = partial(forward, circuit_model)
         pairs = Pairs(plain, {circuit_engine.name: lambda: nullcontext(install_and_remove)}, clock=clock)
         pairs.rounds(ROUNDS)
-        benchmark.pedantic(install_and_remove, rounds=ROUNDS)  # type: ignore[no-untyped-call]
+        benchmark.pedantic(install_and_remove, rounds=ROUNDS)
     _describe(benchmark, request, circuit_engine, pairs, None)
 
 

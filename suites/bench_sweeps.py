@@ -61,7 +61,7 @@ def bench_sweep(benchmark: BenchmarkFixture, circuit_engine: Engine, size: str, 
             for name, freeze in found.items():
                 if name not in BY_HAND[1:]:
                     naive.setdefault(name, []).append(freeze)
-        benchmark.pedantic(plain, setup=measured, rounds=ROUNDS)  # type: ignore[no-untyped-call]
+        benchmark.pedantic(plain, setup=measured, rounds=ROUNDS)
     ratios = {name: spread(values) for name, values in times.items()}
     benchmark.extra_info.update(
         row=f"{size}, {positions}", engine="score_heads", ratios=ratios, target=TARGETS[positions], missing=missing

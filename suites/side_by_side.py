@@ -64,7 +64,7 @@ def side_by_side(
         pairs = Pairs(workload(model, prompt), {name: partial(frozen, freeze) for name, freeze in freezes.items()})
         pairs.rounds(rounds)
         with frozen(freezes[engine.name]) as own:
-            benchmark.pedantic(own, rounds=rounds)  # type: ignore[no-untyped-call]
+            benchmark.pedantic(own, rounds=rounds)
     ratios = pairs.spreads()
     best = min(ratios[name]["median"] for name in BY_HAND)
     benchmark.extra_info.update(
