@@ -145,8 +145,8 @@ class SuiteCollection:
         if self._whole:
             items += _stale_entries(session, items)
         for item in items:
-            if is_shipped(item) and hypothesis.is_hypothesis_test(item.obj):  # type: ignore[attr-defined]
-                hypothesis.seed(self._seed)(item.obj)  # type: ignore[attr-defined]
+            if isinstance(item, pytest.Function) and is_shipped(item) and hypothesis.is_hypothesis_test(item.obj):
+                hypothesis.seed(self._seed)(item.obj)
         if not self._asked:
             return
         dropped = [item for item in items if is_shipped(item) and not self._is_asked(item.nodeid)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 from pytest_circuitfreeze.named import is_named, named
 from pytest_circuitfreeze.origins import remembered
@@ -138,7 +138,7 @@ def load_engine(spec: str) -> Engine:
         raise EngineError(
             f"engine {spec!r} gave {found!r}, which is no engine: it needs name (a str) and freeze(model, config)"
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _why_not(spec: str, error: Exception) -> str:
@@ -155,7 +155,7 @@ def _resolve(spec: str) -> Any:
     return named(spec)
 
 
-def _is_engine(found: object) -> bool:
+def _is_engine(found: object) -> TypeGuard[Engine]:
     return isinstance(found, Engine) and isinstance(found.name, str) and callable(found.freeze)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 
@@ -200,6 +200,11 @@ OPTIONS = (
 def add_options(parser: pytest.Parser) -> None:
     """Every option of the table, with its ini twin."""
     group = parser.getgroup("circuitfreeze", "circuitfreeze: what freezing attention circuits does")
+    ini_types: dict[str, Literal["string", "bool", "linelist"]] = {
+        "value": "string",
+        "switch": "bool",
+        "list": "linelist",
+    }
     for option in OPTIONS:
         text = option.help + (f"; default: {option.default}" if option.default else "")
         extra: dict[str, Any] = {"metavar": option.metavar}
@@ -207,8 +212,7 @@ def add_options(parser: pytest.Parser) -> None:
             extra = {"action": "store_true"} if option.kind == "switch" else {**extra, "action": "append"}
         # The default is None, so that an option that was not given can fall back on its ini twin.
         group.addoption(option.flag, dest=option.ini, default=None, help=text, **extra)
-        ini_type = {"value": "string", "switch": "bool", "list": "linelist"}[option.kind]
-        parser.addini(option.ini, f"default of {option.flag}", type=ini_type, default=None)  # type: ignore[arg-type]
+        parser.addini(option.ini, f"default of {option.flag}", type=ini_types[option.kind], default=None)
 
 
 def distinct(names: tuple[T, ...]) -> tuple[T, ...]:

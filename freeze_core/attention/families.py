@@ -74,8 +74,10 @@ class FusedStorage:
     unshared_blocks: Read = lambda attention: 1
 
 
-def _multi_head(projection: str, output: str, heads: Read, blocks: Read, order: str = "qkv") -> FusedStorage:
-    return FusedStorage(projection, output, heads, heads, blocks, tuple(order))  # type: ignore[arg-type]
+def _multi_head(
+    projection: str, output: str, heads: Read, blocks: Read, order: tuple[Role, Role, Role] = ("q", "k", "v")
+) -> FusedStorage:
+    return FusedStorage(projection, output, heads, heads, blocks, order)
 
 
 def _number(*names: str) -> Read:
@@ -113,7 +115,7 @@ FUSED: dict[str, FusedStorage] = {
     "GPTNeoXAttention": _multi_head("query_key_value", "dense", _heads, _heads),
     "GPTNeoXJapaneseAttention": _multi_head("query_key_value", "dense", _heads, _heads),
     "PersimmonAttention": _multi_head("query_key_value", "dense", _heads, _heads),
-    "CodeGenAttention": _multi_head("qkv_proj", "out_proj", _heads, lambda attention: 4, order="qvk"),
+    "CodeGenAttention": _multi_head("qkv_proj", "out_proj", _heads, lambda attention: 4, order=("q", "v", "k")),
     "QWenAttention": _multi_head("c_attn", "c_proj", _heads, _one_block),
     "Phi3Attention": FusedStorage(
         "qkv_proj",

@@ -94,8 +94,8 @@ class _Probe:
                 if output.shape[-1] != storage.widths[name]:
                     raise UnsupportedModelError(f"{name} gives {output.shape[-1]} features: its heads are spread")
                 leaf = output.detach().reshape(rows, self.tokens, -1).clone()
-                for role, at, values in (("q", self.query, q), ("k", self.key, k)):
-                    self._write(role, name, leaf, at, values)  # type: ignore[arg-type]
+                self._write("q", name, leaf, self.query, q)
+                self._write("k", name, leaf, self.key, k)
                 leaves[name] = leaf.requires_grad_()
                 self.dtype = leaf.dtype
                 return leaf.view(output.shape)

@@ -63,11 +63,11 @@ def plot_patterns(
 def _pattern(name: str, given: object, layer: int | None, head: int | None, row: int) -> object:
     if not isinstance(given, Recording):
         return given
-    if layer not in given or head is None:
+    if layer is None or layer not in given or head is None:
         raise InterventionError(
             f"layer={shown(layer)}, head={shown(head)}: must be given with a recording, a layer of {list(given)}"
         )
-    pattern = given[layer].pattern  # type: ignore[index]
+    pattern = given[layer].pattern
     if pattern is None:
         raise InterventionError(f"{name} has no patterns: record with pattern=True")
     try:
