@@ -144,7 +144,7 @@ def _from_pretrained(source: str, dtype: torch.dtype | None, attn: str | None, *
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelLoadError(f"the checkpoint holds no weights for {len(missing)} parameters, first {missing[0]}")
-    return model  # type: ignore[no-any-return]
+    return model  # type: ignore[no-any-return]  # of transformers, which is not followed
 
 
 def _built(factory: Callable[[], Any], dtype: torch.dtype | None, attn: str | None) -> torch.nn.Module:
@@ -154,5 +154,5 @@ def _built(factory: Callable[[], Any], dtype: torch.dtype | None, attn: str | No
     if not isinstance(model, torch.nn.Module):
         raise ModelLoadError(f"the factory gave {model!r}, which is no torch.nn.Module")
     if attn is not None:
-        model.set_attn_implementation(attn)  # type: ignore[operator]
+        model.set_attn_implementation(attn)  # type: ignore[operator]  # a method, no submodule
     return model if dtype is None else model.to(dtype)

@@ -35,7 +35,7 @@ DRAWN = {
 def available() -> bool:
     """Whether plots can be drawn."""
     try:
-        import matplotlib.figure  # noqa: F401  (found out, not used)
+        import matplotlib.figure  # noqa: F401 - found out, not used
     except ImportError:
         return False
     return True

@@ -41,7 +41,7 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
     """`value`, bit for bit, with the gradient going to `x` as if it had been that."""
     if not x.requires_grad:
         return value.detach()
-    return cast(Tensor, _StraightThrough.apply(x, value.detach()))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _StraightThrough.apply(x, value.detach()))  # type: ignore[no-untyped-call]  # apply is torch's
 
 
 class _StraightThrough(torch.autograd.Function):

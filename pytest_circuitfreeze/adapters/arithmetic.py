@@ -202,7 +202,7 @@ class Arithmetic:
         """Mean and deviation `[head, feature]`."""
         if config.statistics is not None:
             own = config.statistics[layer.number]
-            return self.for_heads(own.mean[role], x), self.for_heads(own.std[role], x)  # type: ignore[index]
+            return self.for_heads(own.mean[role], x), self.for_heads(own.std[role], x)  # type: ignore[index]  # a role
         if self.cached:
             raise InterventionError("a step that goes on from a cache has no statistics of its own: calibrate some")
         samples = self.samples(x)

@@ -105,7 +105,7 @@ class HookEngine(Arithmetic):
             spared, self.spared = self.spared, None
             if spared is None:
                 return None
-            return (Blend.apply(spared, args[0], 1.0), *args[1:])  # type: ignore[no-untyped-call]
+            return (Blend.apply(spared, args[0], 1.0), *args[1:])  # type: ignore[no-untyped-call]  # apply is torch's
 
         self.undo.append(layer.output.register_forward_pre_hook(splice).remove)
         module.forward = twice

@@ -52,6 +52,6 @@ class NNsightEngine(Arithmetic):
                         projection = traced.get(f"{paths[layer.module]}.{name}")
                         projection.output = self.edited(layer, role, features, projection.output, own)
                 output = traced.output.save()
-            return output  # noqa: RET504 (a trace cannot be returned from)
+            return output  # noqa: RET504 - a trace cannot be returned from
 
         yield run

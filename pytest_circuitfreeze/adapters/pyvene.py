@@ -18,7 +18,7 @@ from pytest_circuitfreeze.adapters.places import Layer, layers
 COMPONENTS = {"q": "head_query_output", "k": "head_key_output", "v": "head_value_output"}
 
 
-class Frozen(pyvene.ConstantSourceIntervention):  # type: ignore[misc]
+class Frozen(pyvene.ConstantSourceIntervention):  # type: ignore[misc]  # pyvene has no types
     """Gives what `edit` makes of all heads, `[batch, token, head, feature]`."""
 
     def __init__(self, edit: Callable[[Tensor], Tensor]) -> None:

@@ -86,7 +86,7 @@ class Site:
     @property
     def layers(self) -> int:
         """Number of decoder layers."""
-        return int(self.module.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+        return int(self.module.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]  # a config, no tensor
 
     def parts_of(self, role: Role) -> list[str]:
         """Names of what is read of one role: itself."""

@@ -159,7 +159,7 @@ def pulled_back(
 def frozen_roles(config: InterventionConfig) -> tuple[Role, ...]:
     """The activations that a config's circuit names."""
     circuits: dict[str, tuple[Role, ...]] = {"qk": ("q", "k"), "ov": ("v",), "both": ROLES}
-    return circuits.get(str(config.circuit), (str(config.circuit),))  # type: ignore[arg-type]
+    return circuits.get(str(config.circuit), (str(config.circuit),))  # type: ignore[arg-type]  # q, k or v
 
 
 def chosen_heads(site: AnySite, config: InterventionConfig, role: Role) -> list[int]:

@@ -87,7 +87,7 @@ def _attention(
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    mixed: Tensor = _Mixed.apply(scores, value)  # type: ignore[no-untyped-call]
+    mixed: Tensor = _Mixed.apply(scores, value)  # type: ignore[no-untyped-call]  # apply is torch's
     return mixed
 
 
