@@ -34,7 +34,7 @@ __all__ = [
 
 def stores_projections(attention: nn.Module) -> bool:
     """Whether a module looks like attention with projections that can be frozen."""
-    return bool(_fused(attention) or _separate(attention) or _is_latent(attention))
+    return bool(attention._modules and (_fused(attention) or _separate(attention) or _is_latent(attention)))
 
 
 def refusal(attention: nn.Module) -> str | None:
