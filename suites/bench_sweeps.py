@@ -24,7 +24,7 @@ from pytest_circuitfreeze.threads import one_thread
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-ROUNDS = 3
+ROUNDS = 5
 TOKENS = {"tiny": 16, "gpt2_small": 64}
 TARGETS = {"last": 0.37, "all": 0.70}
 METRICS = {"last": "probability", "all": "loss"}
@@ -48,10 +48,11 @@ def bench_sweep(benchmark: BenchmarkFixture, circuit_engine: Engine, size: str, 
     times: dict[str, list[float]] = {}
 
     def measured() -> None:
-        one = median(timed(plain) for _ in range(SAMPLED))
-        times.setdefault("score_heads", []).append(timed(sweep) / (2 * len(heads) * one))
-        for name, freezes in naive.items():
-            times.setdefault(name, []).append(timed(partial(one_by_one, freezes, prompt)) / (len(freezes) * one))
+        for name, (sweeps, forwards) in swept.items():
+            around = [timed(plain) for _ in range(SAMPLED)]
+            took = timed(sweeps)
+            around += [timed(plain) for _ in range(SAMPLED)]
+            times.setdefault(name, []).append(took / (forwards * median(around)))
 
     with one_thread(), torch.no_grad():
         naive: dict[str, list[Callable[[], AbstractContextManager[Any]]]] = {}
@@ -61,6 +62,9 @@ def bench_sweep(benchmark: BenchmarkFixture, circuit_engine: Engine, size: str, 
             for name, freeze in found.items():
                 if name not in BY_HAND[1:]:
                     naive.setdefault(name, []).append(freeze)
+        swept = {"score_heads": (sweep, 2 * len(heads))} | {
+            name: (partial(one_by_one, freezes, prompt), len(freezes)) for name, freezes in naive.items()
+        }
         benchmark.pedantic(plain, setup=measured, rounds=ROUNDS)
     ratios = {name: spread(values) for name, values in times.items()}
     benchmark.extra_info.update(
