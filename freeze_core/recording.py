@@ -84,6 +84,7 @@ def _device(device: object) -> torch.device | None:
     if device is None:
         return None
     try:
+        # Whatever was given: torch says what it takes for a device, and whether this machine has it.
         return torch.empty(0, device=device).device  # type: ignore[call-overload, no-any-return]
     except (RuntimeError, TypeError, AssertionError) as error:
         raise InterventionError(f"device={shown(device)}: must be None or a device of this machine: {error}") from error

@@ -10,6 +10,8 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
+# A specification has no body to give what it says: pytest calls the implementations.
+
 
 @pytest.hookspec
 def pytest_circuitfreeze_models(config: pytest.Config) -> Mapping[str, Callable[[], torch.nn.Module]]:  # type: ignore[empty-body]

@@ -103,7 +103,7 @@ def test_five_minutes_lead_to_a_pass(words: list[str], tmp_path: Path) -> None:
         if named:
             (tmp_path / named[1]).write_text(text, encoding="utf-8")
             exec(compile(text, named[1], "exec"), names)
-    names["build"]().save_pretrained(tmp_path / "checkpoint")  # type: ignore[operator]
+    names["build"]().save_pretrained(tmp_path / "checkpoint")
     chosen = words.index("-k") if "-k" in words else None
     narrower = f"{words[chosen + 1]} and generators" if chosen else "generators"
     # In a process of its own: here the folder of the reader's file would be on the path already.

@@ -110,6 +110,7 @@ class ReplacedPass(ReplacedForward):
 
         shown = signature_of(self.original)
         owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        # inspect reads it; the type checker knows no such attribute of a function.
         forward.__signature__ = shown.replace(parameters=[owner, *shown.parameters.values()])  # type: ignore[attr-defined]
         return MethodType(forward, self)
 

@@ -223,6 +223,7 @@ class Arithmetic:
 
     def blend(self, x: Tensor, r: Tensor, config: InterventionConfig) -> Tensor:
         value = r if config.strength == 1 else (x + config.strength * (r - x)).detach()
+        # Functions of autograd are called by `apply`, which is torch's and has no types.
         blended: Tensor = Blend.apply(x, value.to(x.dtype), self.gradient_factor(config))  # type: ignore[no-untyped-call]
         return blended
 

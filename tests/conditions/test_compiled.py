@@ -153,7 +153,7 @@ def test_gradients() -> None:
 
     def gradient(run: Any) -> torch.Tensor:
         loss = run(IDS, use_cache=False).logits.square().mean()
-        return torch.autograd.grad(loss, model.get_input_embeddings().weight)[0]  # type: ignore[no-any-return]
+        return torch.autograd.grad(loss, model.get_input_embeddings().weight)[0]
 
     unfrozen = gradient(traced)
     with FREEZER.freeze_circuits(model, config_of("noise", model, backward_mode="ste")):

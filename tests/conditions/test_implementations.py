@@ -80,7 +80,8 @@ def test_a_function_that_a_user_registered(registered: list[str], name: str, sco
 @pytest.mark.parametrize("name", ["gpt2", "llama_gqa"])
 def test_flash_attention_packages(name: str, attn: str) -> None:
     """Freezing zero is the model whose rows for those heads are zero, under the same kernel: bit for bit."""
-    pytest.importorskip({"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[attn])
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[attn]
+    pytest.importorskip(package, reason=f"{package}, which is built for one GPU and CUDA, is not installed")
     ids = IDS.cuda()
     model = tiny_model(name, attn=attn, dtype=torch.float16, device="cuda")
     twin = without_heads(name, tiny_model(name, attn=attn, dtype=torch.float16, device="cuda"))

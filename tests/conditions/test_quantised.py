@@ -40,7 +40,7 @@ def torchao() -> Scheme:
         )
         return model
 
-    return quantise, lambda linear: linear.weight.dequantize()  # type: ignore[operator, union-attr, return-value]
+    return quantise, lambda linear: linear.weight.dequantize()
 
 
 def quanto() -> Scheme:
@@ -51,7 +51,7 @@ def quanto() -> Scheme:
         library.freeze(model)
         return model
 
-    return quantise, lambda linear: linear.weight.dequantize()  # type: ignore[operator, union-attr, return-value]
+    return quantise, lambda linear: linear.weight.dequantize()
 
 
 def bitsandbytes() -> Scheme:

@@ -163,7 +163,7 @@ def test_a_group_of_one_process_sweeps_alone(two: Told) -> None:
 def test_copies_that_are_spread_over_processes_share_passes_among_one_of_each(ranks: list[int], fine: bool) -> None:
     mesh = SimpleNamespace(size=lambda: 2, mesh=torch.tensor([[1, 2]]) if ranks == [1, 2, 3] else torch.tensor([0, 1]))
     model = nn.Linear(1, 1)
-    model.weight.device_mesh = mesh  # type: ignore[assignment]
+    model.weight.device_mesh = mesh
     processes: Any = SimpleNamespace(several=len(ranks) > 1, ranks=ranks)
     with nullcontext() if fine else pytest.raises(UnsupportedModelError, match="cannot share the passes out"):
         refuse_spread(model, processes, checkpoint=False)

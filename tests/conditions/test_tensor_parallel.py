@@ -42,8 +42,8 @@ def test_two_processes_give_what_one_does(told: list[dict[str, object]], name: s
     mine = [one for one in told if str(one["case"]).split()[0] == name]
     assert len(mine) == CASES
     for one in mine:
-        assert one["error"] <= one["bound"], one  # type: ignore[operator]
-        assert one["effect"] > 2 * one["bound"], one  # type: ignore[operator]
+        assert one["error"] <= one["bound"], one
+        assert one["effect"] > 2 * one["bound"], one
 
 
 class Shards:
@@ -71,12 +71,12 @@ def spread(*placements: Shards) -> SimpleNamespace:
 
 def test_uneven_stretches() -> None:
     """The last process has what is left."""
-    assert shard_of(spread(Placement(0)), 0, 32) == Shard(22, 32, 32)  # type: ignore[arg-type]
-    assert shard_of(spread(Placement(1)), 0, 32) is None  # type: ignore[arg-type]
-    assert shard_of(spread(Placement(None)), 0, 32) is None  # type: ignore[arg-type]
+    assert shard_of(spread(Placement(0)), 0, 32) == Shard(22, 32, 32)
+    assert shard_of(spread(Placement(1)), 0, 32) is None
+    assert shard_of(spread(Placement(None)), 0, 32) is None
 
 
 @pytest.mark.parametrize("placements", [(Shards(0),), (Placement(0), Placement(0))])
 def test_heads_in_several_stretches_are_refused(placements: tuple[Shards, ...]) -> None:
     with pytest.raises(UnsupportedModelError, match="one stretch a process"):
-        shard_of(spread(*placements), 0, 32)  # type: ignore[arg-type]
+        shard_of(spread(*placements), 0, 32)

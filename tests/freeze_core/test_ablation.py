@@ -295,7 +295,7 @@ def test_texts_are_sequences() -> None:
 )
 def test_bad_input_is_an_error_before_any_pass(dataset: Any, options: dict[str, Any], message: str) -> None:
     model = tiny_model("gpt2")
-    model.forward = None  # type: ignore[assignment]
+    model.forward = None
     with pytest.raises(InterventionError, match=message):
         study(model, dataset, **options)
 

@@ -280,7 +280,7 @@ def test_a_projection_that_is_not_linear_has_no_matrix() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_adapters_are_part_of_the_matrix() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the extra 'conditions' is not installed")
     model: Any = copy.deepcopy(tiny_model("llama"))
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.5)
     adapted = peft.get_peft_model(model, config).train()
@@ -330,7 +330,7 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
 )
 def test_bad_input_is_an_error_before_any_pass(args: Any, options: dict[str, Any], message: str) -> None:
     model = tiny_model("gpt2")
-    model.forward = None  # type: ignore[assignment]
+    model.forward = None
     with pytest.raises(InterventionError, match=message):
         head_circuits(model, *args, **options)
 

@@ -235,14 +235,14 @@ def test_what_is_infinite_has_no_mean() -> None:
 )
 def test_bad_input_is_an_error_before_any_pass(inputs: Any, heads: Any, options: dict[str, Any], message: str) -> None:
     model = tiny_model("gpt2")
-    model.forward = None  # type: ignore[assignment]
+    model.forward = None
     with pytest.raises(InterventionError, match=message):
         measured(model, inputs, heads, **options)
 
 
 def test_heads_that_cannot_be_told_apart_are_refused_before_any_pass() -> None:
     model = tiny_model("deepseek_v3")
-    model.forward = None  # type: ignore[assignment]
+    model.forward = None
     with pytest.raises(UnsupportedModelError):
         measured(model, heads={0: [1]}, circuit="k")
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_written_leaves_the_former_file(tmp_path: Path, held: Int
     with pytest.raises(InterventionError, match=r"strength=2\.0"):
         held.save(path)
     with pytest.raises(TypeError):
-        write_file(path, "kind", {}, {"fact": 3})  # type: ignore[dict-item]
+        write_file(path, "kind", {}, {"fact": 3})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -222,14 +222,14 @@ def test_bad_input_is_an_error_before_any_pass(
     clean: Any, corrupted: Any, options: dict[str, Any], message: str
 ) -> None:
     model = tiny_model("gpt2")
-    model.forward = None  # type: ignore[assignment]
+    model.forward = None
     with pytest.raises(InterventionError, match=message):
         patched(model, clean, corrupted, **options)
 
 
 def test_heads_that_cannot_be_told_apart_are_refused_before_any_pass() -> None:
     model = tiny_model("deepseek_v3")
-    model.forward = None  # type: ignore[assignment]
+    model.forward = None
     with pytest.raises(UnsupportedModelError):
         patched(model, circuits=["k"])
 

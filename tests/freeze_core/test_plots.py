@@ -202,7 +202,7 @@ def test_measures_are_drawn_as_they_are() -> None:
 
 @pytest.mark.parametrize("plot", [plot_effect_by_strength, plot_vector_effect])
 def test_curves_are_drawn_in_order_of_strength_with_their_bands(plot: Any) -> None:
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="the extra 'studies' is not installed")
     table = curves("kind", "one", "other")
     table["n"] = [16, 16, 16, 4, 8, 8]
     for given in (table, pandas.DataFrame(table, index=[9, 8, 7, 6, 5, 4])):
@@ -294,8 +294,8 @@ def test_colours_order_in_grey_and_lines_differ_without_colour() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plot_head_scores(3), "scores=3: must be what score_heads returns"),  # type: ignore[arg-type]
-        (lambda: plot_head_measures(3), "measures=3"),  # type: ignore[arg-type]
+        (lambda: plot_head_scores(3), "scores=3: must be what score_heads returns"),
+        (lambda: plot_head_measures(3), "measures=3"),
         (lambda: plot_head_measures(HeadMeasures({"a": drawn(2, 2)}, 0, "x", "y"), ["b"]), "names=.*must be some of a"),
         (lambda: plot_heatmap(drawn(2), unit="x", n=1), r"values is \[2\]: must be of 2 dimensions"),
         (lambda: plot_heatmap({}, unit="x", n=1), "values is empty"),
@@ -318,7 +318,7 @@ def test_colours_order_in_grey_and_lines_differ_without_colour() -> None:
         (lambda: plot_gradient_flow({}), "reports={}"),
         (lambda: plot_gradient_flow({"ste": {}}), "of='parameters'"),
         (lambda: plot_gradient_flow(reports(), "z"), "of='z': must be one of parameters, activations"),
-        (lambda: plot_ablation(3), "study=3"),  # type: ignore[arg-type]
+        (lambda: plot_ablation(3), "study=3"),
     ],
 )
 def test_bad_input_is_an_error(call: Callable[[], Any], message: str) -> None:

@@ -83,7 +83,7 @@ def test_what_cannot_be_served_is_an_error_before_any_pass(given: dict[str, Any]
     model = tiny_model("llama")
     own = model.forward
     model.forward = lambda *args, **kwargs: pytest.fail("the model was run")
-    model.forward.__func__ = own.__func__  # type: ignore[attr-defined]
+    model.forward.__func__ = own.__func__
     asked = {"positive": POSITIVE, "negative": NEGATIVE, "layer": 1, "method": "mean_difference", "progress": False}
     with pytest.raises(InterventionError, match=message):
         ExperimentalInterventions().discover_intervention_vector(model, **{**asked, **given})
@@ -94,7 +94,7 @@ def test_what_a_result_is_of_is_found_out_before_any_pass(module: str, monkeypat
     model = tiny_model("llama")
     own = model.forward
     model.forward = lambda *args, **kwargs: pytest.fail("the model was run")
-    model.forward.__func__ = own.__func__  # type: ignore[attr-defined]
+    model.forward.__func__ = own.__func__
     package = "vectors" if module == "discovery" else "studies"
 
     def failing(*args: Any) -> None:

@@ -22,7 +22,7 @@ ARCHITECTURES = ("gpt2", "llama", "mistral_gqa", "falcon_mqa")
 @pytest.fixture(scope="module", params=[name for name in BUILT_IN if name != "freeze_core"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param in EXTRAS:
-        pytest.importorskip(request.param)
+        pytest.importorskip(request.param, reason=f"the extra of {request.param} is not installed")
     return load_engine(request.param)
 
 

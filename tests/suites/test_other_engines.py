@@ -63,7 +63,7 @@ class RunsACopy(HookEngine):
     def copied(self, model: nn.Module) -> nn.Module:
         if model not in self.copies:
             self.copies[model] = copy.deepcopy(model, {id(one): one for one in model.parameters()})
-            self.copies[model].config._attn_implementation = "eager"  # type: ignore[union-attr]
+            self.copies[model].config._attn_implementation = "eager"
         return self.copies[model]
 
     def unfrozen(self, model: nn.Module) -> Callable[..., Any]:
@@ -72,7 +72,7 @@ class RunsACopy(HookEngine):
         def run(**arguments: Any) -> Any:
             return own(**arguments)
 
-        run.stand_in = own  # type: ignore[attr-defined]
+        run.stand_in = own
         return run
 
     @contextmanager
@@ -123,7 +123,7 @@ def test_an_engine_without_a_hash_is_asked_once_whether_it_refuses(model: PreTra
             return "no attention that it knows"
 
     engine = Equal()
-    assert [refusal(engine, model) for _ in range(2)] == ["no attention that it knows"] * 2  # type: ignore[arg-type]
+    assert [refusal(engine, model) for _ in range(2)] == ["no attention that it knows"] * 2
     assert engine.asked == 1
 
 
@@ -150,7 +150,7 @@ def test_what_does_not_run_in_it_cannot_be_judged(model: PreTrainedModel) -> Non
     class RunsNothing(RunsACopy):
         def unfrozen(self, model: nn.Module) -> Callable[..., Any]:
             run = super().unfrozen(model)
-            run.stand_in = copy.deepcopy(run.stand_in)  # type: ignore[attr-defined]
+            run.stand_in = copy.deepcopy(run.stand_in)
             return run
 
     with pytest.raises(CannotJudge, match="attention of layer 1 did not run in the model"):

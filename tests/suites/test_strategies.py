@@ -203,7 +203,7 @@ def test_freezes_are_moved_to_a_copy_with_what_they_hold() -> None:
     assert not torch.equal(moved[1].q, held.reference[1].q)
     known = InterventionConfig(freeze_type="mean", statistics=calibrated(model(), [batch]))
     assert known.statistics is not None
-    assert moved_to(known, other).statistics.identity != known.statistics.identity  # type: ignore[union-attr]
+    assert moved_to(known, other).statistics.identity != known.statistics.identity
     plain = InterventionConfig()
     assert moved_to(plain, other) is plain
 

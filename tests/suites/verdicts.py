@@ -48,7 +48,7 @@ def verdict(claim: str, engine: Engine, model: PreTrainedModel, number: int) -> 
         Exception: the engine ended the run by an error of its own, which is no verdict.
     """
     examples, findings = 0, []
-    run = PROPERTIES[claim].hypothesis.inner_test  # type: ignore[attr-defined]
+    run = PROPERTIES[claim].hypothesis.inner_test
 
     def example(
         circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject

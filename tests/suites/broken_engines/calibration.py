@@ -53,7 +53,7 @@ class MeanOfMeans(HookEngine):
         each, whole = [calibrated(model, [source], *more) for source in sources], calibrated(model, sources, *more)
         layers = {
             layer: LayerStatistics(
-                {role: sum(one[layer].mean[role] for one in each) / len(each) for role in own.mean},  # type: ignore
+                {role: sum(one[layer].mean[role] for one in each) / len(each) for role in own.mean},
                 own.std,
             )
             for layer, own in whole.items()

@@ -26,7 +26,7 @@ class LeavesAnAttribute(HookEngine):
     """Leaves a note on the attention module."""
 
     def install_layer(self, layer: Layer, configs: list[Config]) -> None:
-        layer.module.frozen = True  # type: ignore[assignment]
+        layer.module.frozen = True
         super().install_layer(layer, configs)
 
 

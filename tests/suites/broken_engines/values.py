@@ -105,7 +105,7 @@ class BlindUnderEager(HookEngine):
     """Does nothing under eager attention."""
 
     def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
-        eager = layer.module.config._attn_implementation == "eager"  # type: ignore[union-attr]
+        eager = layer.module.config._attn_implementation == "eager"
         return x if eager else super().frozen(layer, role, x, configs, readers)
 
 
