@@ -31,7 +31,8 @@ FILES = tuple(path.name for path in suite_files(bench=True) if path.name.startsw
 OF_MODELS = "bench_overhead.py"
 """Benchmarks of the models that a user chooses: they have no figures to be held to."""
 ABOUT = (
-    "Ratios of CPU time, on one thread: to the plain model's forward, and under *install and remove* to hooks by hand. "
+    "Ratios of CPU time, on one thread: to the plain model's forward, under *install and remove* to hooks by hand, and "
+    "of a screened sweep to the exact one. "
     "Stretches of calls alternate in one process, each between two of plain calls. A cell is the median with its "
     "quartiles and the number of rounds; `plain` (or `hook by hand`) beside itself is the noise floor. A hook by hand "
     "is the tightest for just that model: zeros into slices, nothing checked. nnsight, pyvene and transformer_lens are "
