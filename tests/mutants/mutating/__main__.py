@@ -16,7 +16,11 @@ from mutating.making import mutants_of
 from pytest_circuitfreeze import __version__
 
 CHECKOUT = Path(__file__).parents[3]
-SLOWEST = ("test_trained.py", "test_freezing.py::test_a_compiled_model_is_frozen_whichever_came_first")
+SLOWEST = (
+    "test_trained.py",
+    "test_freezing.py::test_a_compiled_model_is_frozen_whichever_came_first",
+    "test_caches.py::test_a_quantised_cache_is_handed_what_any_other_is[gpt2-zero-group]",
+)
 
 
 def main() -> int:

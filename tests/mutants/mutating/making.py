@@ -7,7 +7,9 @@ functions that are tested, and leaves decorated functions (properties among them
 from __future__ import annotations
 
 import hashlib
+import tokenize
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import libcst as cst
@@ -82,7 +84,7 @@ class _Visitor(cst.CSTVisitor):
         self.mutants: list[Mutant] = []
         self._module = module
         self._source = source
-        self._lines = source.decode().splitlines()
+        self._lines = _code_lines(source)
         self._scopes: list[str] = []
         self._functions = 0
         self._texts = 0
@@ -129,6 +131,16 @@ class _Visitor(cst.CSTVisitor):
                         is_text=self._texts > 0,
                     )
                 )
+
+
+def _code_lines(source: bytes) -> list[str]:
+    """The lines without their comments: a reason beside a line makes no other mutants of it."""
+    lines = source.decode().splitlines()
+    for token in tokenize.tokenize(BytesIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return lines
 
 
 def _is_untouched_call(node: cst.CSTNode) -> bool:
