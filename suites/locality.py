@@ -1,19 +1,32 @@
-"""Locality: other heads, earlier layers, earlier positions and other rows do not notice."""
+"""Locality: other heads, earlier layers, earlier positions, other rows and all that is no attention do not notice."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch, vocabulary
-from pytest_circuitfreeze.suites.claims import Claim, Margin, check
+from pytest_circuitfreeze.suites.claims import Claim, Margin, check, in_run
+from pytest_circuitfreeze.suites.gradients import weighted_sum, without_gradients
 from pytest_circuitfreeze.suites.independence import first_frozen, unshares
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.passes import look, of_real_tokens
+from pytest_circuitfreeze.suites.judge.passes import (
+    Pass,
+    Seen,
+    attention_implementation,
+    look,
+    observe,
+    of_real_tokens,
+    unfrozen,
+)
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
+from pytest_circuitfreeze.suites.judge.sites import FoundSite, as_found, implementations, sites, standing_in
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -24,6 +37,7 @@ __all__ = [
     "check_later_tokens_do_not_matter",
     "check_other_heads_are_untouched",
     "check_rows_do_not_matter",
+    "check_the_rest_is_untouched",
 ]
 
 
@@ -73,6 +87,58 @@ def check_earlier_layers_are_untouched(
                 axes = "row head position feature" if used.ndim == 4 else "row position feature"
                 claim.same(what, after.consumed()[what], used, axes, layer=layer)
     return claim.margin
+
+
+@check
+def check_the_rest_is_untouched(
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> Margin:
+    """Handed the z of the frozen pass, the unfrozen model gives its logits, and its gradients behind the last freeze.
+
+    Bit for bit: what is frozen reaches the rest of the model through z alone, and the rest is the model's own.
+
+    Raises:
+        ClaimBroken: logits differ, or the gradient of what the last frozen layer gave.
+    """
+    claim = Claim("all but attention is the unfrozen model's")
+    known = as_found(model)
+    last = max(at for at, site in sites(model).items() if any(chosen_heads(site, config, role) for role in ROLES))
+    with attention_implementation(model, implementations(model)[0]), without_gradients(model), torch.enable_grad():
+        with engine.freeze(model, config) as frozen:
+            found = _backwards(observe(frozen, model, batch, known, gradients=True), batch)
+        call = unfrozen(engine, model)
+        with _given_z(call, model, known, {at: found.runs[at] for at in known if at <= last}):
+            due = _backwards(observe(call, model, batch, known, gradients=True), batch)
+    claim.same("logits", found.logits, due.logits, "row position word")
+    for got, want in zip(found.runs[last], due.runs[last], strict=True):
+        if got.answer is not None and want.answer is not None:
+            of_answer = [torch.zeros_like(one) if one.grad is None else one.grad for one in (got.answer, want.answer)]
+            axes = "row position feature"
+            claim.same("gradient of what attention gave", *of_answer, axes, layer=last, **in_run(got.run))
+    return claim.margin
+
+
+def _backwards(found: Pass, batch: Batch) -> Pass:
+    weighted_sum(found.logits, batch).backward()
+    return found
+
+
+@contextmanager
+def _given_z(
+    call: Any, model: nn.Module, known: Mapping[int, FoundSite], runs: Mapping[int, Sequence[Seen]]
+) -> Iterator[None]:
+    """Hands the output projections of these layers the z of these runs, run by run, in place of their own."""
+    stand_in = getattr(call, "stand_in", None)
+    placed = known if stand_in is None else standing_in(known, model, stand_in)
+    with ExitStack() as stack:
+        for layer, seen in runs.items():
+            left = iter([run.mixed().detach() for run in seen])
+
+            def give(_: nn.Module, args: tuple[Tensor, ...], left: Iterator[Tensor] = left) -> tuple[Tensor, ...]:
+                return next(left).reshape(args[0].shape), *args[1:]
+
+            stack.callback(placed[layer].output.register_forward_pre_hook(give).remove)
+        yield
 
 
 @check

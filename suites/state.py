@@ -15,7 +15,7 @@ from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.judge.passes import logits_of
 from pytest_circuitfreeze.suites.judge.recorder import hidden_of
 from pytest_circuitfreeze.suites.judge.sites import AnySite, sites
-from pytest_circuitfreeze.suites.judge.state import changes, parameters_state, training_flags
+from pytest_circuitfreeze.suites.judge.state import changes, parameters_state, training_flags, training_flags_kept
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -42,8 +42,7 @@ def check_parameters_are_untouched(
         ClaimBroken: a parameter or flag is not what it was.
     """
     claim = Claim("a freeze touches no parameter and no flag")
-    was = [(module, module.training) for module in model.modules()]
-    try:
+    with training_flags_kept(model):
         model.train(training)
         before = {**parameters_state(model), **training_flags(model)}
         with engine.freeze(model, config) as frozen:
@@ -52,9 +51,6 @@ def check_parameters_are_untouched(
                 logits_of(frozen, model, batch)
             _demand_unchanged(claim, before, model, "after a pass")
         _demand_unchanged(claim, before, model, "when removed")
-    finally:
-        for module, flag in was:
-            module.training = flag
     return claim.margin
 
 

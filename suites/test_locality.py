@@ -13,6 +13,7 @@ from pytest_circuitfreeze.suites.locality import (
     check_later_tokens_do_not_matter,
     check_other_heads_are_untouched,
     check_rows_do_not_matter,
+    check_the_rest_is_untouched,
 )
 from pytest_circuitfreeze.suites.properties import proven
 from pytest_circuitfreeze.suites.several import observe_each
@@ -63,3 +64,13 @@ def test_rows_do_not_matter(
     config = data.draw(configs_without_statistics(circuit_model), label="config")
     batch = data.draw(batches(circuit_model, rows=st.integers(2, 3)), label="batch")
     circuit_record.observe(check_rows_do_not_matter(circuit_engine, circuit_model, config, batch))
+
+
+@proven
+def test_the_rest_is_untouched(
+    circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
+) -> None:
+    """Handed the z of a frozen pass, the unfrozen model gives its logits, and its gradients behind the freeze."""
+    batch = data.draw(batches(circuit_model), label="batch")
+    config = data.draw(configs(circuit_model, batch=batch), label="config")
+    circuit_record.observe(check_the_rest_is_untouched(circuit_engine, circuit_model, config, batch))

@@ -6,6 +6,7 @@ backwards, is no library's business. An adapter derives from `Arithmetic` and ha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,11 @@ def several(model: nn.Module, config: InterventionConfig | Sequence[Intervention
 def unshares(layer: Layer, config: InterventionConfig) -> bool:
     """Whether a freeze gives query heads of a layer keys or values of their own."""
     return layer.kv_heads < layer.heads and config.kv_scope == "head" and bool({*CIRCUITS[config.circuit]} & {*"kv"})
+
+
+def named(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with, by the names that its forward has for it."""
+    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
 
 
 def beyond_outputs(
@@ -104,7 +110,7 @@ class Arithmetic:
         return [one for one in configs if one.strength > 0]
 
     def remember(self, arguments: Mapping[str, Any]) -> None:
-        """Takes the mask and the number of cached columns from a pass's keyword arguments."""
+        """Takes the mask and the number of cached columns from a pass's arguments by name."""
         self.mask = arguments.get("attention_mask")
         cache = arguments.get("past_key_values")
         self.cached = 0 if cache is None else cache.get_seq_length()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
-from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, Blend, several, unshares
+from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, Blend, named, several, unshares
 from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
 
 
@@ -116,10 +116,11 @@ class HookEngine(Arithmetic):
         setattr(module, name, value)
         self.undo.append(lambda: setattr(module, name, old))
 
-    def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        self.remember(kwargs)
+    def remember_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = named(model, args, kwargs)
+        self.remember(given)
         if self.cached:
-            self.check_cache(kwargs["past_key_values"])
+            self.check_cache(given["past_key_values"])
 
     def check_cache(self, cache: Any) -> None:
         wide, frozen = getattr(cache, "filled_under", ([], ""))

@@ -11,7 +11,7 @@ from nnsight import NNsight
 from torch import nn
 
 from freeze_core import InterventionConfig
-from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs
+from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs, named
 from pytest_circuitfreeze.adapters.places import layers
 
 
@@ -43,7 +43,8 @@ class NNsightEngine(Arithmetic):
         paths = {module: path for path, module in model.named_modules()}
         traced = NNsight(model)
 
-        def run(**arguments: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            arguments = named(model, args, kwargs)
             self.remember(arguments)
             with traced.trace(**arguments):
                 for layer in layers(model):

@@ -12,7 +12,7 @@ import pyvene
 from torch import Tensor, nn
 
 from freeze_core import InterventionConfig
-from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs
+from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs, named
 from pytest_circuitfreeze.adapters.places import Layer, layers
 
 COMPONENTS = {"q": "head_query_output", "k": "head_key_output", "v": "head_value_output"}
@@ -68,7 +68,8 @@ class PyveneEngine(Arithmetic):
         places = [(layer, role) for layer in frozen for role in COMPONENTS]
         intervenable = self.intervenable(model, configs, places)
 
-        def run(**arguments: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            arguments = named(model, args, kwargs)
             self.remember(arguments)
             rows = len(arguments["input_ids"])
             heads = [[list(range(len(layer.places[role][1])))] * rows for layer, role in places]

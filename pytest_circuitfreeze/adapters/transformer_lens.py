@@ -15,7 +15,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from freeze_core import InterventionConfig
-from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs
+from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs, named
 from pytest_circuitfreeze.adapters.places import Layer, layers
 
 
@@ -71,9 +71,11 @@ class TransformerLensEngine(Arithmetic):
         """A callable that runs the bridge of `model` as the model is called, under the hooks that are on."""
         bridge = self.bridge(model)
 
-        def run(input_ids: Tensor, **arguments: Any) -> CausalLMOutputWithPast:
+        def run(*args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+            arguments = named(model, args, kwargs)
             self.remember(arguments)
             bridge.train(model.training)
+            input_ids = arguments.pop("input_ids")
             logits, cache = bridge(input_ids, return_type="logits_and_cache", **arguments)
             return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 

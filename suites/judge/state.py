@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +15,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pytest_circuitfreeze.strategies import Batch
 
-__all__ = ["added", "changes", "moving", "parameters_state", "remember_untouched", "training_flags", "visible_state"]
+__all__ = [
+    "added",
+    "changes",
+    "moving",
+    "parameters_state",
+    "remember_untouched",
+    "training_flags",
+    "training_flags_kept",
+    "visible_state",
+]
 
 _UNTOUCHED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
@@ -75,6 +85,17 @@ def parameters_state(model: nn.Module) -> dict[str, object]:
 def training_flags(model: nn.Module) -> dict[str, object]:
     """`training` of every module, by name."""
     return {name: module.training for name, module in model.named_modules()}
+
+
+@contextmanager
+def training_flags_kept(model: nn.Module) -> Iterator[None]:
+    """Puts every module's `training` back where it was when the block ends."""
+    was = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in was:
+            module.training = flag
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:

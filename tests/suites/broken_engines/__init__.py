@@ -33,6 +33,13 @@ from broken_engines.calibration import (
     SampleDeviationOfAll,
     StatisticsOfTheLayerBefore,
 )
+from broken_engines.entering import (
+    OffInInferenceMode,
+    OffInTrainingMode,
+    ReadsNamedArgumentsAlone,
+    SparesEmbeddings,
+    SparesThePromptOfACallersCache,
+)
 from broken_engines.gradients import (
     AlwaysStops,
     CircuitIsStraightThrough,
@@ -63,6 +70,8 @@ from broken_engines.reach import (
     DoesNothing,
     FirstRowOnly,
     GroupForHead,
+    HalvesTheGradientOfTheMLP,
+    HalvesTheMLP,
     HeadsInTurn,
     LayerBefore,
     LayerBeforeAlone,
@@ -107,6 +116,7 @@ from broken_engines.resampling import (
     TakesOneRowTwice,
     TakesTheColumnBefore,
 )
+from broken_engines.selecting import AllLayersButTheLast, CountsFromTheFrontAlone, FirstHeadForAll
 from broken_engines.state import (
     DrawsFromTorch,
     EndsHooksOfOthers,
@@ -220,6 +230,15 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
     "earlier_layers_are_untouched": [LayerBefore],
     "later_tokens_do_not_matter": [LooksAhead],
     "rows_do_not_matter": [LooksAcross],
+    "the_rest_is_untouched": [HalvesTheMLP, HalvesTheGradientOfTheMLP],
+    "indices_are_read_as_in_python": [CountsFromTheFrontAlone, AllLayersButTheLast, FirstHeadForAll],
+    "every_way_in_is_frozen": [
+        ReadsNamedArgumentsAlone,
+        SparesEmbeddings,
+        SparesThePromptOfACallersCache,
+        OffInInferenceMode,
+        OffInTrainingMode,
+    ],
     "frozen_values_reach_their_readers": [DoesNothing, HeadsInTurn, NextGroup, GroupForHead, NextHead],
     "frozen_queries_and_keys_reach_their_readers": [DoesNothing, HeadsInTurn, NextGroup, GroupForHead, NextHead],
     "storage_does_not_matter": [CutsInThree, SwapsKeysAndValues, CutsTheFusedGraph],
@@ -282,6 +301,10 @@ def architectures_of(broken: type[HookEngine]) -> Sequence[str]:
         return ["mistral_gqa"]
     if broken in SEVERAL:
         return ["mistral_gqa", "gpt2", "llama"]
+    if broken is HalvesTheGradientOfTheMLP:  # behind the attention, not beside it
+        return ["mistral_gqa", "gpt2", "llama"]
+    if broken is OffInTrainingMode:  # where no dropout makes training another model
+        return ["mistral_gqa", "llama", "falcon_mqa"]
     if broken is SparesTheBias:
         return ["gpt2", "llama", "falcon_mqa"]
     if broken is SwapsKeysAndValues:  # in one projection

@@ -1,9 +1,11 @@
-"""Engines that reach other heads, layers, positions or rows than they should."""
+"""Engines that reach other heads, layers, positions, rows or modules than they should."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from honest_engine import HookEngine, Layer
+from honest_engine import Blend, HookEngine, Layer
 from torch import Tensor, nn
 
 from freeze_core import InterventionConfig
@@ -111,3 +113,30 @@ class SpillsOver(HookEngine):
         result = super().frozen(layer, role, x, configs, readers).clone()
         result[:, :, sorted({(head + 1) % x.shape[2] for head in heads} - heads)] += 1e-6
         return result
+
+
+class HalvesTheMLP(HookEngine):
+    """Halves what the MLP behind a frozen attention gives."""
+
+    def install(self, model: nn.Module) -> None:
+        self.model = model
+        super().install(model)
+
+    def install_layer(self, layer: Layer, configs: list[Config]) -> None:
+        super().install_layer(layer, configs)
+        if any(self.in_layer(config, layer) for config in configs):
+            self.undo.append(self.mlp(layer).register_forward_hook(self.spoil).remove)
+
+    def mlp(self, layer: Layer) -> nn.Module:
+        block: Any = next(each for each in self.model.modules() if layer.module in each.children())
+        return block.mlp
+
+    def spoil(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output / 2
+
+
+class HalvesTheGradientOfTheMLP(HalvesTheMLP):
+    """Halves the gradient of what the MLP behind a frozen attention gives."""
+
+    def spoil(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return Blend.apply(output, output.detach(), 0.5)
