@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from broken_engines import BROKEN
-from many_seeds import SEEDS, markdown, missing_pairs, read, refused
+from many_seeds import SEEDS, markdown, missing_blocks, missing_pairs, read, refused
+
+from pytest_circuitfreeze.engines import FreezeCore
 
 KEPT = Path(__file__).parent.parent.parent / "docs" / "claims"
 
@@ -13,7 +15,7 @@ KEPT = Path(__file__).parent.parent.parent / "docs" / "claims"
 def test_every_broken_engine_was_refused_on_every_seed() -> None:
     lines = read(KEPT / "seeds.jsonl")
     assert missing_pairs(lines) == [], "run `tox -e seeds`, which runs what is new"
-    assert [line for line in lines if "claim" in line and len(refused(line)) < SEEDS] == []
+    assert [line for line in lines if "ends" in line and len(refused(line)) < SEEDS] == []
 
 
 def test_no_honest_engine_was_refused() -> None:
@@ -29,3 +31,6 @@ def test_what_is_new_or_gone_is_noticed() -> None:
     first = {"claim": claim, "engine": several[0].__name__, "ends": [1] * SEEDS}
     assert (claim, several[0]) not in missing_pairs([first])
     assert (claim, several[0]) in missing_pairs([{**first, "engine": "Gone"}])
+    accepted = {"claim": claim, "engine": "freeze_core", "from": SEEDS, "alarms": []}
+    assert (FreezeCore, claim, SEEDS) not in missing_blocks([accepted])
+    assert (FreezeCore, claim, 0) in missing_blocks([accepted])
