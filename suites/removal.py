@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
@@ -29,8 +29,12 @@ __all__ = [
 ]
 
 
-class _Interruption(Exception):
+class _Failure(Exception):
     """Raised on purpose."""
+
+
+class _Interruption(KeyboardInterrupt):
+    """Raised on purpose, as by a user who is tired of waiting: no `Exception`."""
 
 
 @check
@@ -52,19 +56,23 @@ def check_removal_leaves_no_trace(
 
 @check
 def check_error_in_body_leaves_no_trace(
-    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, interrupted: bool = False
 ) -> Margin:
     """When the block under a freeze raises, the error comes through and the model is what it was.
+
+    Args:
+        interrupted: whether it is a `KeyboardInterrupt` that is raised, rather than an `Exception`.
 
     Raises:
         ClaimBroken: it is not, or the error was swallowed.
     """
     claim = Claim("an error under a freeze leaves no trace")
     clean, before = _unfrozen(engine, model, batch)
+    error = _Interruption if interrupted else _Failure
     try:
         with engine.freeze(model, config):
-            raise _Interruption
-    except _Interruption:
+            raise error
+    except error:
         pass
     else:
         claim.broken("the error was swallowed")
@@ -75,9 +83,12 @@ def check_error_in_body_leaves_no_trace(
 
 @check
 def check_error_in_forward_leaves_no_trace(
-    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, interrupted: bool = False
 ) -> Margin:
     """When a frozen forward raises inside a frozen layer, the next one is right, and so is the model afterwards.
+
+    Args:
+        interrupted: whether it is a `KeyboardInterrupt` that is raised, rather than an `Exception`.
 
     Raises:
         ClaimBroken: the failed pass is felt later, or its error was swallowed.
@@ -85,14 +96,19 @@ def check_error_in_forward_leaves_no_trace(
     claim = Claim("an error in a frozen forward leaves no trace")
     clean, before = _unfrozen(engine, model, batch)
     want = look(engine, model, config, batch).logits
-    interrupted = first_frozen(model, config)
+    site = first_frozen(model, config)
+    error = _Interruption if interrupted else _Failure
+
+    def fail(*_: object) -> None:
+        raise error
+
     with engine.freeze(model, config) as frozen:
         if hasattr(frozen, "stand_in"):
-            interrupted = standing_in({0: interrupted}, model, frozen.stand_in)[0]
-        handle = interrupted.output.register_forward_pre_hook(_interrupt)
+            site = standing_in({0: site}, model, frozen.stand_in)[0]
+        handle = site.output.register_forward_pre_hook(fail)
         try:
             frozen(**batch.arguments(model))
-        except _Interruption:
+        except error:
             pass
         else:
             claim.broken("the error was swallowed")
@@ -103,10 +119,6 @@ def check_error_in_forward_leaves_no_trace(
     _demand_no_trace(claim, model, before)
     claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "row position word")
     return claim.margin
-
-
-def _interrupt(module: nn.Module, args: Any) -> None:
-    raise _Interruption
 
 
 @check
@@ -130,29 +142,36 @@ def check_freezes_can_be_repeated(
 
 @check
 def check_nesting_is_a_list(
-    engine: Engine, model: PreTrainedModel, configs: Sequence[InterventionConfig], batch: Batch
+    engine: Engine,
+    model: PreTrainedModel,
+    configs: Sequence[InterventionConfig],
+    batch: Batch,
+    ends: Sequence[int],
 ) -> Margin:
     """Nested freezes equal one list in the same order, and leave in any order: what is still on stays in force.
 
-    The nested freezes are ended in the order in which they began.
+    Args:
+        ends: the places of the configs in the order in which their freezes end.
 
     Raises:
         ClaimBroken: they do not, bit for bit.
     """
     claim = Claim("nested freezes are one list in order")
     clean, before = _unfrozen(engine, model, batch)
-    want = [look(engine, model, configs[start:], batch).logits for start in range(len(configs))]
-    entered: list[AbstractContextManager[Any]] = []
+    staying = [[place for place in range(len(configs)) if place not in ends[:ended]] for ended in range(len(ends))]
+    want = [look(engine, model, [configs[place] for place in places], batch).logits for places in staying]
+    entered: dict[int, tuple[AbstractContextManager[Any], Callable[..., Any]]] = {}
     try:
-        for config in configs:
-            entered.append(engine.freeze(model, config))
-            frozen = entered[-1].__enter__()
-        for start in range(len(configs)):
+        for place, config in enumerate(configs):
+            context = engine.freeze(model, config)
+            entered[place] = (context, context.__enter__())
+        for places, due, ending in zip(staying, want, ends, strict=True):
+            _, frozen = entered[places[-1]]
             got = logits_of(frozen, model, batch)
-            claim.same(f"logits under freezes {start} to {len(configs) - 1}", got, want[start], "row position word")
-            entered.pop(0).__exit__(None, None, None)
+            claim.same(f"logits under freezes {', '.join(map(str, places))}", got, due, "row position word")
+            entered.pop(ending)[0].__exit__(None, None, None)
     finally:
-        for context in reversed(entered):
+        for context, _ in reversed(entered.values()):
             context.__exit__(None, None, None)
     _demand_no_trace(claim, model, before)
     claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "row position word")

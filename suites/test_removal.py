@@ -35,7 +35,10 @@ def test_error_in_body_leaves_no_trace(
     """After an error under a freeze the model is what it was."""
     batch = data.draw(batches(circuit_model), label="batch")
     config = data.draw(configs(circuit_model, batch=batch), label="config")
-    circuit_record.observe(check_error_in_body_leaves_no_trace(circuit_engine, circuit_model, config, batch))
+    interrupted = data.draw(st.booleans(), label="interrupted")
+    circuit_record.observe(
+        check_error_in_body_leaves_no_trace(circuit_engine, circuit_model, config, batch, interrupted)
+    )
 
 
 @proven
@@ -45,7 +48,10 @@ def test_error_in_forward_leaves_no_trace(
     """After an error inside a frozen layer the next pass is right, and so is the model afterwards."""
     batch = data.draw(batches(circuit_model), label="batch")
     config = data.draw(configs(circuit_model, batch=batch), label="config")
-    circuit_record.observe(check_error_in_forward_leaves_no_trace(circuit_engine, circuit_model, config, batch))
+    interrupted = data.draw(st.booleans(), label="interrupted")
+    circuit_record.observe(
+        check_error_in_forward_leaves_no_trace(circuit_engine, circuit_model, config, batch, interrupted)
+    )
 
 
 @proven
@@ -66,4 +72,5 @@ def test_nesting_is_a_list(
     """Nested freezes equal one list in order, and may leave in any order."""
     batch = data.draw(batches(circuit_model), label="batch")
     several = data.draw(st.lists(configs(circuit_model, batch=batch), min_size=2, max_size=3), label="configs")
-    circuit_record.observe(check_nesting_is_a_list(circuit_engine, circuit_model, several, batch))
+    ends = data.draw(st.permutations(range(len(several))), label="ends")
+    circuit_record.observe(check_nesting_is_a_list(circuit_engine, circuit_model, several, batch, ends))

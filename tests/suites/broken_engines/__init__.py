@@ -99,6 +99,7 @@ from broken_engines.references import (
 from broken_engines.removal import (
     EndsTheInnermost,
     ForgetsOnError,
+    InnerEndEndsAll,
     LastOneOnly,
     LeavesAHook,
     LeavesAnAttribute,
@@ -106,6 +107,7 @@ from broken_engines.removal import (
     LostAfterTheSecondPass,
     OffAfterAnError,
     RemembersTheFirstBatch,
+    StaysAfterAnInterrupt,
     SwallowsErrors,
 )
 from broken_engines.resampling import (
@@ -279,10 +281,10 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
     "statistics_of_another_model_are_errors": [TakesAnyStatistics],
     "hooks_of_others_stay": [EndsHooksOfOthers, HidesHooksOfOthers],
     "removal_leaves_no_trace": [LeavesAHook, LeavesAnAttribute, LeavesAParameterMoved],
-    "error_in_body_leaves_no_trace": [ForgetsOnError, SwallowsErrors],
+    "error_in_body_leaves_no_trace": [ForgetsOnError, SwallowsErrors, StaysAfterAnInterrupt],
     "error_in_forward_leaves_no_trace": [OffAfterAnError],
     "freezes_can_be_repeated": [RemembersTheFirstBatch, LostAfterTheSecondPass],
-    "nesting_is_a_list": [LastOneOnly, EndsTheInnermost],
+    "nesting_is_a_list": [LastOneOnly, EndsTheInnermost, InnerEndEndsAll],
     "parameters_are_untouched": [ZeroesWeights, SwitchesToEval],
     "changed_configs_do_not_matter": [ReadsTheConfigLate],
     "generators_are_untouched": [DrawsFromTorch, SeedsTorch],

@@ -64,6 +64,26 @@ class SwallowsErrors(HookEngine):
             pass
 
 
+class StaysAfterAnInterrupt(HookEngine):
+    """Ends after errors, but not when the user interrupts the block."""
+
+    @contextmanager
+    def freeze(self, model: nn.Module, config: Config | Sequence[Config]) -> Iterator[Callable[..., Any]]:
+        self.on.append((object(), self.asked(model, config)))
+        own = self.on[-1]
+        self.install(model)
+        try:
+            yield model
+        except Exception:
+            self.end(model, own)
+            raise
+        self.end(model, own)
+
+    def end(self, model: nn.Module, own: object) -> None:
+        self.on = [entry for entry in self.on if entry is not own]
+        self.install(model)
+
+
 class OffAfterAnError(HookEngine):
     """Does nothing in the pass after one that did not come to its end."""
 
@@ -126,6 +146,20 @@ class EndsTheInnermost(HookEngine):
         finally:
             self.on.pop()
             self.install(model)
+
+
+class InnerEndEndsAll(HookEngine):
+    """Ends all freezes when the innermost one ends first."""
+
+    @contextmanager
+    def freeze(self, model: nn.Module, config: Config | Sequence[Config]) -> Iterator[Callable[..., Any]]:
+        with super().freeze(model, config) as frozen:
+            own = self.on[-1]
+            try:
+                yield frozen
+            finally:
+                if self.on and self.on[-1] is own:
+                    self.on = [own]
 
 
 class LostAfterTheSecondPass(HookEngine):
