@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.judge.passes import logits_of
 from pytest_circuitfreeze.suites.judge.recorder import hidden_of
-from pytest_circuitfreeze.suites.judge.sites import AnySite, sites
+from pytest_circuitfreeze.suites.judge.sites import AnySite, projections, sites
 from pytest_circuitfreeze.suites.judge.state import changes, parameters_state, training_flags, training_flags_kept
 
 if TYPE_CHECKING:
@@ -86,23 +88,24 @@ def check_generators_are_untouched(
 def check_inputs_are_not_written_to(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
-    """A frozen pass writes neither into what the model was called with nor into what a frozen layer was handed.
+    """A frozen pass writes into nothing that the model was called with, a layer was handed or its projections gave.
+
+    Hooks of before the freeze hold it; of what a projection gave, that is before a hook of the freeze has seen it.
 
     Raises:
         ClaimBroken: a tensor was written to, by its version counter or its values.
     """
     claim = Claim("a freeze writes to no one's tensors")
-    known = sites(model)
-    own = {(one.what, one.layer) for one in _held(model, model, batch, known) if one.tensor._version != one.version}
-    with engine.freeze(model, config) as frozen:
-        held = _held(frozen, model, batch, known)
+    with _Holder(sites(model)) as holder:
+        plain = holder.of_pass(model, model, batch)
+        own = {(one.what, one.layer) for one in plain if one.tensor._version != one.version}
+        with engine.freeze(model, config) as frozen:
+            held = holder.of_pass(frozen, model, batch)
     for one in held:
         if (one.what, one.layer) in own:  # what the unfrozen model writes to itself is no claim about a freeze
             continue
         where = {} if one.layer is None else {"layer": one.layer}
-        claim.same(
-            one.what, one.tensor, one.values, "row position" if one.layer is None else "row position feature", **where
-        )
+        claim.same(one.what, one.tensor, one.values, one.axes, **where)
         claim.demand(one.tensor._version == one.version, f"{one.what} was written to", **where)
     return claim.margin
 
@@ -135,7 +138,7 @@ def check_changed_configs_do_not_matter(
 
 
 class _Held(NamedTuple):
-    """A tensor that was handed over, to which layer if not to the model, and what it was then."""
+    """A tensor that was handed over, in which layer if not to the model, and what it was then."""
 
     what: str
     layer: int | None
@@ -143,31 +146,42 @@ class _Held(NamedTuple):
     values: Tensor
     version: int
 
+    @property
+    def axes(self) -> str:
+        """Names of the tensor's dimensions, where they are known."""
+        if self.layer is None:
+            return "row position"
+        return "row position feature" if self.tensor.dim() == 3 else ""
 
-def _held(call: Callable[..., Any], model: PreTrainedModel, batch: Batch, known: Mapping[int, AnySite]) -> list[_Held]:
-    """What `call` and the attention layers of `model` were handed in one pass."""
-    held: list[_Held] = []
 
-    def hold(what: str, tensor: Tensor, layer: int | None = None) -> None:
-        held.append(_Held(what, layer, tensor, tensor.clone(), tensor._version))
+class _Holder(ExitStack):
+    """Holds what attention layers are handed and what their projections give, for the length of the block."""
 
-    def hold_hidden(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hold("input", hidden_of(args, kwargs), layer)
+    def __init__(self, known: Mapping[int, AnySite]) -> None:
+        super().__init__()
+        self.held: list[_Held] = []
+        for layer, site in known.items():
+            hold = partial(self.hold_hidden, layer)
+            self.callback(site.module.register_forward_pre_hook(hold, with_kwargs=True).remove)
+            for path, module in projections(site).items():
+                self.callback(module.register_forward_hook(partial(self.hold_output, layer, path)).remove)
 
-    arguments = batch.arguments(model)
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            hold(name, value)
-    handles = [
-        site.module.register_forward_pre_hook(
-            lambda _, args, kwargs, layer=layer: hold_hidden(layer, args, kwargs), with_kwargs=True
-        )
-        for layer, site in known.items()
-    ]
-    try:
+    def of_pass(self, call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> list[_Held]:
+        """What `call` and the layers of `model` were handed in one pass, and what was given."""
+        self.held = []
+        arguments = batch.arguments(model)
+        for name, value in arguments.items():
+            self.hold(name, value)
         with torch.no_grad():
             call(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return held
+        return self.held
+
+    def hold_hidden(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.hold("input", hidden_of(args, kwargs), layer)
+
+    def hold_output(self, layer: int, path: str, module: nn.Module, args: Any, output: object) -> None:
+        self.hold(f"output of {path}", output, layer)
+
+    def hold(self, what: str, value: object, layer: int | None = None) -> None:
+        if isinstance(value, Tensor):
+            self.held.append(_Held(what, layer, value, value.clone(), value._version))

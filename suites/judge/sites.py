@@ -27,6 +27,7 @@ __all__ = [
     "as_found",
     "implementations",
     "made_by",
+    "projections",
     "seen_at_the_ends",
     "sites",
     "standing_in",
@@ -169,6 +170,15 @@ def _by_place(site: Site, name: str) -> FoundSite:
         group=site.group,
         parts=parts,
     )
+
+
+def projections(site: AnySite) -> dict[str, nn.Module]:
+    """The modules in whose outputs q, k and v are, by their paths in the attention module."""
+    if isinstance(site, FoundSite):
+        places = [part.place for part in site.parts.values()]
+    else:
+        places = [place for place, _ in site.places().values()]
+    return {place: site.module.get_submodule(place) for place in places}
 
 
 def implementations(model: PreTrainedModel) -> tuple[str, ...]:

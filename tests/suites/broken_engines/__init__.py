@@ -121,6 +121,7 @@ from broken_engines.resampling import (
 from broken_engines.selecting import AllLayersButTheLast, CountsFromTheFrontAlone, FirstHeadForAll
 from broken_engines.state import (
     DrawsFromTorch,
+    EditsInPlace,
     EndsHooksOfOthers,
     HidesHooksOfOthers,
     ReadsTheConfigLate,
@@ -288,7 +289,7 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
     "parameters_are_untouched": [ZeroesWeights, SwitchesToEval],
     "changed_configs_do_not_matter": [ReadsTheConfigLate],
     "generators_are_untouched": [DrawsFromTorch, SeedsTorch],
-    "inputs_are_not_written_to": [WritesToItsInput, WritesToTheMask],
+    "inputs_are_not_written_to": [WritesToItsInput, WritesToTheMask, EditsInPlace],
 }
 
 # Several query heads, but not all, read a KV head.

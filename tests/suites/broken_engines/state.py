@@ -94,6 +94,16 @@ class WritesToItsInput(HookEngine):
         args[0].add_(1.0)
 
 
+class EditsInPlace(HookEngine):
+    """Writes replacements into what the projection gave."""
+
+    def edited(self, layer: Layer, role: str, features: Tensor, output: Tensor, configs: list[Config]) -> Tensor:
+        whole = output.flatten(1, -2)
+        readers = layer.heads // len(features)
+        whole[..., features] = self.frozen(layer, role, whole[..., features], configs, readers)
+        return output
+
+
 class WritesToTheMask(HookEngine):
     """Fills the caller's mask with ones."""
 
