@@ -53,6 +53,14 @@ def check_other_heads_are_untouched(
         ClaimBroken: such a head's z moved.
     """
     claim = Claim("heads that read nothing frozen are untouched")
+    compare_other_heads(claim, "z", engine, model, config, batch)
+    return claim.margin
+
+
+def compare_other_heads(
+    claim: Claim, what: str, engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch
+) -> None:
+    """Demands that z of each head of the first frozen layer that reads nothing frozen, called `what`, did not move."""
     site = first_frozen(model, config)
     frozen = {head for role in ROLES for head in chosen_heads(site, config, role)}
     clean, seen = (look(engine, model, which, batch).layers[site.layer].mixed() for which in (None, config))
@@ -62,8 +70,7 @@ def check_other_heads_are_untouched(
     for head in sorted(set(range(site.heads)) - frozen):
         bound = largest_change(clean[:, :, head], moved[:, :, head])
         got, want = seen[:, :, head], clean[:, :, head]
-        claim.within("z", got, want, bound, "row position feature", layer=site.layer, head=head)
-    return claim.margin
+        claim.within(what, got, want, bound, "row position feature", layer=site.layer, head=head)
 
 
 @check

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from honest_engine import HookEngine, Layer
+from honest_engine import HookEngine, Layer, layers
 from torch import Tensor, nn
 
 from freeze_core import InterventionConfig
@@ -45,6 +45,19 @@ class EndsHooksOfOthers(HookEngine):
             module._forward_pre_hooks.clear()
 
 
+class EndsForwardHooksOfOthers(HookEngine):
+    """Removes all hooks behind the forwards of attention layers, others' too, when a freeze ends."""
+
+    @contextmanager
+    def freeze(self, model: nn.Module, config: Any) -> Iterator[Callable[..., Any]]:
+        with super().freeze(model, config) as frozen:
+            yield frozen
+        for layer in layers(model):
+            for module in layer.module.modules():
+                module._forward_hooks.clear()
+        self.install(model)
+
+
 class HidesHooksOfOthers(HookEngine):
     """Runs frozen layers without the hooks that others put there after it."""
 
@@ -63,6 +76,19 @@ class HidesHooksOfOthers(HookEngine):
                         module._forward_pre_hooks.update(hooks)
 
             yield run
+
+
+class RecomputesTheProjection(HookEngine):
+    """Works out each activation from the weights, whatever hooks or adapters of others made of it."""
+
+    def hook(
+        self, layer: Layer, role: str, features: Tensor, configs: list[Config], wide: bool
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        edit = super().hook(layer, role, features, configs, wide)
+        name, _ = layer.places[role]
+        if role != next(one for one in "qkv" if layer.places[one][0] == name):  # others go on from the first
+            return edit
+        return lambda module, args, output: edit(module, args, module.forward(*args))
 
 
 class DrawsFromTorch(HookEngine):
