@@ -56,8 +56,9 @@ def unshares(layer: Layer, config: InterventionConfig) -> bool:
 
 
 def named(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model is called with, by the names that its forward has for it."""
-    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    """What a model is called with, by the names that its class has for it: libraries put their own forward on one."""
+    _, *names = inspect.signature(type(model).forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def beyond_outputs(
