@@ -106,8 +106,8 @@ def _streams(model: nn.Module, sites: Sites, flows: Mapping[nn.Module, Flow]) ->
     """What the decoder layers give, attention or not, and what the parts of them do where each part has a list."""
     inside = layer_around(model, sites, sites.by_layer[max(sites.by_layer)])
     lists = [list(one) for one in model.modules() if isinstance(one, nn.ModuleList)]
-    layers = next((len(one) for one in lists if inside in one), 0)
-    return [flows[part].given for one in lists if len(one) == layers for part in one if part in flows]
+    layers = {len(one) for one in lists if inside in one}
+    return [flows[part].given for one in lists if len(one) in layers for part in one if part in flows]
 
 
 def _unembedded(model: nn.Module, flows: dict[nn.Module, Flow], streams: Sequence[Tensor]) -> Tensor:
