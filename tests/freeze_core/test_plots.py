@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import same_color, to_rgb
 from matplotlib.text import Text
 
 from freeze_core import (
@@ -172,7 +172,9 @@ def test_a_heatmap_of_what_has_no_sign_begins_at_0() -> None:
     )
     assert [axis.images[0].get_clim()[0] for axis in figure.axes[:2]] == [0, 0]
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["x", "y"]
-    zeros = plot_heatmap(torch.full((2, 2), torch.nan), unit="share", n=0)
+    assert figure.get_suptitle() == ""
+    zeros = plot_heatmap(torch.full((2, 2), torch.nan), unit="share", n=0, title="Nothing")
+    assert zeros.get_suptitle() == "Nothing"
     assert zeros.axes[0].images[0].get_array().mask.all()
 
 
@@ -186,6 +188,16 @@ def test_patterns_are_drawn_as_they_are() -> None:
         assert labels == ["The", "·capital", "·of", r"·\$France\$", "⏎", "·antidisestab…"]
     assert [axis.get_title() for axis in figure.axes[:2]] == ["before", "after"]
     assert "layer 1, head 2" in figure.get_suptitle()
+    both_ways = plot_patterns(*[torch.full((3, 3), 1 / 3)] * 2)
+    assert both_ways.axes[0].images[0].get_clim() == (0, 1)
+
+
+def test_of_more_labels_than_there_is_room_for_every_so_many_are_shown_from_the_first_on() -> None:
+    labels = [f"token{number}" for number in range(120)]
+    for ticks in (plot_heatmap(drawn(120, 2), unit="x", n=1, rows=labels), plot_heatmap(drawn(120, 2), unit="x", n=1)):
+        shown = [tick.get_text().removeprefix("token") for tick in ticks.axes[0].get_yticklabels()]
+        assert shown[:2] == ["0", "5"]
+        assert shown[-1] == "115"
 
 
 def test_measures_are_drawn_as_they_are() -> None:
@@ -210,6 +222,10 @@ def test_curves_are_drawn_in_order_of_strength_with_their_bands(plot: Any) -> No
         lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
         assert list(lines) == ["one (n = 16)", "other (n = 4 to 8)"]
         assert lines["other (n = 4 to 8)"].get_xydata().tolist() == [[0, 0], [0.5, 1.5], [1, 3]]
+        for line, band in zip(lines.values(), axis.collections, strict=True):
+            assert same_color(band.get_facecolor()[0][:3], line.get_color())
+            edges = [one for one in axis.lines if one is not line and one.get_color() == line.get_color()]
+            assert {edge.get_linestyle() for edge in edges} == {line.get_linestyle()}
         band = axis.collections[1].get_paths()[0].vertices
         assert {(0.5, 1.4), (0.5, 1.8)} <= {(float(x), round(float(y), 9)) for x, y in band}
         assert axis.get_ylabel() == "change (nats)"
@@ -255,6 +271,13 @@ def test_gradients_are_those_of_the_reports() -> None:
     assert "norm of the loss's gradient" in axis.get_ylabel()
 
 
+def test_gradients_that_are_all_0_are_drawn() -> None:
+    (axis,) = plot_gradient_flow({"stopgrad": reports("qk")["stopgrad"]}, "activations").axes
+    (line,) = [one for one in axis.lines if one.get_label() == "stopgrad"]
+    assert list(line.get_ydata()) == [0]
+    assert axis.get_ylim()[0] < 0 < axis.get_ylim()[1]
+
+
 def test_a_study_is_drawn_as_its_table_says() -> None:
     made = study()
     perplexity, _, divergence, effect = plot_ablation(made).axes
@@ -265,6 +288,7 @@ def test_a_study_is_drawn_as_its_table_says() -> None:
     ends = [collection.get_segments()[0][:, 0].tolist() for collection in divergence.collections]
     assert ends == [[row.kl.low, row.kl.high] for row in rows]
     assert [tick.get_text() for tick in perplexity.get_yticklabels()] == ["qk", "ov"]
+    assert perplexity.get_ylim() == (1.5, -0.5)  # from above, as in the table
     assert effect.get_xlabel() == "effect size (d)"
     assert f"n = 4 sequences, {int(made.targets.sum())} tokens" in plot_ablation(made).get_suptitle()
 
@@ -273,9 +297,13 @@ def test_an_infinite_interval_is_an_arrow() -> None:
     made = study()
     row = made.rows[0]
     object.__setattr__(row, "effect_size", row.effect_size._replace(high=np.inf))
-    effect = plot_ablation(made).axes[3]
+    figure = plot_ablation(made)
+    effect = figure.axes[3]
     (arrow,) = [line for line in effect.lines if line.get_marker() == ">" and line.get_ydata()[0] == 0]
     assert arrow.get_xdata()[0] == effect.get_xlim()[1]
+    bars = [bar for axis in figure.axes for bar in axis.collections]  # to their ends, and to the edge
+    assert len({float(bar.get_linewidth()[0]) for bar in bars}) == 1
+    assert all(same_color(bar.get_color()[0], arrow.get_color()) for bar in bars)
 
 
 def test_colours_order_in_grey_and_lines_differ_without_colour() -> None:
