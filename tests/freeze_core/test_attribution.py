@@ -119,6 +119,19 @@ def test_estimates_of_cross_attention_and_of_encoders_are_the_derivative():
         is_the_derivative(model, inputs, ("qk", "ov"), attention=attention)
 
 
+def test_estimates_of_layers_that_run_twice_are_the_derivative():
+    model = tiny_model("gpt2").double()
+
+    def again(module, args):
+        states = args[0]
+        for layer in model.transformer.h:
+            states = layer(states)
+        return (states,)
+
+    model.transformer.ln_f.register_forward_pre_hook(again)
+    is_the_derivative(model, circuits=("qk", "ov", "z"))
+
+
 def test_estimates_at_full_strength_recompute_the_softmax():
     """In a model that is linear after z, the last layer of one without MLP and norm, they are the exact scores."""
     model = tiny_model("gpt2").double()

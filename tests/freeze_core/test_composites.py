@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
+from freeze_core import (
+    AttentionCircuitFreezer,
+    InterventionConfig,
+    InterventionError,
+    pattern_scores,
+    score_heads,
+)
 from freeze_core.attention.sites import find_sites
 from pytest_circuitfreeze.models import tiny_model
 
@@ -72,6 +78,13 @@ def test_a_mask_that_tells_no_padding_cannot_be_recorded_under(model, ids):
     masks = {"full_attention": None, "sliding_attention": None}
     with pytest.raises(InterventionError, match="attention_mask is dict"):
         FREEZER.record(model, {"input_ids": ids, "attention_mask": masks})
+
+
+def test_the_words_of_a_composite_are_those_of_its_language_model(model, ids):
+    assert "vocab_size" not in model.config.to_diff_dict()
+    with pytest.raises(InterventionError, match="must be ids in 0 to 96"):
+        score_heads(model, ids, "probability", targets=97, progress=False)
+    assert pattern_scores(model, 6, 2, progress=False).values["previous_token"].shape == (3, 4)
 
 
 def test_a_model_that_hands_its_padding_mask_on_is_no_composite(model):

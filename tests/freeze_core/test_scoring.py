@@ -133,6 +133,25 @@ def test_where_the_products_are_the_same_so_are_the_bits(name):
     assert all(torch.equal(found[circuit], expected[circuit]) for circuit in circuits)
 
 
+class Around(nn.Module):
+    """A module of somebody's own, which has no methods of a language model."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids):
+        return self.inner(input_ids, use_cache=False)
+
+
+def test_a_module_around_a_model_is_swept():
+    model, ids = tiny_model("gpt2"), batch()["input_ids"]
+    found = score_heads(Around(model), ids, spread, progress=False).scores
+    expected = score_heads(model, ids, spread, progress=False).scores
+    for circuit in expected:
+        torch.testing.assert_close(found[circuit], expected[circuit], rtol=1e-5, atol=1e-5)
+
+
 def test_cross_attention_and_encoders_are_swept():
     from transformers import BartConfig, BartForConditionalGeneration
 

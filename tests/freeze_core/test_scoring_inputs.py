@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from encoder_decoders import bart
 from one_by_one import FREEZER, frozen
 from torch.nn import functional as F
 
@@ -69,6 +70,26 @@ def test_loss_is_of_labels_where_they_are_given_and_of_targets_where_those_are()
     assert found.clean == pytest.approx(float(last), rel=1e-6)
 
 
+def test_labels_of_an_encoder_and_decoder_are_what_its_decoder_is_given():
+    model = bart()
+    given = {"input_ids": IDS, "labels": IDS[:, :5] + 1}
+    found = score_heads(model, given, "loss", circuits=["z"], layers=[0], progress=False)
+    with torch.no_grad():
+        assert found.clean == pytest.approx(float(model(**given).loss), rel=1e-6)
+
+
+def test_words_that_the_model_rules_out_play_no_part_in_kl():
+    model = tiny_model("gpt2")
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.tensor([7]), -torch.inf)
+    )
+    found = score_heads(model, PADDED, "kl", circuits=["z"], layers=[1], progress=False).scores["z"]
+    others = torch.arange(97) != 7
+    clean, frozen = logits_under(model, PADDED), logits_under(model, PADDED, "z", 1, 2)
+    expected = by_hand("kl", frozen[..., others], clean[..., others])
+    torch.testing.assert_close(found[1, 2], expected.mean(), rtol=1e-5, atol=1e-6)
+
+
 def test_targets_are_those_of_the_rows_of_all_batches():
     model = tiny_model("gpt2")
     batches = [IDS[:1], IDS[:, :5]]
@@ -112,6 +133,8 @@ WRONG = {
     "progress": {"progress": 1},
     "positions": {"positions": "first"},
     "positions, a bool": {"positions": [True]},
+    "positions, a number": {"positions": 3},
+    "positions, bytes": {"positions": b"\x03"},
     "positions out of range": {"positions": [7]},
     "positions twice": {"positions": [6, -1]},
     "inputs": {"inputs": "words"},
@@ -170,6 +193,13 @@ def test_a_frozen_model_is_refused():
     config = InterventionConfig([0], [0], "qk")
     with FREEZER.freeze_circuits(model, config), pytest.raises(InterventionError, match="model is frozen"):
         score_heads(model, IDS, "kl", progress=False)
+
+
+def test_noise_without_a_spread_is_zero():
+    model = tiny_model("gpt2")
+    found = score_heads(model, IDS, "kl", freeze_type="noise", noise_std=0.0, progress=False).scores
+    expected = score_heads(model, IDS, "kl", progress=False).scores
+    assert all(torch.equal(found[circuit], expected[circuit]) for circuit in expected)
 
 
 def test_strength_0_changes_nothing_and_is_run_once_a_layer():
