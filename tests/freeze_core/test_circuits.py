@@ -278,6 +278,47 @@ def test_a_projection_that_is_not_linear_has_no_matrix() -> None:
         copying_scores(model, [1])
 
 
+class Quieter(nn.Module):
+    """A part of a layer that hands another one of its own a number for each feature, beside the states."""
+
+    class Times(nn.Module):
+        def forward(self, factors: Tensor, x: Tensor) -> Tensor:
+            return factors * x
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.times = inner, self.Times()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.times(torch.full((x.shape[-1],), 0.5), self.inner(x))
+
+
+def test_what_has_no_tokens_is_no_stream() -> None:
+    model: Any = copy.deepcopy(tiny_model("llama"))
+    expected = copying_scores(model).values["copying"]
+    model.model.layers[1].mlp = Quieter(model.model.layers[1].mlp)
+    assert torch.equal(copying_scores(model).values["copying"], expected)
+
+
+class Evened(nn.Module):
+    """A norm that divides by the mean size instead of its root mean square."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.weight = inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / (x.abs().mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_norm_that_divides_by_something_else_is_not_folded() -> None:
+    model: Any = copy.deepcopy(tiny_model("llama"))
+    model.model.layers[1].input_layernorm = Evened(model.model.layers[1].input_layernorm)
+    with pytest.raises(UnsupportedModelError, match="a Evened divides by something else than a root mean square"):
+        _ = head_circuits(model, 1, 0, fold_norm=True).W_Q
+    assert head_circuits(model, 1, 0).W_Q.shape == (32, 8)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_adapters_are_part_of_the_matrix() -> None:
     peft = pytest.importorskip("peft", reason="the extra 'conditions' is not installed")

@@ -302,6 +302,16 @@ def test_a_cache_that_another_model_brings_to_a_frozen_layer_is_no_quiet_thing(i
             other(ids[:, :1], past_key_values=stale)
 
 
+def test_a_forward_that_somebody_keeps_is_unfrozen_once_the_freeze_is_removed(ids):
+    model = tiny_model("llama")
+    attention = model.model.layers[0].self_attn
+    expected = model(ids).logits
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v")):
+        kept = attention.forward
+    attention.forward = kept
+    assert torch.equal(model(ids, use_cache=True).logits, expected)
+
+
 def frozen_in_cross_attention():
     config = transformers.BartConfig(
         vocab_size=50,
