@@ -315,8 +315,17 @@ def test_without_scipy_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
         study(None)
 
 
+def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    study(tiny_model("gpt2"), [IDS[:3], IDS[3:]], circuits=["ov"])
+    assert capsys.readouterr().err == ""
+    study(tiny_model("gpt2"), [IDS[:3], IDS[3:]], circuits=["ov"], progress=True)
+    assert "4/4" in capsys.readouterr().err  # of each batch a clean pass and a frozen one
+
+
 def test_the_table_says_of_what_it_is() -> None:
     made = study(tiny_model("gpt2"), IDS, [0], [1, 2], circuits=["ov"])
+    frame = made.to_frame()
+    assert (frame.freeze_type[0], frame.kv_scope[0], frame.strength[0]) == ("zero", "group", 1)
     lines = made.to_markdown().splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[1:3]] == ["circuit", "perplexity"]
     clean, row = made.clean.perplexity, made.rows[0]

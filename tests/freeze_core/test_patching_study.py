@@ -166,13 +166,17 @@ def test_latex_compiles(tmp_path: Path) -> None:
     typeset(patched(tiny_model("gpt2")).to_latex() + names, tmp_path)
 
 
-def test_what_is_infinite_has_no_mean() -> None:
-    with pytest.raises(InterventionError, match="metric=infinite is inf for row 1 of batch 0, clean"):
-        patched(tiny_model("gpt2"), metric=infinite, targets=None)
+@pytest.mark.parametrize(("prompts", "run"), [(CLEAN, "clean"), (CORRUPTED, "corrupted")])
+def test_what_is_infinite_has_no_mean(prompts: Tensor, run: str) -> None:
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        of_run = model(prompts).logits[1, -1]
 
+    def infinite(logits: Tensor) -> Tensor:
+        return torch.where(torch.isclose(logits[:, -1], of_run, atol=1e-4).all(-1), torch.inf, 0.0)
 
-def infinite(logits: Tensor) -> Tensor:
-    return torch.tensor([0.0, torch.inf, 0.0])
+    with pytest.raises(InterventionError, match=f"metric=infinite is inf for row 1 of batch 0, {run}:"):
+        patched(model, metric=infinite, targets=None)
 
 
 def test_without_a_gap_nothing_is_swept() -> None:
@@ -196,6 +200,7 @@ def test_without_a_gap_nothing_is_swept() -> None:
         ([CLEAN, CLEAN], CORRUPTED, {}, "clean has 2 batches and corrupted 1"),
         (CLEAN, {"inputs_embeds": torch.zeros(3, 6, 32)}, {}, "input_ids of batch 0 of clean|inputs_embeds of batch 0"),
         (CLEAN, {"input_ids": CORRUPTED, "attention_mask": LEFT}, {}, "attention_mask of batch 0 of clean"),
+        ({"input_ids": CLEAN, "attention_mask": LEFT}, CORRUPTED, {}, "attention_mask of batch 0 of clean"),
         ("a text", CORRUPTED, {}, "clean='a text': must be a list of texts"),
         (["a b", "c d"], CORRUPTED, {}, "tokenizer=None"),
         (CLEAN, CORRUPTED, {"tokenizer": len}, "tokenizer: must be None"),

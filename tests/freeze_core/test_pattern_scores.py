@@ -184,6 +184,7 @@ def test_a_table_says_of_what_it_is() -> None:
     weights = copying_scores(tiny_model("llama_gqa"))
     assert weights.to_frame().low.isna().all()
     assert "[" not in weights.to_markdown().splitlines()[2]
+    assert weights.to_markdown().splitlines()[-1].startswith("LlamaForCausalLM: sum of the eigenvalues of W_E W_V W_O")
     with pytest.raises(InterventionError, match="measure='copied': must be one of copying"):
         weights.top("copied")
     with pytest.raises(InterventionError, match="count=0"):

@@ -26,7 +26,8 @@ def test_tables_say_what_they_are_of() -> None:
     assert "change (logits)" in text
     frame = made.to_frame()
     assert list(frame.strength) == [1, -1]
-    assert (frame.n_positive[0], frame.n_found_negative[0], frame.n[0]) == (4, 6, 4)
+    assert (frame.n_positive[0], frame.n_negative[0], frame.n[0]) == (4, 4, 4)
+    assert (frame.n_found_positive[0], frame.n_found_negative[0]) == (6, 6)
     alone = discover(model)
     assert len(alone.to_frame()) == 1
     assert "strength" not in alone.to_markdown()
