@@ -126,12 +126,17 @@ class HookEngine(Arithmetic):
         wide, frozen = getattr(cache, "filled_under", ([], ""))
         if wide != self.mark[0]:
             raise InterventionError(f"the heads of layers {wide} have keys of their own in this cache")
-        if frozen != self.mark[1]:
+        if frozen != self.mark[1] or self.cached > getattr(cache, "filled_to", self.cached):
+            cache.filled_under = (wide, "several freezes")
             warnings.warn("this cache was filled under another freeze", StaleCacheWarning, stacklevel=2)
 
     def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
-        if getattr(output, "past_key_values", None) is not None and not self.cached:
-            output.past_key_values.filled_under = self.mark
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            return
+        if not self.cached:
+            cache.filled_under = self.mark
+        cache.filled_to = cache.get_seq_length()
 
     def hook(
         self, layer: Layer, role: str, features: Tensor, configs: list[InterventionConfig], wide: bool
