@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
+from pytest_circuitfreeze.suites.foreign_caches import other_freezes, told
 from pytest_circuitfreeze.suites.independence import unshares
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
 from pytest_circuitfreeze.suites.judge.decoding import decode, demand_decoding, go_on
@@ -72,7 +72,7 @@ def _calibrated(model: PreTrainedModel, config: InterventionConfig, batch: Batch
     """`config` with statistics of the unfrozen model on `batch`, where it would take those of the pass."""
     from freeze_core import AttentionCircuitFreezer, UnsupportedModelError
 
-    if config.freeze_type == "zero" or config.noise_std is not None:
+    if config.freeze_type in ("zero", "resample") or config.noise_std is not None:
         return config
     try:
         statistics = AttentionCircuitFreezer().calibrate(model, [batch.arguments(model)], progress=False)
@@ -96,8 +96,10 @@ def check_foreign_caches_are_recognised(
     """A cache that was filled without a freeze, or under another one, is told when it is used under the freeze.
 
     By a `StaleCacheWarning`, or, where query heads have KV heads of their own, by a `CircuitFreezeError`: the latter
-    must be where only some of the query heads that read a KV head see it frozen. A cache that was filled under the same
-    freeze is used without either, when it is copied and when the freeze is installed anew, too.
+    must be where only some of the query heads that read a KV head see it frozen. Another freeze is one that differs in
+    strength, circuit, heads, replacement or seed. So is a cache told that has grown without the freeze. One that was
+    filled under the same freeze is used without either, when it is copied, cropped, reordered, and when the freeze is
+    installed anew, too.
 
     Args:
         end: the column before which the cache ends.
@@ -107,7 +109,7 @@ def check_foreign_caches_are_recognised(
         NotApplicable: the unfrozen model has no cache to go on from.
     """
     claim = Claim("a cache of another freeze is recognised")
-    length = batch.input_ids.shape[1]
+    rows, length = batch.input_ids.shape
     demand_decoding(engine, model, batch, [end, length])
     config = _calibrated(model, config, batch)
     splits = any(_splits_a_group(site, config) for site in sites(model).values())
@@ -117,23 +119,38 @@ def check_foreign_caches_are_recognised(
         def filled(call: Callable[..., Any]) -> Any:
             return go_on(call, model, batch, 0, end)[1]
 
-        def use(call: Callable[..., Any], cache: Any) -> str:
-            return _told(lambda: go_on(call, model, batch, end, length, cache))
+        def use(call: Callable[..., Any], cache: Any, start: int = end) -> str:
+            return told(lambda: go_on(call, model, batch, start, length, cache))
 
-        unfrozen = filled(model)
-        with engine.freeze(model, replace(config, strength=config.strength / 2)) as other:
-            others = filled(other)
+        def use_changed(call: Callable[..., Any], cache: Any) -> str:
+            def run() -> None:
+                cache.crop(-1)
+                cache.reorder_cache(torch.arange(rows).flip(0))
+                go_on(call, model, batch, end - 1, length, cache)
+
+            return told(run)
+
+        foreign = {"no freeze": (filled(model), due)}
+        for name, one in other_freezes(model, config).items():
+            with engine.freeze(model, one) as other:
+                foreign[name] = filled(other), due if one.kv_scope != config.kv_scope else ("StaleCacheWarning",)
         with engine.freeze(model, config) as frozen:
             own = filled(frozen)
             found = use(frozen, copy.deepcopy(own))
             claim.demand(not found, f"a copy of a cache of the same freeze: {found}")
-            found = use(frozen, unfrozen)
-            claim.demand(found.startswith(due), f"a cache without a freeze: {found or 'not a word'}, {due[0]} was due")
-            found = use(frozen, others)
-            claim.demand(found.startswith("Stale"), f"a cache of half the strength: {found or 'not a word'}")
+            changed = use_changed(frozen, copy.deepcopy(own))
+            for name, (cache, how) in foreign.items():
+                found = use(frozen, cache)
+                claim.demand(found.startswith(how), f"a cache of {name}: {found or 'not a word'}, {how[0]} was due")
+        if changed and not use_changed(model, filled(model)):
+            claim.broken(f"a cache of the same freeze, cropped and reordered: {changed}")
+        grown = copy.deepcopy(own)
+        grows = end + 1 < length and not told(lambda: go_on(model, model, batch, end, end + 1, grown))
         with engine.freeze(model, config) as frozen:
             found = use(frozen, own)
             claim.demand(not found, f"a cache of the same freeze, which was installed anew: {found}")
+            found = use(frozen, grown, end + 1) if grows else ""
+            claim.demand(not grows or found.startswith("Stale"), f"one that grew without it: {found or 'not a word'}")
     return claim.margin
 
 
@@ -144,22 +161,6 @@ def _splits_a_group(site: AnySite, config: InterventionConfig) -> bool:
     readers = [set(range(first, first + site.group)) for first in range(0, site.heads, site.group)]
     frozen = [set(chosen_heads(site, config, role)) for role in ROLES if role != "q"]
     return any(one & heads and one - heads for one in readers for heads in frozen)
-
-
-def _told(run: Callable[[], object]) -> str:
-    """What `run` says of the cache that it uses: which warning or error, and its text; nothing where it is silent."""
-    from freeze_core import CircuitFreezeError, StaleCacheWarning
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            run()
-        except CircuitFreezeError as error:
-            return f"CircuitFreezeError: {error}"
-        except Exception as error:  # an error, but none that says what is wrong
-            return f"{type(error).__name__}: {error}"
-    stale = [warning.message for warning in caught if issubclass(warning.category, StaleCacheWarning)]
-    return f"StaleCacheWarning: {stale[0]}" if stale else ""
 
 
 @check

@@ -11,8 +11,12 @@ from honest_engine import HookEngine
 
 from broken_engines.caching import (
     AlwaysWarns,
+    ColumnsFromTheKeptKeys,
     LastPositionOnly,
     MarkIsLostInCopies,
+    MarkIsLostWhenCropped,
+    MarkIsLostWhenReordered,
+    MarksTheStrengthAlone,
     NeverWarns,
     NoiseOfRealTokens,
     NoiseOfTheCache,
@@ -23,6 +27,7 @@ from broken_engines.caching import (
     SparesDecoding,
     SparesThePrompt,
     StatisticsOfTheStep,
+    TakesWhatWasAddedForItsOwn,
     WarnsWhereItMustRefuse,
 )
 from broken_engines.calibration import (
@@ -113,6 +118,7 @@ from broken_engines.removal import (
 from broken_engines.resampling import (
     AveragesTheOthers,
     KeepsItsOwnRow,
+    ResamplesAnewAtEachStep,
     RowsOfTheTokens,
     ShufflesAnew,
     TakesOneRowTwice,
@@ -139,14 +145,18 @@ from broken_engines.storage import (
     SwapsKeysAndValues,
 )
 from broken_engines.unservable import (
+    CountsPaddingAlone,
     CutsTheReference,
     FailsAnyhow,
     GivesNoReason,
+    HoldsTheLastColumnWhenDecoding,
     IgnoresTheMask,
     LeavesWhatItRefused,
     MeanOfAStep,
     RefusesAllCalibrated,
+    RefusesStepsOfOneTokenAlone,
     ResamplesPadding,
+    ResamplesRightPadding,
     TakesAnyStatistics,
 )
 from broken_engines.values import (
@@ -219,12 +229,18 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         NoiseOfTheStep,
         NoiseOfTheCache,
         NoiseOfRealTokens,
+        ResamplesAnewAtEachStep,
+        ColumnsFromTheKeptKeys,
     ],
     "foreign_caches_are_recognised": [
         NeverWarns,
         AlwaysWarns,
         OneMarkForAllFreezes,
+        MarksTheStrengthAlone,
         MarkIsLostInCopies,
+        MarkIsLostWhenCropped,
+        MarkIsLostWhenReordered,
+        TakesWhatWasAddedForItsOwn,
         WarnsWhereItMustRefuse,
     ],
     "recomputation_is_the_same_pass": [NoiseOfThePass, NoNoiseInRecomputation],
@@ -278,9 +294,20 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         RowsOfTheTokens,
     ],
     "statistics_are_of_the_real_tokens": [CalibratesOverPadding, MeanOfMeans, SampleDeviationOfAll],
-    "references_that_do_not_fit_are_errors": [CutsTheReference, IgnoresTheMask, FailsAnyhow],
-    "resampling_without_another_row_is_an_error": [ResamplesPadding, GivesNoReason, LeavesWhatItRefused],
-    "statistics_of_a_cached_step_are_errors": [MeanOfAStep, RefusesAllCalibrated],
+    "references_that_do_not_fit_are_errors": [
+        CutsTheReference,
+        IgnoresTheMask,
+        CountsPaddingAlone,
+        HoldsTheLastColumnWhenDecoding,
+        FailsAnyhow,
+    ],
+    "resampling_without_another_row_is_an_error": [
+        ResamplesPadding,
+        ResamplesRightPadding,
+        GivesNoReason,
+        LeavesWhatItRefused,
+    ],
+    "statistics_of_a_cached_step_are_errors": [MeanOfAStep, RefusesStepsOfOneTokenAlone, RefusesAllCalibrated],
     "statistics_of_another_model_are_errors": [TakesAnyStatistics],
     "hooks_of_others_stay": [
         EndsHooksOfOthers,
@@ -308,6 +335,8 @@ SEVERAL = [NextHead, SpillsOver, RecordsHeadsBackwards]
 def architectures_of(broken: type[HookEngine]) -> Sequence[str]:
     """The tiny architectures on which a flaw shows."""
     if broken in SHARED_BY_SOME:
+        return ["mistral_gqa"]
+    if broken is ColumnsFromTheKeptKeys:  # a sliding window
         return ["mistral_gqa"]
     if broken in SEVERAL:
         return ["mistral_gqa", "gpt2", "llama"]

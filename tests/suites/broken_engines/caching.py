@@ -71,6 +71,15 @@ class NoiseOfRealTokens(HookEngine):
         return super().noise(layer, role, x, config)
 
 
+class ColumnsFromTheKeptKeys(HookEngine):
+    """Counts cached columns by the keys that are kept, which a sliding window lets go of."""
+
+    def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        super().remember_pass(model, args, kwargs)
+        if self.cached:
+            self.cached = kwargs["past_key_values"].layers[0].keys.shape[-2]
+
+
 class NeverWarns(HookEngine):
     """Takes any cache for its own, where the model does."""
 
@@ -95,6 +104,14 @@ class OneMarkForAllFreezes(HookEngine):
         self.mark = (self.mark[0], "frozen")
 
 
+class MarksTheStrengthAlone(HookEngine):
+    """Marks caches with the strengths of the freezes that filled them, not with what was frozen."""
+
+    def install(self, model: nn.Module) -> None:
+        super().install(model)
+        self.mark = (self.mark[0], repr([config.strength for _, asked in self.on for config in asked]))
+
+
 class MarkIsLostInCopies(HookEngine):
     """Knows the cache objects that it has filled, and so no copy of one."""
 
@@ -108,6 +125,42 @@ class MarkIsLostInCopies(HookEngine):
 
     def check_cache(self, cache: Any) -> None:
         super().check_cache(type("Known", (), {"filled_under": self.known.get(cache, ([], ""))}))
+
+
+class MarkIsLostWhenCropped(HookEngine):
+    """Knows a cache by its length, too, and so none that was cropped."""
+
+    def check_cache(self, cache: Any) -> None:
+        if getattr(cache, "filled_to", self.cached) != self.cached:
+            cache.filled_under = (self.mark[0], "another freeze")
+        super().check_cache(cache)
+
+
+class MarkIsLostWhenReordered(HookEngine):
+    """Knows a cache by the first key that it holds, and so none whose rows were reordered."""
+
+    def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
+        super().mark_cache(model, args, output)
+        if output.get("past_key_values") is not None:
+            output.past_key_values.first = self.first(output.past_key_values)
+
+    def check_cache(self, cache: Any) -> None:
+        if not torch.equal(getattr(cache, "first", self.first(cache)), self.first(cache)):
+            cache.filled_under = (self.mark[0], "another freeze")
+        super().check_cache(cache)
+
+    def first(self, cache: Any) -> Tensor:
+        first: Tensor = cache.layers[0].keys[0, 0, 0]
+        return first
+
+
+class TakesWhatWasAddedForItsOwn(HookEngine):
+    """Takes a cache for its own that it has filled first, whatever was added to it since."""
+
+    def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
+        super().mark_cache(model, args, output)
+        if output.get("past_key_values") is not None:
+            del output.past_key_values.filled_to
 
 
 class WarnsWhereItMustRefuse(HookEngine):

@@ -58,6 +58,13 @@ class ShufflesAnew(HookEngine):
         return super().rows(seed + self.passes, count)
 
 
+class ResamplesAnewAtEachStep(HookEngine):
+    """Takes other rows in a step than in the prompt."""
+
+    def rows(self, seed: int, count: int) -> Tensor:
+        return super().rows(seed + self.cached, count)
+
+
 class RowsOfTheTokens(HookEngine):
     """Takes other rows where there are more tokens."""
 

@@ -30,11 +30,42 @@ class IgnoresTheMask(HookEngine):
         return True
 
 
+class CountsPaddingAlone(HookEngine):
+    """Takes a reference that has as many padded positions in each row, wherever they are."""
+
+    def padded_alike(self, x: Tensor, mask: Tensor | None) -> bool:
+        ones = torch.ones(x.shape[:2], dtype=torch.long)
+        own, held = (ones if one is None else one for one in (self.mask, mask))
+        return bool((own.sum(1) == held.sum(1)).all())
+
+
+class HoldsTheLastColumnWhenDecoding(HookEngine):
+    """Holds the last recorded column in steps that go on behind the reference."""
+
+    def reference(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
+        if not self.cached:
+            return super().reference(layer, role, x, config)
+        assert config.reference is not None
+        return self.for_heads(getattr(config.reference[layer.number], role), x)[:, -1:]
+
+
 class ResamplesPadding(HookEngine):
     """Takes padded positions for another row's, and the only row for its own."""
 
     def resample(self, x: Tensor, config: Config) -> Tensor:
         return x.roll(1, dims=0)
+
+
+class ResamplesRightPadding(HookEngine):
+    """Looks for padding in the first column alone, and so resamples padding on the right."""
+
+    def resample(self, x: Tensor, config: Config) -> Tensor:
+        kept = self.mask
+        self.mask = None if kept is None else kept[:, :1]
+        try:
+            return super().resample(x, config)
+        finally:
+            self.mask = kept
 
 
 class MeanOfAStep(HookEngine):
@@ -44,6 +75,15 @@ class MeanOfAStep(HookEngine):
         super().remember_pass(model, args, kwargs)
         if self.cached:
             self.mask, self.cached = None, 0
+
+
+class RefusesStepsOfOneTokenAlone(HookEngine):
+    """Takes statistics of the pass in a step of several tokens, which sees a part of it."""
+
+    def statistics(self, layer: Layer, role: str, x: Tensor, config: Config) -> tuple[Tensor, Tensor | float]:
+        if config.statistics is None and x.shape[1] > 1:
+            self.cached = 0
+        return super().statistics(layer, role, x, config)
 
 
 class TakesAnyStatistics(HookEngine):
