@@ -20,9 +20,9 @@ __all__ = ["other_freezes", "told"]
 
 
 def other_freezes(model: PreTrainedModel, config: InterventionConfig) -> dict[str, InterventionConfig]:
-    """Freezes that differ from `config` in one field, by what that is.
+    """Freezes that differ from `config` in strength, circuit, heads, replacement or seed, by what that is.
 
-    Those that touch other activations give no query head KV heads of its own, so that each engine offers them.
+    Those that touch other activations have the scope `group`: they keep KV heads as they are, which more engines offer.
     """
     touched = _touched(model, config)
     shared = replace(config, kv_scope="group")
