@@ -23,25 +23,30 @@ ROWS_TO_RESAMPLE = 3
 
 
 @st.composite
-def noise_and_another(draw: st.DrawFn, model: PreTrainedModel, batch: Batch) -> list[InterventionConfig]:
-    """Noise in both scopes, which alone says which column of the whole a step is at, and another replacement.
+def batch_and_rows(draw: st.DrawFn, model: PreTrainedModel) -> tuple[Batch, Batch]:
+    """Several tokens, often more than a window holds, and as many in rows that can be resampled.
 
-    Rows are resampled where `batch` has enough of them, and none with padding. Or the config that is stated.
+    Or what is stated, for both.
     """
+    batch = draw(batches(model, tokens=st.just(LONGEST) | st.integers(2, LONGEST)))
     if STATED.get() is not None:
-        return [draw(configs(model))]
-    resampled = len(batch.input_ids) >= ROWS_TO_RESAMPLE and bool(batch.real.all())
-    other = draw(configs(model, freeze_type=st.sampled_from(["resample"] if resampled else ["zero", "mean"])))
-    return [other, *draw(in_both_scopes(configs(model, freeze_type=st.just("noise"))))]
+        return batch, batch
+    tokens = st.just(batch.input_ids.shape[1])
+    return batch, draw(batches(model, rows=st.just(ROWS_TO_RESAMPLE), tokens=tokens, padding=False))
 
 
 @st.composite
-def long_batches(draw: st.DrawFn, model: PreTrainedModel) -> Batch:
-    """Several tokens, often more than a window holds, and often such that rows can be resampled. Or what is stated."""
-    tokens = st.just(LONGEST) | st.integers(2, LONGEST)
-    if STATED.get() is None and draw(st.booleans()):
-        return draw(batches(model, rows=st.just(ROWS_TO_RESAMPLE), tokens=tokens, padding=False))
-    return draw(batches(model, tokens=tokens))
+def noise_and_another(draw: st.DrawFn, model: PreTrainedModel, rows: Batch) -> list[InterventionConfig]:
+    """Noise in both scopes, which alone says which column of the whole a step is at, and another replacement.
+
+    That of other rows, too, where `rows` has enough of them, and none with padding. Or the config that is stated.
+    """
+    if STATED.get() is not None:
+        return [draw(configs(model))]
+    resampled = len(rows.input_ids) >= ROWS_TO_RESAMPLE and bool(rows.real.all())
+    kinds = st.sampled_from([*(["resample"] if resampled else []), "zero", "mean"])
+    other = draw(configs(model, freeze_type=kinds))
+    return [other, *draw(in_both_scopes(configs(model, freeze_type=st.just("noise"))))]
 
 
 @proven
@@ -49,14 +54,16 @@ def test_cached_equals_recomputed(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A freeze computes with a cache what it computes without one."""
-    batch = data.draw(long_batches(circuit_model), label="batch")
-    several = data.draw(noise_and_another(circuit_model, batch), label="configs")
+    batch, rows = data.draw(batch_and_rows(circuit_model), label="batch")
+    several = data.draw(noise_and_another(circuit_model, rows), label="configs")
     length = batch.input_ids.shape[1]
     cuts = data.draw(st.lists(st.integers(1, length - 1), min_size=1, max_size=3, unique=True), label="cuts")
     ends = [*sorted(cuts), length]
     observe_each(
         circuit_record,
-        lambda config: check_cached_equals_recomputed(circuit_engine, circuit_model, config, batch, ends),
+        lambda config: check_cached_equals_recomputed(
+            circuit_engine, circuit_model, config, rows if config.freeze_type == "resample" else batch, ends
+        ),
         several,
     )
 
@@ -67,7 +74,8 @@ def test_foreign_caches_are_recognised(
 ) -> None:
     """A cache that was filled without the freeze that it is used under is recognised, and no other is."""
     config = data.draw(configs(circuit_model), label="config")
-    batch = data.draw(batches(circuit_model, tokens=st.integers(2, 12)), label="batch")
+    several = batches(circuit_model, rows=st.sampled_from([2, 3, 1]), tokens=st.integers(2, 12))
+    batch = data.draw(several, label="batch")
     end = data.draw(st.integers(1, batch.input_ids.shape[1] - 1), label="end")
     circuit_record.observe(check_foreign_caches_are_recognised(circuit_engine, circuit_model, config, batch, end))
 
