@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
-from pytest_circuitfreeze.suites.judge.noise import engine_noise, read_noise
+from pytest_circuitfreeze.suites.judge.noise import Draws, engine_noise, read_noise
 from pytest_circuitfreeze.suites.judge.oracle import frozen_roles
 from pytest_circuitfreeze.suites.judge.sites import sites
 from pytest_circuitfreeze.suites.tolerance import gamma
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["check_noise_depends_on_its_place_alone", "check_noise_is_standard_normal"]
 
 DOUBT = 1e-9
-"""How often one comparison may refuse draws that are as they should be."""
+"""How often one comparison, or all those of pairs together, may refuse draws that are as they should be."""
 
 
 @check
@@ -33,10 +34,11 @@ def check_noise_is_standard_normal(engine: Engine, model: PreTrainedModel, seed:
 
     The distribution is compared with the normal one by the Dvoretzky-Kiefer-Wolfowitz inequality, and, since that is
     blind to a few per cent of the size, the mean square with 1 by Laurent's and Massart's. Two lists of draws are
-    compared by their product, which given the one is normal with that one's length as standard deviation.
+    compared by their product, which given the one is normal with that one's length as standard deviation. No column and
+    no head, of any seed, layer and activation, may have the direction of another one, far apart as they may be.
 
     Raises:
-        ClaimBroken: less likely than `DOUBT` if the draws were as claimed.
+        ClaimBroken: each of these less likely than `DOUBT` if the draws were as claimed.
     """
     claim = Claim("noise is standard normal and independent")
     draws = engine_noise(engine, model, seed, columns)
@@ -62,6 +64,7 @@ def check_noise_is_standard_normal(engine: Engine, model: PreTrainedModel, seed:
         heads, features = (min(one.shape[axis], other.shape[axis]) for axis in (1, 2))
         what = f"for {first[2]} of layer {first[1]} and {second[2]} of layer {second[1]}"
         _demand_unrelated(claim, what, one[:, :heads, :features], other[:, :heads, :features])
+    _demand_no_copies(claim, draws | others, gamma(8, model.dtype))
     return claim.margin
 
 
@@ -72,6 +75,45 @@ def _demand_unrelated(claim: Claim, what: str, one: Tensor, other: Tensor, **whe
     # Phi(-6.2) is 3e-10, so both tails together are below DOUBT.
     bound = float(-torch.special.ndtri(torch.tensor(DOUBT / 2, dtype=torch.float64)))
     claim.at_most(f"likeness of draws {what}, in standard deviations of chance", likeness, bound, **where)
+
+
+def _demand_no_copies(claim: Claim, draws: Draws, rounding: float) -> None:
+    """Demands that no two columns, and no two heads, have draws of one direction, either way.
+
+    The angle between two independent normal vectors of `n` numbers has a sine of at most `s` with a probability of at
+    most `s ** (n - 1)`: the share of a sphere that two opposite caps cover. The doubt is spread over all pairs.
+
+    Args:
+        rounding: how much of its length a vector may be off, by which its angle to another one is, too.
+    """
+    groups = list(_comparable(draws))
+    pairs = sum(math.comb(len(vectors), 2) for _, vectors in groups)
+    for names, vectors in groups:
+        numbers = vectors.shape[1]
+        sine = (DOUBT / pairs) ** (1 / (numbers - 1)) - 2 * rounding if numbers > 1 else 0.0
+        if sine <= 0:  # a copy cannot be told from chance
+            continue
+        for start in range(0, len(vectors), 256):  # all at once is too much memory
+            alike = (vectors[start : start + 256] @ vectors[start:].T).abs().triu(1)
+            one, other = (start + int(at) for at in torch.unravel_index(alike.argmax(), alike.shape))
+            what = f"cosine between the draws of {names[one]} and of {names[other]}"
+            claim.at_most(what, float(alike.max()), math.sqrt(1 - sine**2))
+
+
+def _comparable(draws: Draws) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and directions `[vector, number]` of all columns, and of all heads.
+
+    Of each shape there are those of this shape, and the beginnings of those that are larger.
+    """
+    for what, axis in (("column", 0), ("head", 1)):
+        lists = {place: draw.transpose(0, axis) for place, draw in draws.items()}
+        for rows, features in sorted({tuple(each.shape[1:]) for each in lists.values()}):
+            names, vectors = [], []
+            for (seed, layer, role), each in lists.items():
+                if each.shape[1] >= rows and each.shape[2] >= features:
+                    names += [f"{what} {at} of {role} of layer {layer} under seed {seed}" for at in range(len(each))]
+                    vectors.append(each[:, :rows, :features].flatten(1))
+            yield names, torch.nn.functional.normalize(torch.cat(vectors))
 
 
 @check

@@ -60,8 +60,11 @@ from broken_engines.gradients import (
     StopsAtAnyStrength,
 )
 from broken_engines.noise import (
+    AddsUpLayerAndColumn,
+    EverySecondHeadAlike,
     ForgetsTheSeed,
     NarrowNoise,
+    NoiseComesRoundAgain,
     NoiseOfTheCircuit,
     NoiseOfTheLength,
     NoiseOfTheRow,
@@ -206,7 +209,7 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         IgnoresStatistics,
         IgnoresTheDeviation,
         StatisticsOfTheLayerBefore,
-    ],
+        ],
     "several_freezes_win_in_order": [FirstOneWins, FreezesTheFrozen],
     "zero_strength_is_unfrozen": [NoStrengthIsLittle],
     "full_strength_replaces_anything": [Multiplies],
@@ -219,6 +222,9 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         OneDrawForAllLayers,
         OneDrawForKAndV,
         ForgetsTheSeed,
+        AddsUpLayerAndColumn,
+        NoiseComesRoundAgain,
+        EverySecondHeadAlike,
     ],
     "noise_depends_on_its_place_alone": [NoiseOfTheRow, NoiseOfTheLength, NoiseOfTheCircuit],
     "cached_equals_recomputed": [

@@ -81,3 +81,32 @@ class NoiseOfTheCircuit(HookEngine):
 
     def noise(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
         return super().noise(layer, role, x, Config(seed=config.seed + len(self.roles(config))))
+
+
+class AddsUpLayerAndColumn(HookEngine):
+    """Draws from the sum of seed, layer and column: what a layer has at a column, the next has one column before."""
+
+    def noise(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
+        count = layer.heads if role == "q" else layer.kv_heads
+        columns = range(self.cached, self.cached + x.shape[1])
+        draws = [self.drawn(config.seed + layer.number + column, role, count, x.shape[-1]) for column in columns]
+        return torch.from_numpy(np.stack(draws)).to(x).repeat_interleave(x.shape[2] // count, dim=1)
+
+    def drawn(self, at: int, role: str, count: int, features: int) -> np.ndarray:
+        generator = np.random.default_rng((abs(at), int(at < 0), "qkv".index(role)))
+        return self.draw(generator, (count, features))
+
+
+class NoiseComesRoundAgain(HookEngine):
+    """Draws 16 columns, and repeats them."""
+
+    def draw(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return super().draw(generator, (16, *shape[1:]))[np.arange(shape[0]) % 16]
+
+
+class EverySecondHeadAlike(HookEngine):
+    """Gives heads h and h + 2 the same draw."""
+
+    def noise(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
+        e = super().noise(layer, role, x, config)
+        return e[:, torch.arange(e.shape[1]) % 2] if role == "q" else e
