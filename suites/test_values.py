@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
+from pytest_circuitfreeze.stated import STATED
 from pytest_circuitfreeze.strategies import (
+    Batch,
     attending_layers,
     batches,
     configs,
     configs_of_each_kind,
-    configs_without_statistics,
     head_indices,
     heads_by_layer,
     strengths,
@@ -28,7 +31,29 @@ from pytest_circuitfreeze.suites.values import (
     check_implementations_agree,
     check_values_are_the_oracles,
     check_zero_strength_is_unfrozen,
+    known_beforehand,
 )
+
+
+@st.composite
+def of_each_kind_and_size(draw: st.DrawFn, model: PreTrainedModel, batch: Batch) -> list[InterventionConfig]:
+    """`configs_of_each_kind`; noise of a given size is of none at all every other time."""
+    several = draw(configs_of_each_kind(model, batch))
+    if STATED.get() is not None or draw(st.booleans()):
+        return several
+    return [one if one.noise_std is None else replace(one, noise_std=0.0) for one in several]
+
+
+def in_each_backward_mode(
+    strategy: st.SearchStrategy[InterventionConfig],
+) -> st.SearchStrategy[list[InterventionConfig]]:
+    """A config of `strategy` in each backward mode; a stated one as it is."""
+
+    def each(config: InterventionConfig) -> list[InterventionConfig]:
+        modes = ("stopgrad", "ste", "circuit_ste")
+        return [config] if config is STATED.get() else [replace(config, backward_mode=mode) for mode in modes]
+
+    return strategy.map(each)
 
 
 @proven
@@ -39,7 +64,7 @@ def test_values_are_the_oracles(
     attn = data.draw(st.sampled_from(implementations(circuit_model)), label="attn")
     padding = attn == "sdpa" or pads_under_eager(circuit_model)
     batch = data.draw(batches(circuit_model, padding=padding), label="batch")
-    several = data.draw(configs_of_each_kind(circuit_model, batch), label="configs")
+    several = data.draw(of_each_kind_and_size(circuit_model, batch), label="configs")
 
     def check(config: InterventionConfig) -> Margin:
         return check_values_are_the_oracles(circuit_engine, circuit_model, [config], batch, attn)
@@ -78,10 +103,16 @@ def test_full_strength_replaces_anything(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A freeze of strength 1 leaves nothing of the activation, not even inf or nan."""
-    config = data.draw(configs_without_statistics(circuit_model, strength=st.just(1.0)), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
+    whole = configs(circuit_model, batch=batch, strength=st.just(1.0)).filter(known_beforehand)
+    several = data.draw(in_each_backward_mode(whole), label="configs")
     poison = data.draw(st.sampled_from([float("nan"), float("inf")]), label="poison")
-    circuit_record.observe(check_full_strength_replaces_anything(circuit_engine, circuit_model, config, batch, poison))
+
+    def check(case: tuple[InterventionConfig, bool]) -> Margin:
+        config, gradients = case
+        return check_full_strength_replaces_anything(circuit_engine, circuit_model, config, batch, poison, gradients)
+
+    observe_each(circuit_record, check, [(several[0], False), *((config, True) for config in several)])
 
 
 @proven

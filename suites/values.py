@@ -31,6 +31,7 @@ __all__ = [
     "check_implementations_agree",
     "check_values_are_the_oracles",
     "check_zero_strength_is_unfrozen",
+    "known_beforehand",
 ]
 
 
@@ -105,30 +106,43 @@ def check_zero_strength_is_unfrozen(
 
 @check
 def check_full_strength_replaces_anything(
-    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, poison: float = torch.nan
+    engine: Engine,
+    model: PreTrainedModel,
+    config: InterventionConfig,
+    batch: Batch,
+    poison: float = torch.nan,
+    gradients: bool = False,
 ) -> Margin:
     """At `strength=1` nothing of the activation is left, not even where it is inf or nan.
 
     The weights that make the frozen features are set to `poison` for one pass; the logits must not notice.
 
     Args:
-        config: at strength 1, to a replacement that does not depend on the activation: `zero`, or `noise` with a
-            `noise_std`.
+        config: at strength 1, to a replacement that is `known_beforehand`.
+        gradients: whether they are kept in both passes.
 
     Raises:
         ClaimBroken: they do.
     """
     claim = Claim("full strength replaces whatever was there")
-    free = config.freeze_type == "zero" or (config.freeze_type == "noise" and config.noise_std is not None)
-    claim.demand(config.strength == 1 and free, "asked about a replacement that depends on the activation")
+    held = config.strength == 1 and known_beforehand(config)
+    claim.demand(held, "asked about a replacement that depends on the activation")
     shared = tied(model)
     if any(parameter in shared for site in sites(model).values() for parameter in site.module.parameters()):
         raise NotApplicable("another layer that is not frozen has the same weights, and would be poisoned along")
-    want = look(engine, model, config, batch).logits
-    with _poisoned(model, config, poison):
-        got = look(engine, model, config, batch).logits
+    # One freeze for both passes: to a new one, statistics would be of another model.
+    with torch.set_grad_enabled(gradients), engine.freeze(model, config) as frozen:
+        want = logits_of(frozen, model, batch)
+        with _poisoned(model, config, poison):
+            got = logits_of(frozen, model, batch)
     claim.same("logits", got, want, "row position word")
     return claim.margin
+
+
+def known_beforehand(config: InterventionConfig) -> bool:
+    """Whether the replacement is known before the pass: `zero`, recorded, calibrated, or noise of a given size."""
+    held = (config.reference, config.statistics, config.noise_std)
+    return config.freeze_type == "zero" or any(each is not None for each in held)
 
 
 @contextmanager

@@ -168,6 +168,7 @@ from broken_engines.values import (
     FreezesTheFrozen,
     KeyForQuery,
     KeysWithValues,
+    LeavesNanWhereCalibrated,
     MeanOfAllFeatures,
     MeanOfEachColumn,
     MeanOfEachRow,
@@ -179,6 +180,8 @@ from broken_engines.values import (
     SampleDeviation,
     SparesTheBias,
     WholeAtAnyStrength,
+    ZeroByDifference,
+    ZeroDeviationIsNone,
 )
 
 BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
@@ -209,10 +212,11 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         IgnoresStatistics,
         IgnoresTheDeviation,
         StatisticsOfTheLayerBefore,
-        ],
+        ZeroDeviationIsNone,
+    ],
     "several_freezes_win_in_order": [FirstOneWins, FreezesTheFrozen],
     "zero_strength_is_unfrozen": [NoStrengthIsLittle],
-    "full_strength_replaces_anything": [Multiplies],
+    "full_strength_replaces_anything": [Multiplies, LeavesNanWhereCalibrated, ZeroByDifference],
     "implementations_agree": [BlindUnderEager],
     "noise_is_standard_normal": [
         UniformNoise,

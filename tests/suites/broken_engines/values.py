@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -145,3 +146,26 @@ class MeanOfAllFeatures(HookEngine):
     def statistics(self, layer: Layer, role: str, x: Tensor, config: Config) -> tuple[Tensor, Tensor | float]:
         mean, deviation = super().statistics(layer, role, x, config)
         return mean.mean(-1, keepdim=True).expand_as(mean), deviation
+
+
+class LeavesNanWhereCalibrated(HookEngine):
+    """Blends by a sum where the replacement was recorded or calibrated: nan stays nan."""
+
+    def blend(self, x: Tensor, r: Tensor, config: Config) -> Tensor:
+        held = config.reference is not None or config.statistics is not None
+        return super().blend(x, (x + (r - x)).detach() if held and config.strength == 1 else r, config)
+
+
+class ZeroByDifference(HookEngine):
+    """Makes zeros that gradients go straight through as x - x, which is nan where x is inf or nan."""
+
+    def blend(self, x: Tensor, r: Tensor, config: Config) -> Tensor:
+        straight = config.backward_mode == "ste" and config.freeze_type == "zero" and config.strength == 1
+        return x - x.detach() if straight and torch.is_grad_enabled() else super().blend(x, r, config)
+
+
+class ZeroDeviationIsNone(HookEngine):
+    """Takes a noise_std of 0 for none."""
+
+    def replacement(self, layer: Layer, role: str, x: Tensor, config: Config) -> Tensor:
+        return super().replacement(layer, role, x, replace(config, noise_std=config.noise_std or None))
