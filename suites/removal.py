@@ -127,15 +127,19 @@ def check_freezes_can_be_repeated(
 ) -> Margin:
     """The same freeze gives the same logits again, bit for bit: on later passes, after another batch, anew.
 
+    The tokens of `other` are run with its mask, and then without one, which is to leave no trace of the mask.
+
     Raises:
         ClaimBroken: it does not.
     """
     claim = Claim("a freeze can be repeated")
-    want = look(engine, model, config, batch).logits
+    unmasked = Batch.of_tokens(other.input_ids)
+    want, of_unmasked = (look(engine, model, config, each).logits for each in (batch, unmasked))
     with engine.freeze(model, config) as frozen:
         logits_of(frozen, model, other)
-        for when in ("after another batch", "on a third pass"):
-            claim.same(f"logits {when}", logits_of(frozen, model, batch), want, "row position word")
+        got = logits_of(frozen, model, unmasked)
+        claim.same("logits without a mask after a pass with one", got, of_unmasked, "row position word")
+        claim.same("logits on a third pass", logits_of(frozen, model, batch), want, "row position word")
     claim.same("logits when installed anew", look(engine, model, config, batch).logits, want, "row position word")
     return claim.margin
 

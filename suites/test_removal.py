@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
-from pytest_circuitfreeze.strategies import batches, configs
+from pytest_circuitfreeze.strategies import batches, configs, noise_stds
 from pytest_circuitfreeze.suites.properties import proven
 from pytest_circuitfreeze.suites.removal import (
     check_error_in_body_leaves_no_trace,
@@ -59,7 +59,9 @@ def test_freezes_can_be_repeated(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A freeze gives the same again: on later passes, after another batch, installed anew."""
-    config = data.draw(configs(circuit_model), label="config")
+    # Statistics of the pass are what a freeze could take over from another one.
+    kinds, stds = st.sampled_from(["mean", "zero", "noise", "mean"]), st.none() | noise_stds()
+    config = data.draw(configs(circuit_model, freeze_type=kinds, noise_std=stds), label="config")
     batch = data.draw(batches(circuit_model), label="batch")
     other = data.draw(batches(circuit_model), label="other")
     circuit_record.observe(check_freezes_can_be_repeated(circuit_engine, circuit_model, config, batch, other))

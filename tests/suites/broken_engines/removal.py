@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from honest_engine import HookEngine, Layer
 from torch import Tensor, nn
 
@@ -177,3 +178,22 @@ class LostAfterTheSecondPass(HookEngine):
 
     def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
         return super().frozen(layer, role, x, configs, readers) if self.passes <= 2 else x
+
+
+class KeepsTheLastMask(HookEngine):
+    """Takes a pass without a mask to be padded like the last one of its shape that had one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: dict[torch.Size, Tensor] = {}
+
+    def samples(self, x: Tensor) -> Tensor:
+        if self.mask is not None:
+            self.masks[x.shape[:2]] = self.mask.clone()
+        mask = self.masks.get(x.shape[:2])
+        return x.flatten(0, 1) if mask is None else x[mask.bool()]
+
+    def install(self, model: nn.Module) -> None:
+        super().install(model)
+        if not self.undo:
+            self.masks.clear()
