@@ -172,7 +172,6 @@ def check_recomputation_is_the_same_pass(
     """Gradients are the same, bit for bit, where gradient checkpointing runs layers again in the backward pass.
 
     Args:
-        config: to `zero`, or to `noise` with a `noise_std`.
         batch, other: both passes are outstanding when the backward pass begins.
 
     Raises:

@@ -9,7 +9,14 @@ from freeze_core import InterventionConfig
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.stated import STATED
-from pytest_circuitfreeze.strategies import LONGEST, Batch, batches, configs, configs_without_statistics, in_both_scopes
+from pytest_circuitfreeze.strategies import (
+    LONGEST,
+    Batch,
+    batches,
+    configs,
+    in_both_scopes,
+    noise_stds,
+)
 from pytest_circuitfreeze.suites.caching import (
     check_cached_equals_recomputed,
     check_foreign_caches_are_recognised,
@@ -85,6 +92,10 @@ def test_recomputation_is_the_same_pass(
     circuit_engine: Engine, circuit_model: PreTrainedModel, circuit_record: CircuitRecord, data: st.DataObject
 ) -> None:
     """A freeze, and its noise, is the same where gradient checkpointing runs layers again."""
-    config = data.draw(configs_without_statistics(circuit_model), label="config")
-    batch, other = (data.draw(batches(circuit_model), label=label) for label in ("batch", "other"))
-    circuit_record.observe(check_recomputation_is_the_same_pass(circuit_engine, circuit_model, config, batch, other))
+    kinds, stds = st.sampled_from(["noise", "mean", "noise", "zero", "noise"]), st.none() | noise_stds()
+    config = data.draw(configs(circuit_model, freeze_type=kinds, noise_std=stds), label="config")
+    batch = data.draw(batches(circuit_model), label="batch")
+    # The first of two passes is what may be run again as the last one, which shows where it is padded.
+    padded = batches(circuit_model, tokens=st.integers(2, 12)).filter(lambda one: not one.real.all())
+    first = data.draw(padded, label="first")
+    circuit_record.observe(check_recomputation_is_the_same_pass(circuit_engine, circuit_model, config, first, batch))

@@ -14,6 +14,9 @@ from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
 from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, Blend, named, several, unshares
 from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
 
+CHECKPOINT = "_gradient_checkpointing_func"
+"""What transformers runs a layer by that is to be run again for its gradient."""
+
 
 class HookEngine(Arithmetic):
     """Freezes by forward hooks on the projections; keeps the configs that are on, and hooks anew at each change."""
@@ -69,6 +72,9 @@ class HookEngine(Arithmetic):
         self.mark = ([], repr(configs))
         self.undo.append(model.register_forward_pre_hook(self.remember_pass, with_kwargs=True).remove)
         self.undo.append(model.register_forward_hook(self.mark_cache).remove)
+        for module in model.modules():
+            if hasattr(module, CHECKPOINT):
+                self.set_attribute(module, CHECKPOINT, self.keeping(getattr(module, CHECKPOINT)))
         for layer in layers(model):
             self.install_layer(layer, configs)
 
@@ -121,6 +127,20 @@ class HookEngine(Arithmetic):
         self.remember(given)
         if self.cached:
             self.check_cache(given["past_key_values"])
+
+    def keeping(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Gradient checkpointing whose layers are run again under the mask of the pass that they first ran in."""
+
+        def kept(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            mask = self.mask
+
+            def layer(*own: Any, **options: Any) -> Any:
+                self.mask = mask
+                return function(*own, **options)
+
+            return checkpoint(layer, *args, **kwargs)
+
+        return kept
 
     def check_cache(self, cache: Any) -> None:
         wide, frozen = getattr(cache, "filled_under", ([], ""))
