@@ -141,8 +141,8 @@ def check_full_strength_replaces_anything(
 
 def known_beforehand(config: InterventionConfig) -> bool:
     """Whether the replacement is known before the pass: `zero`, recorded, calibrated, or noise of a given size."""
-    held = (config.reference, config.statistics, config.noise_std)
-    return config.freeze_type == "zero" or any(each is not None for each in held)
+    sized = config.freeze_type == "noise" and config.noise_std is not None
+    return sized or config.freeze_type in ("zero", "reference") or config.statistics is not None
 
 
 @contextmanager
