@@ -119,10 +119,13 @@ def check_the_rest_is_untouched(
     claim.same("logits", found.logits, due.logits, "row position word")
     for got, want in zip(found.runs[last], due.runs[last], strict=True):
         if got.answer is not None and want.answer is not None:
-            of_answer = [torch.zeros_like(one) if one.grad is None else one.grad for one in (got.answer, want.answer)]
-            axes = "row position feature"
-            claim.same("gradient of what attention gave", *of_answer, axes, layer=last, **in_run(got.run))
+            what, axes = "gradient of what attention gave", "row position feature"
+            claim.same(what, _gradient(got.answer), _gradient(want.answer), axes, layer=last, **in_run(got.run))
     return claim.margin
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
 def _backwards(found: Pass, batch: Batch) -> Pass:

@@ -23,8 +23,8 @@ def _without_first_column(batch: Batch) -> Batch:
 
 
 def _with_one_more_column(batch: Batch) -> Batch:
-    mask = batch.attention_mask
-    return Batch(*(one if one is None else torch.cat([one, one[:, -1:]], dim=1) for one in (batch.input_ids, mask)))
+    ids, mask = batch.input_ids, batch.attention_mask
+    return Batch(torch.cat([ids, ids[:, -1:]], dim=1), None if mask is None else torch.cat([mask, mask[:, -1:]], dim=1))
 
 
 @st.composite
