@@ -106,20 +106,15 @@ def check_zero_strength_is_unfrozen(
 
 @check
 def check_full_strength_replaces_anything(
-    engine: Engine,
-    model: PreTrainedModel,
-    config: InterventionConfig,
-    batch: Batch,
-    poison: float = torch.nan,
-    gradients: bool = False,
+    engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, poison: float = torch.nan
 ) -> Margin:
     """At `strength=1` nothing of the activation is left, not even where it is inf or nan.
 
-    The weights that make the frozen features are set to `poison` for one pass; the logits must not notice.
+    The weights that make the frozen features are set to `poison` for a pass without gradients and one with them; the
+    logits must not notice.
 
     Args:
         config: at strength 1, to a replacement that is `known_beforehand`.
-        gradients: whether they are kept in both passes.
 
     Raises:
         ClaimBroken: they do.
@@ -130,12 +125,14 @@ def check_full_strength_replaces_anything(
     shared = tied(model)
     if any(parameter in shared for site in sites(model).values() for parameter in site.module.parameters()):
         raise NotApplicable("another layer that is not frozen has the same weights, and would be poisoned along")
-    # One freeze for both passes: to a new one, statistics would be of another model.
-    with torch.set_grad_enabled(gradients), engine.freeze(model, config) as frozen:
-        want = logits_of(frozen, model, batch)
-        with _poisoned(model, config, poison):
-            got = logits_of(frozen, model, batch)
-    claim.same("logits", got, want, "row position word")
+    # One freeze for all passes: to a new one, statistics would be of another model.
+    with engine.freeze(model, config) as frozen:
+        for what, gradients in (("logits", False), ("logits with gradients", True)):
+            with torch.set_grad_enabled(gradients):
+                want = logits_of(frozen, model, batch)
+                with _poisoned(model, config, poison):
+                    got = logits_of(frozen, model, batch)
+            claim.same(what, got, want, "row position word")
     return claim.margin
 
 

@@ -54,6 +54,12 @@ VALUES: Sequence[Sequence[Fields]] = [
     [{"circuit": "ov", "freeze_type": "mean", "statistics": True}],
     [{"circuit": "q", "freeze_type": "noise", "seed": 2, "statistics": True}],
     [{"circuit": "ov", "freeze_type": "resample", "seed": 5}],
+    [{"circuit": "ov", "freeze_type": "noise", "noise_std": 0.0}],
+]
+FULL: Sequence[Fields] = [
+    {"circuit": "ov"},
+    {"circuit": "ov", "backward_mode": "ste"},
+    {"circuit": "ov", "freeze_type": "reference"},
 ]
 GRADIENTS: Sequence[Sequence[Fields]] = [
     [{"circuit": "ov"}],
@@ -68,7 +74,7 @@ GRADIENTS: Sequence[Sequence[Fields]] = [
 CASES: Mapping[str, tuple[str, Sequence[Any], Batch]] = {
     "check_values_are_the_oracles": ("values", VALUES, PADDED),
     "check_gradients_are_the_estimators": ("gradients", GRADIENTS, PADDED),
-    "check_full_strength_replaces_anything": ("values", [{"circuit": "ov"}], PADDED),
+    "check_full_strength_replaces_anything": ("values", FULL, PADDED),
     "check_noise_depends_on_its_place_alone": ("noise", [{"circuit": "ov", "freeze_type": "noise"}], PADDED),
     "check_qk_leaves_ov": ("independence", [{"circuit": "q"}], PADDED),
     "check_ov_leaves_qk": ("independence", [{"circuit": "ov"}], PADDED),
