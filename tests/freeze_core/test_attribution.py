@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from one_by_one import FREEZER
+from running_twice import run_layers_twice
 from torch import nn
 
 from freeze_core import InterventionConfig, InterventionError, UnsupportedModelError, score_heads
@@ -121,14 +122,7 @@ def test_estimates_of_cross_attention_and_of_encoders_are_the_derivative():
 
 def test_estimates_of_layers_that_run_twice_are_the_derivative():
     model = tiny_model("gpt2").double()
-
-    def again(module, args):
-        states = args[0]
-        for layer in model.transformer.h:
-            states = layer(states)
-        return (states,)
-
-    model.transformer.ln_f.register_forward_pre_hook(again)
+    run_layers_twice(model)
     is_the_derivative(model, circuits=("qk", "ov", "z"))
 
 

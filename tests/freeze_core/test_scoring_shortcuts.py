@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from one_by_one import one_by_one
+from running_twice import run_layers_twice
 
 from freeze_core import score_heads
 from freeze_core.scoring.generators import Generators
@@ -131,14 +132,7 @@ def test_layers_that_a_pass_runs_again_are_run_whole():
 
 def test_a_list_of_layers_that_a_pass_goes_through_twice_is_run_whole():
     model = tiny_model("gpt2")
-
-    def again(module, args):
-        states = args[0]
-        for layer in model.transformer.h:
-            states = layer(states)
-        return (states,)
-
-    model.transformer.ln_f.register_forward_pre_hook(again)
+    run_layers_twice(model)
     with counting(inner(model)) as seen:
         assert_right(model)
     assert len(seen[0]) == 2 * (2 * (1 + 12) + 1)
