@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 NAME = "circuitfreeze"
-MAX_EXAMPLES = {"quick": 8, "standard": 25, "thorough": 300}
+MAX_EXAMPLES = {"quick": 5, "standard": 25, "thorough": 300}
 
 
 def register(profile: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from freeze_core.attention.families import CONTINUED, NOT_SOFTMAX
+from freeze_core.attention.classes import is_recurrent
+from freeze_core.attention.families import CONTINUED
 from freeze_core.attention.probed import may_attend
 from freeze_core.attention.storages import refusal, stores_projections
 from freeze_core.errors import UnsupportedModelError
@@ -90,7 +91,7 @@ def _continued(model: nn.Module) -> dict[str, tuple[str, int]]:
 
 
 def _none(model: nn.Module) -> str:
-    recurrent = sorted({type(module).__name__ for module in model.modules() if _is_recurrent(module)})
+    recurrent = sorted({type(module).__name__ for module in model.modules() if is_recurrent(module)})
     if recurrent:
         return (
             f"{type(model).__name__} has no attention: its layers mix tokens by a recurrence ({', '.join(recurrent)}), "
@@ -132,19 +133,15 @@ def _in_layers(model: nn.Module) -> Iterator[Found]:
 def _is_known(module: nn.Module) -> bool:
     if getattr(module, SHARED, False) or refusal(module):
         return True
-    return stores_projections(module) and not _is_recurrent(module)
+    return stores_projections(module) and not is_recurrent(module)
 
 
 def _may_be(module: nn.Module) -> bool:
     """Whether a module looks like attention, and holds nothing that is, or looks more like it."""
-    if not may_attend(module) or _is_recurrent(module):
+    if not may_attend(module) or is_recurrent(module):
         return False
     within = (part for part in module.modules() if part is not module)
-    return not any(_is_known(part) or _is_recurrent(part) or may_attend(part) for part in within)
-
-
-def _is_recurrent(module: nn.Module) -> bool:
-    return any(cls.__name__ in NOT_SOFTMAX for cls in type(module).__mro__)
+    return not any(_is_known(part) or is_recurrent(part) or may_attend(part) for part in within)
 
 
 def stack_of(model: nn.Module, stacks: list[str], role: str) -> str:

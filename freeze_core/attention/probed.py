@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from freeze_core.attention.classes import is_called_attention
 from freeze_core.attention.layout import Layout, Part, Storage, plain_layout
 from freeze_core.attention.probe import HeadFeatures, is_linear, probe
 from freeze_core.attention.storages import unshared_projections, width_in, width_of
@@ -43,8 +44,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Facts] = WeakKeyDictionary()
 
 def may_attend(module: nn.Module) -> bool:
     """Whether a module of a class that is not known seems to be attention: by its name, and linear layers in it."""
-    names = [cls.__name__.lower() for cls in type(module).__mro__]
-    return any("attention" in name or "attn" in name for name in names) and sum(map(is_linear, module.modules())) > 1
+    return is_called_attention(module) and sum(map(is_linear, module.modules())) > 1
 
 
 def probed_layouts(model: nn.Module, attentions: Sequence[nn.Module]) -> dict[nn.Module, Layout | str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from freeze_core.attention.classes import parameters_of
 from freeze_core.attention.layout import Layout
 from freeze_core.attention.modules import SHARED, Found, attention_modules, layer_count
 from freeze_core.attention.probed import probed_layouts
@@ -114,12 +114,8 @@ def _given_tokens(model: nn.Module, name: str) -> Iterator[str]:
     parts = name.split(".") if name else []
     for depth in range(len(parts), -1, -1):
         outer = ".".join(parts[:depth])
-        if "input_ids" in _parameters(model.get_submodule(outer)):
+        if "input_ids" in parameters_of(model.get_submodule(outer)):
             yield outer
-
-
-def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(module).forward).parameters
 
 
 def _composite(model: nn.Module, name: str) -> nn.Module | None:
@@ -132,9 +128,9 @@ def _composite(model: nn.Module, name: str) -> nn.Module | None:
     outer = next(around, None)
     if outer is None:
         return None
-    if getattr(outer, "config", None) is getattr(stack, "config", None) and "attention_mask" in _parameters(stack):
+    if getattr(outer, "config", None) is getattr(stack, "config", None) and "attention_mask" in parameters_of(stack):
         return None
-    parameters = _parameters(outer)
+    parameters = parameters_of(outer)
     # Of an encoder and a decoder the mask is the encoder's.
     return outer if "attention_mask" in parameters and "decoder_input_ids" not in parameters else None
 

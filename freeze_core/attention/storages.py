@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from freeze_core.attention.classes import names_of
 from freeze_core.attention.families import (
     FUSED,
     GATED_QUERY,
@@ -39,7 +39,7 @@ def stores_projections(attention: nn.Module) -> bool:
 
 def refusal(attention: nn.Module) -> str | None:
     """Why attention of this class cannot be served, if it cannot."""
-    known = (cls for cls in _names(attention) if cls in UNSEPARABLE)
+    known = (cls for cls in names_of(attention) if cls in UNSEPARABLE)
     return next((f"{type(attention).__name__} cannot be served: {UNSEPARABLE[name]}" for name in known), None)
 
 
@@ -72,15 +72,8 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _fused(attention: nn.Module) -> FusedStorage | None:
-    entries = (FUSED[name] for name in _names(attention) if name in FUSED)
+    entries = (FUSED[name] for name in names_of(attention) if name in FUSED)
     return next((entry for entry in entries if entry.projection in _children(attention)), None)
-
-
-def _names(attention: nn.Module) -> Iterator[str]:
-    """What the tables may call an attention module: its classes, by their name alone and with their module's."""
-    for cls in type(attention).__mro__:
-        yield cls.__name__
-        yield f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
 def _separate(attention: nn.Module) -> SeparateStorage | None:

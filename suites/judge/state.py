@@ -44,8 +44,8 @@ def visible_state(model: PreTrainedModel) -> dict[str, object]:
                 found |= {f"{where}[{key}]": _mark(entry) for key, entry in value.items()}
             else:
                 found[where] = _mark(value)
-        kind = type(module)
-        found[f"{path or 'model'}: its class"] = kind
+        found[f"{path or 'model'}: its class"] = type(module)
+    for kind in {type(module): None for module in model.modules()}:
         found |= {f"{kind.__name__}.{name}": id(value) for name, value in vars(kind).items() if callable(value)}
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     for config in configs.values():

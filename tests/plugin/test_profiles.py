@@ -46,7 +46,7 @@ def where(ci: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CI", "1")
 
 
-@pytest.mark.parametrize(("profile", "examples"), [("quick", 8), ("standard", 25), ("thorough", 300)])
+@pytest.mark.parametrize(("profile", "examples"), [("quick", 5), ("standard", 25), ("thorough", 300)])
 def test_each_profile_has_its_number_of_examples(stand_in: Run, profile: str, examples: int) -> None:
     _, numbers = drawn(stand_in, profile)
     assert {len(each) for each in numbers.values()} == {examples}
