@@ -16,6 +16,8 @@ from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, beyond_outputs,
 from pytest_circuitfreeze.adapters.places import Layer, layers
 
 COMPONENTS = {"q": "head_query_output", "k": "head_key_output", "v": "head_value_output"}
+TOKENS = ("input_ids", "inputs_embeds")
+"""What a model may be given that has a row for each of its own."""
 
 
 class Frozen(pyvene.ConstantSourceIntervention):  # type: ignore[misc]  # pyvene has no types
@@ -71,7 +73,7 @@ class PyveneEngine(Arithmetic):
         def run(*args: Any, **kwargs: Any) -> Any:
             arguments = named(model, args, kwargs)
             self.remember(arguments)
-            rows = len(arguments["input_ids"])
+            rows = next(len(arguments[name]) for name in TOKENS if arguments.get(name) is not None)
             heads = [[list(range(len(layer.places[role][1])))] * rows for layer, role in places]
             return intervenable(arguments, unit_locations={"base": heads})[1] if places else model(**arguments)
 
