@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_circuitfreeze import collect, profiles
 from pytest_circuitfreeze.interventions import FixedIntervention, as_engine, fixed
+from pytest_circuitfreeze.preconditions import unusable
 from pytest_circuitfreeze.results import CircuitRecord
 
 if TYPE_CHECKING:
@@ -107,6 +108,9 @@ def check(
     if config is None and isinstance(engine, FixedIntervention):
         config = engine.config
     _check_arguments(model, config, batch, examples)
+    reason = unusable(model)
+    if reason is not None:
+        raise ValueError(f"model: {type(model).__name__} cannot be checked: {reason}")
     stated = {name: value for name, value in (("config", config), ("batch", batch)) if value is not None}
     findings = tuple(
         _tried(name, claim, engine, model, stated, examples, seed) for name, claim in _chosen(about).items()

@@ -8,6 +8,7 @@ import pytest
 
 from pytest_circuitfreeze.engines import Engine, EngineError, load_engine
 from pytest_circuitfreeze.loading import ModelLoadError, build_model, load_model
+from pytest_circuitfreeze.preconditions import unusable
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.settings import Settings, settings_of
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from freeze_core import AttentionCircuitFreezer
 
 RECORD = pytest.StashKey[CircuitRecord]()
+
+
+class UnusableModelError(pytest.fail.Exception):
+    """A model of `--circuitfreeze-model` that the suites cannot run: one error, which is not about any claim."""
+
+    __module__ = "builtins"  # as pytest's own: messages start with the bare name
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -42,6 +49,9 @@ def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> tor
     reason = refusal(circuit_engine, model) if request.param in settings.models else None
     if reason is not None:
         pytest.fail(f"engine {circuit_engine.name!r} cannot serve model {request.param!r}: {reason}", pytrace=False)
+    reason = unusable(model) if request.param in settings.models and settings.enabled else None
+    if reason is not None:
+        raise UnusableModelError(f"model {request.param!r} cannot be validated: {reason}", pytrace=False)
     return model
 
 

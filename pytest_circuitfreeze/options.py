@@ -81,10 +81,47 @@ def parse_seed(text: str) -> int:
 
 
 def parse_device(text: str) -> str:
-    """A torch device, by its form alone: asking torch would import it in every controller."""
+    """A torch device of this machine. Torch is imported for others than the CPU alone: a controller needs none."""
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", text, re.ASCII):
         raise ValueError(f"{text!r} is no device; give cpu, cuda, cuda:N, mps, xpu or xpu:N")
+    if text != "cpu":
+        import torch
+
+        try:
+            torch.empty(0, device=text)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            devices = ["cpu"]
+            if torch.accelerator.is_available():
+                kind = torch.accelerator.current_accelerator()
+                devices += [f"{kind}:{number}" for number in range(torch.accelerator.device_count())]
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{text!r} is not available here ({reason}); choose from {', '.join(devices)}") from error
     return text
+
+
+def parse_attention(text: str) -> str:
+    """An attention implementation whose kernel is installed."""
+    one_of(*ATTENTION)(text)
+    missing = _missing_kernel(text)
+    if missing is not None:
+        available = ", ".join(name for name in ATTENTION if _missing_kernel(name) is None)
+        raise ValueError(f"{text!r} is not available here: {missing}; choose from {available}")
+    return text
+
+
+def _missing_kernel(attention: str) -> str | None:
+    """What an attention implementation lacks; transformers, which knows, is imported for those that need a kernel."""
+    if attention == "flash_attention_2":
+        from transformers.utils import is_flash_attn_2_available, is_kernels_available
+
+        if not is_flash_attn_2_available() and not is_kernels_available():
+            return "it needs a GPU and the package flash-attn, or the package kernels"
+    if attention == "flex_attention":
+        from transformers.utils import is_torch_flex_attn_available
+
+        if not is_torch_flex_attn_available():
+            return "it needs a newer torch"
+    return None
 
 
 def parse_report(text: str) -> Path:
@@ -169,7 +206,7 @@ OPTIONS = (
     Option(
         "attn",
         f"the attention implementation: {', '.join(ATTENTION)}; default: the model's own choice",
-        one_of(*ATTENTION),
+        parse_attention,
         metavar="NAME",
     ),
     Option("bench", "run the performance benchmarks too (needs pytest-benchmark)", kind="switch"),

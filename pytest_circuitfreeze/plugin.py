@@ -15,7 +15,16 @@ from pytest_circuitfreeze.accepted import AcceptedFailures
 from pytest_circuitfreeze.collect import MARKER, SuiteCollection, is_claim
 from pytest_circuitfreeze.failures import broken_claim, shorten
 from pytest_circuitfreeze.options import add_options
-from pytest_circuitfreeze.results import CircuitRecord, Results, benchmarked, broken, describe, measured, model_of
+from pytest_circuitfreeze.results import (
+    CircuitRecord,
+    Results,
+    benchmarked,
+    broken,
+    describe,
+    measured,
+    model_of,
+    without_results,
+)
 from pytest_circuitfreeze.settings import WORKER_SEED, is_enabled, is_listing, settings_of
 from pytest_circuitfreeze.summary import header, versions, write_summary
 from pytest_circuitfreeze.threads import is_small, one_thread
@@ -101,6 +110,7 @@ class SuiteRun:
         self._chosen: set[str] = set()
         self._ended: set[str] = set()
         self._uncollected = False
+        self._unusable: dict[str, str] = {}
         self._report_lines: list[str] = []
 
     def pytest_report_header(self) -> str:
@@ -125,12 +135,20 @@ class SuiteRun:
         """Keeps whether some file could not be collected."""
         self._uncollected |= report.failed
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Names the claim, also for a test whose set-up fails."""
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Names the claim, also for a test whose set-up fails. A model that cannot be run is an error of one test."""
         if is_claim(item):
             self._record.clear()
-            item.user_properties.extend(describe(item, self._settings.engine))
+            # A test that is run again starts anew: what a former run found is not what this one finds.
+            item.user_properties[:] = [*without_results(item.user_properties), *describe(item, self._settings.engine)]
+        try:
+            return (yield)
+        except fixtures.UnusableModelError as error:
+            # The others wait for the same model; the first one fails again when it is run again.
+            if self._unusable.setdefault(str(error), item.nodeid) == item.nodeid:
+                raise
+            pytest.skip(str(error))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -168,14 +186,16 @@ class SuiteRun:
         """Keeps every report of a claim; in a distributed run the controller gets all of them."""
         if report.when == "teardown":
             self._ended.add(report.nodeid)
-        self._results.add(report, self._settings.engine)
+        if report.failed or not self._config.getoption("setuponly", False):  # else no test is called
+            self._results.add(report, self._settings.engine)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Writes the report, on the controller alone; one that cannot be written fails the run."""
         wanted = self._settings.report is not None or github.summary_is_wanted()
         if not wanted or hasattr(self._config, "workerinput") or self._config.option.collectonly:
             return
-        if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        set_up_only = self._config.getoption("setuponly", False)
+        if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED or set_up_only:
             self._report_lines.append("report: nothing was run; a former report is as it was")
             return
         document = self._document(session)

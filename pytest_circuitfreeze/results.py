@@ -140,6 +140,11 @@ def describe(item: pytest.Function, engine: str) -> list[tuple[str, object]]:
     return [(PREFIX + key, value) for key, value in facts.items() if value is not None]
 
 
+def without_results(properties: Iterable[tuple[str, object]]) -> list[tuple[str, object]]:
+    """The properties of a test that are not ours."""
+    return [(key, value) for key, value in properties if not key.startswith(PREFIX)]
+
+
 def claim_of(item: pytest.Function) -> str:
     """The name of the claim that a test is about: its own, without ``test_``."""
     name: str = getattr(item, "originalname", item.name)
@@ -202,6 +207,8 @@ class Results:
             report.user_properties = [(PREFIX + key, value) for key, value in _named(report.nodeid, engine).items()]
             claimed = True
         if claimed or known:
+            if report.when == "setup":  # of a test that is run again, the last run counts
+                self._reports[report.nodeid] = []
             self._reports.setdefault(report.nodeid, []).append(report)
 
     def __len__(self) -> int:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pytest_circuitfreeze.stated import STATED, demand
+from pytest_circuitfreeze.wrapped import config_of, device_of, forward_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,9 +82,9 @@ class Batch:
         """Keyword arguments for `model`: no cache; positions count real tokens, so that left padding is right."""
         positions = (self.real.long().cumsum(-1) - 1).clamp_min(0)
         found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": positions}
-        known = inspect.signature(model.forward).parameters
+        known, device = forward_parameters(model), device_of(model)
         given: dict[str, Any] = {
-            name: value.to(model.device) for name, value in found.items() if value is not None and name in known
+            name: value.to(device) for name, value in found.items() if value is not None and name in known
         }
         takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
         return {**given, "use_cache": False} if "use_cache" in known or takes_all else given
@@ -163,7 +164,7 @@ def _or(given: st.SearchStrategy[T] | None, usual: st.SearchStrategy[T]) -> st.S
 
 def vocabulary(model: PreTrainedModel) -> int:
     """Number of token ids that `model` takes."""
-    return int(model.config.get_text_config(decoder=True).vocab_size)
+    return int(config_of(model).get_text_config(decoder=True).vocab_size)
 
 
 def _tokens(model: PreTrainedModel, rows: int, columns: int, seed: int) -> Tensor:

@@ -201,7 +201,10 @@ def _gradients(
 
     def run(call: Callable[..., Any]) -> dict[str, Tensor]:
         squares = [call(**batch.arguments(model)).logits[batch.real].square().mean() for batch in several]
-        found = torch.autograd.grad(torch.stack(squares).sum(), list(parameters.values()), allow_unused=True)
+        total = torch.stack(squares).sum()
+        if not total.requires_grad:
+            raise NotApplicable(f"the logits of {type(model).__name__} depend on no parameter that requires a gradient")
+        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         return {
             name: torch.zeros_like(one) if grad is None else grad
             for (name, one), grad in zip(parameters.items(), found, strict=True)

@@ -15,6 +15,7 @@ from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotAp
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, unfrozen
 from pytest_circuitfreeze.suites.judge.sites import implementations
 from pytest_circuitfreeze.suites.judge.state import training_flags_kept
+from pytest_circuitfreeze.wrapped import config_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -89,7 +90,7 @@ def _with_a_new_cache(call: Callable[..., Any], model: PreTrainedModel, batch: B
 
 
 def _with_an_empty_cache(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> Tensor:
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=config_of(model))
     return _logits(call(**{**batch.arguments(model), "use_cache": True}, past_key_values=cache))
 
 

@@ -30,6 +30,7 @@ from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_lo
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, as_found, implementations, sites
 from pytest_circuitfreeze.suites.replays import compare_gradients_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge
+from pytest_circuitfreeze.wrapped import device_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -67,7 +68,7 @@ def check_gradients_are_the_estimators(
             module for site in known.values() for module in site.module.modules()
         }  # no engine is to leave these out
         _demand_gradients(claim, model, batch, ran)
-        real = batch.real.to(model.device)
+        real = batch.real.to(device_of(model))
         judged = [layer for layer in judged_layers(known, configs) if not found.layers[layer].shared]
         if not judged:
             raise NotApplicable(
@@ -118,8 +119,8 @@ def _compare(claim: Claim, site: Site, of_input: Tensor, exact: Gradients, moved
     bound = float((exact.hidden - moved.hidden).abs().max())
     claim.within("gradient of the input", of_input, exact.hidden, bound, "row position feature", layer=site.layer)
     for kind, got, due, other, axes in (
-        ("weight", site.weights(_gradient), exact.weights, moved.weights, "head feature input"),
-        ("bias", site.biases(_gradient), exact.biases, moved.biases, "head feature"),
+        ("weight", site.weights(_learned_gradient), exact.weights, moved.weights, "head feature input"),
+        ("bias", site.biases(_learned_gradient), exact.biases, moved.biases, "head feature"),
     ):
         for role, gradient in got.items():
             of_head = (due[role] - other[role]).abs().flatten(1).amax(1)
@@ -150,12 +151,15 @@ def _demand_gradients(claim: Claim, model: PreTrainedModel, batch: Batch, ran: s
     An expert to which no token is routed under the freeze has nothing to learn from it.
     """
     of_those = {parameter for module in ran for parameter in module.parameters(recurse=False)}
-    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    missing = [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None]
     if not missing:
         return
     kept = {name: parameter.grad for name, parameter in model.named_parameters()}
     with without_gradients(model), torch.enable_grad():
-        weighted_sum(model(**batch.arguments(model)).logits, batch).backward()
+        logits = model(**batch.arguments(model)).logits
+        if not logits.requires_grad:  # adapters that are merged, say
+            return
+        weighted_sum(logits, batch).backward()
         lost = [
             name
             for name, parameter in model.named_parameters()
@@ -166,6 +170,10 @@ def _demand_gradients(claim: Claim, model: PreTrainedModel, batch: Batch, ran: s
 
 def _gradient(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def _learned_gradient(parameter: Tensor) -> Tensor | None:
+    return _gradient(parameter) if parameter.requires_grad else None
 
 
 @contextmanager

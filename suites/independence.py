@@ -19,6 +19,7 @@ from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, sites
 from pytest_circuitfreeze.suites.replays import compare_with_replay
+from pytest_circuitfreeze.wrapped import device_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -84,7 +85,7 @@ def _compare(
     if isinstance(site, FoundSite) and unshares(site, config):
         # Where the un-shared heads lie is the engine's own choice: what they are shows in z.
         material = material_of(engine, model, [config], batch)
-        seen, real = frozen.layers[site.layer], batch.real.to(model.device)
+        seen, real = frozen.layers[site.layer], batch.real.to(device_of(model))
         with attention_implementation(model, "eager"):
             compare_with_replay(claim, Replay(model, site, seen, real, [config], material))
 

@@ -17,6 +17,7 @@ from pytest_circuitfreeze.suites.judge.noise import Draws, engine_noise, read_no
 from pytest_circuitfreeze.suites.judge.oracle import frozen_roles
 from pytest_circuitfreeze.suites.judge.sites import sites
 from pytest_circuitfreeze.suites.tolerance import gamma
+from pytest_circuitfreeze.wrapped import dtype_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -64,7 +65,7 @@ def check_noise_is_standard_normal(engine: Engine, model: PreTrainedModel, seed:
         heads, features = (min(one.shape[axis], other.shape[axis]) for axis in (1, 2))
         what = f"for {first[2]} of layer {first[1]} and {second[2]} of layer {second[1]}"
         _demand_unrelated(claim, what, one[:, :heads, :features], other[:, :heads, :features])
-    _demand_no_copies(claim, draws | others, gamma(8, model.dtype))
+    _demand_no_copies(claim, draws | others, gamma(8, dtype_of(model)))
     return claim.margin
 
 
@@ -146,7 +147,7 @@ def check_noise_depends_on_its_place_alone(
         for layer in alone.layer_indices or known:
             for part in (part for role in frozen_roles(alone) for part in known[layer].parts_of(role)):
                 key = (config.seed, layer, part)
-                bound = gamma(8, model.dtype) * float(want[key].abs().max())
+                bound = gamma(8, dtype_of(model)) * float(want[key].abs().max())
                 due = want[key][:columns]
                 claim.within(f"draws of {part}", got[key], due, bound, "position head feature", layer=layer, row=row)
     return claim.margin

@@ -20,6 +20,7 @@ from pytest_circuitfreeze.suites.judge.passes import Pass, look
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 from pytest_circuitfreeze.suites.judge.sites import AnySite, as_found, sites
 from pytest_circuitfreeze.suites.tolerance import Nudge
+from pytest_circuitfreeze.wrapped import device_of, dtype_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -106,10 +107,10 @@ def check_patterns_are_the_recorded(
     config = replace(config, reference=recorded(model, held.source, list(held), "eager"))
     want = look(engine, model, None, held.source, attn="eager", patterns=True)
     # Several families take the eager softmax in float32 whatever the model's dtype.
-    rounding = torch.float32 if model.dtype == torch.float64 else model.dtype
+    rounding = torch.float32 if dtype_of(model) == torch.float64 else dtype_of(model)
     near = nudged_look(engine, model, None, held.source, attn="eager", patterns=True, rounding=rounding)
     got = look(engine, model, config, batch, attn="eager", patterns=True)
-    where = batch.real.to(model.device)[:, None, :, None]  # a padded query attends to nothing
+    where = batch.real.to(device_of(model))[:, None, :, None]  # a padded query attends to nothing
     runs = [(site, seen.run) for layer, site in sites(model).items() for seen in got.runs[layer]]
     for site, run in runs:
         queries, keys = (chosen_heads(site, config, role) for role in ("q", "k"))

@@ -11,6 +11,7 @@ from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.judge.passes import logits_of
 from pytest_circuitfreeze.suites.judge.resampling import distinct_rows, read_orders
 from pytest_circuitfreeze.suites.tolerance import gamma
+from pytest_circuitfreeze.wrapped import dtype_of
 
 if TYPE_CHECKING:
     from pytest_circuitfreeze.engines import Engine
@@ -35,7 +36,7 @@ def check_resampling_takes_other_rows(engine: Engine, model: PreTrainedModel, se
     first = read_orders(engine, model, seed, batch)
     again = read_orders(engine, model, seed, distinct_rows(model, rows, 6, start=40))
     for (layer, name), order in first.items():
-        bound = gamma(8, model.dtype) * order.size
+        bound = gamma(8, dtype_of(model)) * order.size
         due = torch.zeros_like(order.error)
         claim.within(f"distance of {name} from another row's", order.error, due, bound, "head row", layer=layer)
         for head, taken in enumerate(order.rows.tolist()):

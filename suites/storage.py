@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.recordings import moved_to
@@ -43,6 +43,8 @@ def check_storage_does_not_matter(
     with NudgedAttention():
         near = nudged(twin.model)
         moved = _results(engine, near, moved_to(config, near), batch, claim)
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        want = {key: value for key, value in want.items() if key in got}  # a twin learns all
     for key in sorted({*got} ^ {*want}, key=str):
         claim.broken(f"only one of the two has a {key.what}", **key.where)
     for key, value in got.items():
@@ -71,13 +73,15 @@ def _results(
     with without_gradients(model), attention_implementation(model, implementations(model)[0]), torch.enable_grad():
         with engine.freeze(model, config) as frozen:
             logits = frozen(**batch.arguments(model)).logits
-            weighted_sum(logits, batch).backward()
+            if logits.requires_grad:
+                weighted_sum(logits, batch).backward()
         found = {_Key("logits", "row position word"): of_real_tokens(logits.detach(), batch)}
         embeddings = model.get_input_embeddings().weight.grad
         if embeddings is not None:
             found[_Key("gradient of the embeddings", "word feature")] = embeddings
         for layer, site in known.items():
-            lost = [name for name in _made_by(site) if site.module.get_parameter(name).grad is None]
+            made = {name: site.module.get_parameter(name) for name in _made_by(site)}
+            lost = [name for name, one in made.items() if one.requires_grad and one.grad is None]
             claim.demand(not lost, f"no gradient of {', '.join(lost)} in {type(model).__name__}", layer=layer)
             for role, gradient in _projection_gradients(site).items():
                 found[_Key(f"gradient of {role}'s weight and bias", "head feature input", layer)] = gradient
@@ -97,12 +101,19 @@ def _projection_gradients(site: AnySite) -> dict[Role, Tensor]:
     Kept together because the bias's alone may be a sum that cancels: its rounding is that of what was summed.
     """
     if isinstance(site, FoundSite):
-        return {part.role: _rows(site.place(name), part.features) for name, part in site.parts.items()}
+        learned = {name: part for name, part in site.parts.items() if _learns(site.place(name))}
+        return {part.role: _rows(site.place(name), part.features) for name, part in learned.items()}
     weights, biases = site.weights(_grad), site.biases(_grad)
     return {
         role: torch.cat([weight, biases[role][..., None]], -1) if role in biases else weight
         for role, weight in weights.items()
+        if _learns(site.module.get_submodule(site.places()[role][0]))
     }
+
+
+def _learns(place: nn.Module) -> bool:
+    """Whether all parameters of a projection have gradients: some may be frozen by `requires_grad`."""
+    return all(parameter.grad is not None for parameter in place.parameters())
 
 
 def _rows(place: Any, features: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.origins import remembered
+from pytest_circuitfreeze.wrapped import dtype_of
 
 __all__ = ["Exact", "Nudge", "gamma", "nudged", "original"]
 
@@ -70,23 +71,25 @@ _ORIGINALS: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDict
 def nudged(model: PreTrainedModel, rounding: torch.dtype | None = None) -> PreTrainedModel:
     """A copy of `model` that is off by as much as rounding in a dtype, by default its own, could put it off.
 
-    Its weights are nudged by `gamma` of their fan-in, and so are the gradients that arrive at its linear layers, since
-    a gradient may be a sum that cancels whatever the weights are (that of a key's bias does). Made once a model and
-    kept as long as it.
+    Its weights are nudged by `gamma` of their fan-in (what a layer multiplies by them, where they are quantised), and
+    so are the gradients that arrive at its linear layers, since a gradient may be a sum that cancels whatever the
+    weights are (that of a key's bias does). Made once a model and kept as long as it.
     """
-    dtype = rounding or next(model.parameters()).dtype
+    dtype = rounding or dtype_of(model)
     copies = _COPIES.setdefault(model, {})
     if dtype not in copies:
         twin = copy.deepcopy(model, _kept_results(model))
         nudge = Nudge(dtype)
         with torch.no_grad():
-            for parameter in twin.parameters():
+            for parameter in filter(_holds_numbers, twin.parameters()):
                 terms = min(parameter.shape) if parameter.ndim > 1 else 1
                 parameter.copy_(nudge(parameter.double(), terms))
         for module in twin.modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
                 module.register_forward_hook(_nudge_gradient)
+                if not _holds_numbers(weight):
+                    module.register_forward_pre_hook(_nudge_input)
         copies[dtype] = twin
         _ORIGINALS[twin] = ref(model)
     return cast(PreTrainedModel, copies[dtype])
@@ -102,6 +105,16 @@ def original(model: nn.Module) -> PreTrainedModel | None:
     """The model that `nudged` made this one of; `None` where it is no such copy."""
     found = _ORIGINALS.get(model)
     return None if found is None else cast("PreTrainedModel | None", found())
+
+
+def _holds_numbers(weight: Tensor) -> bool:
+    """Whether a weight holds the numbers that a layer multiplies by; quantised ones are integers or of a class of their own."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+
+
+def _nudge_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Nudges what a linear layer multiplies, alike on every pass."""
+    return (Nudge(args[0].dtype)(args[0], args[0].shape[-1]), *args[1:])
 
 
 def _nudge_gradient(module: nn.Module, args: object, output: object) -> None:

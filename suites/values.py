@@ -18,9 +18,18 @@ from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due, 
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, look, of_real_tokens
 from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
-from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, implementations, made_by, sites, tied
+from pytest_circuitfreeze.suites.judge.sites import (
+    AnySite,
+    FoundSite,
+    implementations,
+    made_by,
+    projections,
+    sites,
+    tied,
+)
 from pytest_circuitfreeze.suites.replays import compare_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge
+from pytest_circuitfreeze.wrapped import device_of, dtype_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -60,7 +69,7 @@ def check_values_are_the_oracles(
     known = sites(model)
     material = material_of(engine, model, configs, batch)
     found = look(engine, model, configs, batch, attn=attn, patterns=attn == "eager")
-    real = batch.real.to(model.device)
+    real = batch.real.to(device_of(model))
     for layer in judged_layers(known, configs):
         site, seen = known[layer], found.layers[layer]
         if isinstance(site, FoundSite):
@@ -122,6 +131,7 @@ def check_full_strength_replaces_anything(
     claim = Claim("full strength replaces whatever was there")
     held = config.strength == 1 and known_beforehand(config)
     claim.demand(held, "asked about a replacement that depends on the activation")
+    _demand_weights(model)
     shared = tied(model)
     if any(parameter in shared for site in sites(model).values() for parameter in site.module.parameters()):
         raise NotApplicable("another layer that is not frozen has the same weights, and would be poisoned along")
@@ -134,6 +144,23 @@ def check_full_strength_replaces_anything(
                     got = logits_of(frozen, model, batch)
             claim.same(what, got, want, "row position word")
     return claim.margin
+
+
+def _demand_weights(model: PreTrainedModel) -> None:
+    """Demands that each feature of a projection has weights of its own that can be set.
+
+    Raises:
+        NotApplicable: they are computed from others (weight norm), quantised, or hidden in a wrapper.
+    """
+    for site in sites(model).values():
+        for path, place in projections(site).items():
+            weight = getattr(place, "weight", None)
+            held = {parameter.data_ptr() for parameter in place.parameters() if type(parameter) is torch.nn.Parameter}
+            if not (type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.data_ptr() in held):
+                raise NotApplicable(
+                    f"the weights of {path} in layer {site.layer} are computed, quantised or in a wrapper, and cannot "
+                    "be set to nan for single features"
+                )
 
 
 def known_beforehand(config: InterventionConfig) -> bool:
@@ -190,7 +217,7 @@ def check_implementations_agree(
     def compare(claim: Claim, which: InterventionConfig | None) -> None:
         passes = [look(engine, model, which, batch), look(engine, model, which, batch, attn="eager")]
         # Several families take the eager softmax in float32 whatever the model's dtype.
-        rounding = torch.float32 if model.dtype == torch.float64 else None
+        rounding = torch.float32 if dtype_of(model) == torch.float64 else None
         passes.append(nudged_look(engine, model, which, batch, rounding=rounding))
         sdpa, eager, moved = (of_real_tokens(each.logits, batch) for each in passes)
         claim.within("logits", eager, sdpa, largest_change(sdpa, moved), "row position word")

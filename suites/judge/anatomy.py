@@ -13,8 +13,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
-__all__ = ["ROLES", "CannotJudge", "Role", "Site", "is_known", "sites"]
+from pytest_circuitfreeze.wrapped import config_of
+
+__all__ = ["ROLES", "CannotJudge", "Role", "Site", "are_plain", "is_known", "is_plain_linear", "sites"]
 
 Role = Literal["q", "k", "v"]
 ROLES: tuple[Role, ...] = ("q", "k", "v")
@@ -186,8 +190,33 @@ KNOWN_TYPES = ("gpt2", "opt", "llama", "mistral", "qwen2", "phi3", "falcon")
 
 
 def is_known(model: PreTrainedModel) -> bool:
-    """Whether the judge knows the family by heart."""
-    return model.config.model_type in KNOWN_TYPES and not getattr(model.config, "alibi", False)
+    """Whether the judge knows by heart where the family keeps queries, keys and values."""
+    config = config_of(model)
+    return config.model_type in KNOWN_TYPES and not getattr(config, "alibi", False)
+
+
+def are_plain(site: Site) -> bool:
+    """Whether all that the projections of a layer do is to multiply by their weights and to add their biases.
+
+    Adapters (LoRA, IA3), parametrizations (weight norm), quantised weights, hooks, wrappers and compiled projections do
+    more. Their weights do not say what they give, and have no gradients that could be compared.
+    """
+    return all(is_plain_linear(site.module.get_submodule(name)) for name in {name for name, _ in site.places().values()})
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer of floating numbers, as its class computes it, and nothing was put on it."""
+    weight = module._parameters.get("weight")
+    return (
+        type(module).forward in _LINEAR
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and type(weight) is nn.Parameter
+        and weight.is_floating_point()
+    )
+
+
+_LINEAR = (nn.Linear.forward, Conv1D.forward, FalconLinear.forward)
 
 
 def sites(model: PreTrainedModel) -> dict[int, Site]:

@@ -8,7 +8,7 @@ are a head's query, key and value is found by differentiation. No names and no l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from freeze_core.attention.probe import HeadFeatures, probe
 from freeze_core.errors import UnsupportedModelError
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES
+from pytest_circuitfreeze.wrapped import device_of, transformers_configs
 
 __all__ = ["SOFTMAX", "Attention", "HeadFeatures", "attention_of", "features_of"]
 
@@ -60,7 +61,7 @@ def attention_of(model: PreTrainedModel) -> list[Attention]:
     """The attention modules of `model`, each of one layer only, found on one pass under eager attention."""
     watch = _Watch(model)
     with watch.watching(), torch.no_grad(), watch:
-        model(input_ids=torch.arange(TOKENS, device=model.device)[None])
+        model(input_ids=torch.arange(TOKENS, device=device_of(model))[None])
     found: dict[str, Attention | None] = {}
     for call in watch.calls:
         one = watch.attention(call)
@@ -101,10 +102,7 @@ def _are_apart(features: list[HeadFeatures]) -> bool:
 @contextmanager
 def under_eager(model: nn.Module) -> Iterator[None]:
     """Runs `model` under eager attention, whose steps are functions of torch that can be seen."""
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    before = [(config, config._attn_implementation) for config in transformers_configs(model)]
     try:
         for config, _ in before:
             config._attn_implementation = "eager"
@@ -188,7 +186,8 @@ class _Watch(TorchFunctionMode):
         for module in reversed(call.running[inside:]):
             parts = {part: name for name, part in module.named_modules()}
             after = [(part, width) for part, width in call.after.get(module, ()) if part in parts]
-            linear = [(part, width) for part, width in after if _is_linear(part) and parts[part] not in GATES]
+            outermost = _outermost([name for part, name in parts.items() if _is_linear(part) and not _is_gate(name)])
+            linear = [(part, width) for part, width in after if parts[part] in outermost]
             if linear and module in self.names:
                 output, width = linear[-1]
                 between = after[: after.index((output, width))]
@@ -208,7 +207,7 @@ class _Watch(TorchFunctionMode):
             output=parts[output],
             heads=call.heads,
             norms=tuple(parts[part] for part in wide),
-            apart=tuple(name for part, name in parts.items() if name in GATES or (part in norms and part not in wide)),
+            apart=tuple(name for part, name in parts.items() if _is_gate(name) or (part in norms and part not in wide)),
         )
 
 
@@ -227,6 +226,16 @@ def _numbered(model: nn.Module) -> dict[nn.Module, int]:
             if isinstance(part, nn.ModuleList):
                 numbers = {layer: at for at, layer in enumerate(part)} | numbers
     return numbers
+
+
+def _is_gate(path: str) -> bool:
+    """Whether a part of an attention module is a gate, or is in one: a gate may be wrapped by an adapter."""
+    return any(name in GATES for name in path.split("."))
+
+
+def _outermost(paths: Sequence[str]) -> set[str]:
+    """Those of some paths that are in no other one: an adapter holds the linear layer that it adapts."""
+    return {path for path in paths if not any(path.startswith(f"{other}.") for other in paths)}
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from pytest_circuitfreeze.suites.judge.recorder import Seen
 from pytest_circuitfreeze.suites.judge.resampling import distinct_rows, read_orders
 from pytest_circuitfreeze.suites.judge.sites import as_found, implementations
 from pytest_circuitfreeze.suites.tolerance import Exact, Nudge
+from pytest_circuitfreeze.wrapped import device_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -133,9 +134,9 @@ def clean_pass(model: PreTrainedModel, source: Batch) -> Clean:
     with attention_implementation(model, implementations(model)[0]), torch.no_grad():
         seen = observe(model, model, source, known).runs
     features = {
-        (layer, name): part.features.to(model.device) for layer in known for name, part in known[layer].parts.items()
+        (layer, name): part.features.to(device_of(model)) for layer in known for name, part in known[layer].parts.items()
     }
-    return Clean(seen, features, source.real.to(model.device))
+    return Clean(seen, features, source.real.to(device_of(model)))
 
 
 def _sources(taken: object) -> list[Batch]:

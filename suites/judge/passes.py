@@ -15,6 +15,7 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, Site
 from pytest_circuitfreeze.suites.judge.recorder import Recorder, Seen
 from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, sites, standing_in
+from pytest_circuitfreeze.wrapped import config_of, dtype_of, transformers_configs
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -100,7 +101,7 @@ def observe(
     if stand_in is not None:
         known = standing_in(known, model, stand_in)
     by_heart = any(isinstance(site, Site) for site in known.values())
-    tapped = by_heart and model.config._attn_implementation == "sdpa" and not patterns
+    tapped = by_heart and config_of(model)._attn_implementation == "sdpa" and not patterns
 
     def run(watch: Callable[[Recorder, AnySite], AbstractContextManager[None]]) -> tuple[Any, Recorder]:
         recorder = Recorder(gradients, patterns)
@@ -151,7 +152,7 @@ def pads_under_eager(model: PreTrainedModel) -> bool:
     Not in float64: several families overflow their mask in a float32 softmax there and give nan on left padding,
     without any freeze.
     """
-    return bool(model.dtype != torch.float64)
+    return bool(dtype_of(model) != torch.float64)
 
 
 @contextmanager
@@ -160,8 +161,8 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
     The configs' own field is set, which every family reads at each pass: `set_attn_implementation` refuses Falcon.
     """
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    configs = transformers_configs(model)
+    before = [(config, config._attn_implementation) for config in configs]
     try:
         for config, _ in before:
             config._attn_implementation = name

@@ -161,7 +161,8 @@ class Recorder:
             if (
                 self.gradients and torch.is_grad_enabled()
             ):  # a node of its own: other readers of the same tensor add nothing to its gradient
-                hidden = hidden.view_as(hidden)
+                # Where nothing before the layer learns, it starts here.
+                hidden = hidden.view_as(hidden) if hidden.requires_grad else hidden.detach().requires_grad_()
                 hidden.retain_grad()
                 call = call.given(hidden)
             self.running = site
@@ -187,6 +188,8 @@ class Recorder:
             seen.shared = any(isinstance(value, MutableMapping) and value for value in kwargs.values())
             several = isinstance(result, tuple | list)
             first = result[0] if several else result
+            if not first.requires_grad:  # nothing before it learns
+                first = first.detach().requires_grad_()
             first.retain_grad()
             seen.answer = first
             # A copy goes on, so that what is written into it later leaves the gradient alone.

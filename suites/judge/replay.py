@@ -25,6 +25,7 @@ from pytest_circuitfreeze.suites.judge.recorder import Call, PatternTap, Seen
 from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention
 from pytest_circuitfreeze.suites.judge.sites import FoundSite, tied
 from pytest_circuitfreeze.suites.tolerance import Exact, Nudge, nudged
+from pytest_circuitfreeze.wrapped import config_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -107,7 +108,7 @@ class Replay:
             yield self.site.module
             return
         twin = nudged(self.model)
-        with attention_implementation(twin, self.model.config._attn_implementation), NudgedAttention():
+        with attention_implementation(twin, config_of(self.model)._attn_implementation), NudgedAttention():
             yield twin.get_submodule(self.site.name)
 
     def _heads(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -153,7 +154,7 @@ class Replay:
             for name in self.site.parts_of(role) if deciding is not None or self.rounding else ():
                 config = None if deciding is None else self.configs[deciding]
                 by_place.setdefault(self.site.parts[name].place, []).append(self._edit(name, config, heads))
-        eager = self.model.config._attn_implementation == "eager"
+        eager = config_of(self.model)._attn_implementation == "eager"
         with ExitStack() as stack:
             for place, edits in by_place.items():
                 stack.callback(module.get_submodule(place).register_forward_hook(self._editing(edits)).remove)

@@ -19,6 +19,7 @@ from pytest_circuitfreeze.suites.judge import anatomy
 from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Role, Site
 from pytest_circuitfreeze.suites.judge.discovery import Attention, attention_of, features_of
 from pytest_circuitfreeze.suites.tolerance import original
+from pytest_circuitfreeze.wrapped import config_of
 
 __all__ = [
     "AnySite",
@@ -121,7 +122,11 @@ def seen_at_the_ends() -> Iterator[None]:
 
 def _known(model: PreTrainedModel) -> dict[int, AnySite]:
     if anatomy.is_known(model):
-        return dict(anatomy.sites(model))
+        by_heart = anatomy.sites(model)
+        if all(anatomy.are_plain(site) for site in by_heart.values()):
+            return dict(by_heart)
+        names = {module: name for name, module in model.named_modules()}
+        return {layer: _by_place(site, names[site.module]) for layer, site in by_heart.items()}
     if model not in _FOUND:
         source = original(model)
         _FOUND[model] = _find(model) if source is None else _moved(_known(source), model)
@@ -186,14 +191,16 @@ def implementations(model: PreTrainedModel) -> tuple[str, ...]:
 
     Where an engine attends by itself, that is compared with eager attention.
     """
-    several = getattr(model, "_supports_sdpa", False) and not _AT_THE_ENDS.get()
+    several = any(getattr(module, "_supports_sdpa", False) for module in model.modules()) and not _AT_THE_ENDS.get()
     return ("sdpa", "eager") if several else ("eager",)
 
 
 def made_by(place: nn.Module) -> Tensor:
     """The weight of a linear layer or norm with one row for each feature of its output, as a view without gradient."""
-    weight = cast(Tensor, place.weight).detach()
-    return weight.T if hasattr(place, "nf") else weight  # transformers' Conv1D keeps [in, out]
+    weight = cast(Tensor, place.weight)
+    # An adapter gives the weight of the layer that it adapts.
+    owner = next((module for module in place.modules() if module._parameters.get("weight") is weight), place)
+    return weight.detach().T if hasattr(owner, "nf") else weight.detach()  # transformers' Conv1D keeps [in, out]
 
 
 def tied(model: nn.Module) -> set[nn.Parameter]:
@@ -245,7 +252,7 @@ def _site(model: PreTrainedModel, found: Attention, features: list[HeadFeatures]
             parts[name] = _part(role, place, [head[role].get(place, frozenset()) for head in features])
     if any(len(part.features) == 0 for part in parts.values()):
         return None
-    config: Any = model.config.get_text_config(decoder=True)
+    config: Any = config_of(model).get_text_config(decoder=True)
     return FoundSite(
         layer=found.layer,
         layers=int(config.num_hidden_layers),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, is_plain_linear
 from pytest_circuitfreeze.suites.judge.sites import FoundSite, made_by, sites
 
 __all__ = ["put_together", "split_found"]
@@ -53,7 +53,7 @@ def split_found(model: PreTrainedModel) -> PreTrainedModel | None:
 def _is_fused(site: FoundSite) -> bool:
     """Whether one linear layer, and nothing but q, k and v, is all that heads are made of."""
     places = {part.place for part in site.parts.values()}
-    if len(places) > 1 or "." in next(iter(places)):
+    if len(places) > 1 or "." in next(iter(places)) or not is_plain_linear(site.place(next(iter(site.parts)))):
         return False
     whole = site.place("q")
     features = sum(part.features.numel() for part in site.parts.values())

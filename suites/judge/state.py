@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pytest_circuitfreeze.strategies import Batch
+from pytest_circuitfreeze.wrapped import device_of, transformers_configs
 
 __all__ = [
     "added",
@@ -47,8 +48,7 @@ def visible_state(model: PreTrainedModel) -> dict[str, object]:
         found[f"{path or 'model'}: its class"] = type(module)
     for kind in {type(module): None for module in model.modules()}:
         found |= {f"{kind.__name__}.{name}": id(value) for name, value in vars(kind).items() if callable(value)}
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    for config in configs.values():
+    for config in transformers_configs(model):
         found[f"{type(config).__name__}: its values"] = repr(config.to_dict()) + config._attn_implementation
     for name in ("scaled_dot_product_attention", "softmax", "linear"):
         found[f"torch.nn.functional.{name}"] = id(getattr(F, name))
@@ -60,7 +60,7 @@ def remember_untouched(model: PreTrainedModel) -> None:
     """Takes down, once, what there is of a model that no engine has touched, after a pass of its own."""
     if model not in _UNTOUCHED:
         with torch.no_grad():
-            model(**Batch(torch.tensor([[1, 2]], device=model.device)).arguments(model))
+            model(**Batch(torch.tensor([[1, 2]], device=device_of(model))).arguments(model))
         _UNTOUCHED[model] = frozenset(visible_state(model))
 
 

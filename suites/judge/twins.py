@@ -22,7 +22,7 @@ from transformers import (
 
 from pytest_circuitfreeze.origins import remembered
 from pytest_circuitfreeze.suites.claims import NotApplicable
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Site, is_known, sites
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Site, are_plain, is_known, sites
 from pytest_circuitfreeze.suites.judge.splitting import put_together, split_found
 
 __all__ = ["Twin", "twins"]
@@ -53,21 +53,23 @@ def twins(model: PreTrainedModel) -> list[Twin]:
     Raises:
         NotApplicable: none is known.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise NotApplicable(f"no other storage is known of {type(model).__name__}, which wraps a model")
     if model not in _TWINS:
         made = []
-        if not is_known(model):
+        if not is_known(model) or not all(are_plain(site) for site in sites(model).values()):
             twin = split_found(model)
             made += [Twin("its fused projection split", twin, unshares=False)] if twin else []
-        elif any(site.family.fused and not hasattr(site.module, "q_proj") for site in sites(model).values()):
-            made.append(Twin("its fused projection split", _split(model), unshares=False))
-        other = _OTHER_FAMILY.get(model.config.model_type)
-        if other is not None:
-            name, build = other
-            made.append(Twin(name, build(model), unshares=True))
+        else:
+            if any(site.family.fused and not hasattr(site.module, "q_proj") for site in sites(model).values()):
+                made.append(Twin("its fused projection split", _split(model), unshares=False))
+            if model.config.model_type in _OTHER_FAMILY:
+                name, build = _OTHER_FAMILY[model.config.model_type]
+                made.append(Twin(name, build(model), unshares=True))
         if not made:
             raise NotApplicable(
-                f"{type(model).__name__} stores queries, keys and values apart, and no family is known that computes "
-                "the same from another storage"
+                f"{type(model).__name__} stores queries, keys and values apart, or adapted, and no family is known that "
+                "computes the same from another storage"
             )
         for twin in made:
             twin.model.to(device=model.device, dtype=model.dtype).eval()
