@@ -12,7 +12,8 @@ from torch import nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
-from freeze_core.freezing.padding import Arguments, Composite, prompt_of, told
+from freeze_core.freezing.padding import Composite, given_masks, prompt_of, select_padding_mask
+from freeze_core.freezing.pass_arguments import ForwardArguments, find_cache, returned_cache
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.places import Place
 from freeze_core.freezing.replaced import ReplacedPass, standing_in
@@ -41,23 +42,12 @@ class InForce(NamedTuple):
     on_stale: str
 
 
-ARGUMENTS = (
-    "attention_mask",
-    "past_key_values",
-    "cache",
-    "input_ids",
-    "inputs_embeds",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-)
-
-
 class PassTracker(ReplacedPass):
     """Stands in for the forward of a stack of layers: knows the pass that runs through it, and marks its cache."""
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__(stack)
-        self._arguments = Arguments(self.original, *ARGUMENTS)
+        self._arguments = ForwardArguments(stack, self.original)
         self.current: Pass | None = None
         self.composite: Composite | None = None
         self._prompt = prompt_of(stack)
@@ -120,18 +110,8 @@ class PassTracker(ReplacedPass):
                 "continuous batching (generate_batch) runs parts of several sequences in one row, on pages that may be "
                 "filled without this freeze: their columns, statistics and heads cannot be told; use generate()"
             )
-        named = self._arguments.named(args, kwargs)
-        if named.get("cache") is not None:
-            raise InterventionError(
-                f"{type(self.module).__name__} takes a cache of its own kind, cache=, to which it cannot be told "
-                "what a pass adds: run without one"
-            )
-        cache = named.get("past_key_values")
-        if cache is not None and not hasattr(cache, "get_seq_length"):
-            raise InterventionError(
-                f"past_key_values is a {type(cache).__name__}: the tokens in it cannot be counted, nor can it be told "
-                "under which freeze it was filled; pass a cache of transformers (DynamicCache), or run without one"
-            )
+        named = self._arguments.bind(args, kwargs)
+        cache = find_cache(named, type(self.module).__name__)
         running = self._pass(cache, named)
         covered = self._covered()
         before = running.cached + running.cross_cached
@@ -147,7 +127,10 @@ class PassTracker(ReplacedPass):
         for name in covered:
             if name not in running.ran:
                 raise FreezeNotInForceError(self._replaced(name))
-        cache = cache if cache is not None else _cache_of(output)
+        if cache is not None:
+            self._refuse_recomputed_tokens(cache, running)
+        else:
+            cache = returned_cache(output)
         if cache is not None:
             # Counted, not asked for again: a static cache on an accelerator would be waited for.
             mark_cache(cache, self._mark, before, running.end if running.end > running.cached else filled(cache))
@@ -156,6 +139,21 @@ class PassTracker(ReplacedPass):
         elif self._needs_rows and not torch.compiler.is_compiling():
             self._row_order.check(named.get("input_ids"))
         return output
+
+    def _refuse_recomputed_tokens(self, cache: Any, running: Pass) -> None:
+        """Raises `InterventionError` where a cache has not grown by the tokens that the pass was given.
+
+        Such a model (XLM, say) is given its cached tokens again and leaves them out by itself, so that the columns of
+        its activations are not those of the tokens. A cache of fixed size is not asked: on an accelerator that waits.
+        """
+        tokens = running.end - running.cached
+        if self._prompt or not tokens or getattr(cache, "is_compileable", False):
+            return
+        if (grown := filled(cache) - running.cached) not in (0, tokens):
+            raise InterventionError(
+                f"{type(self.module).__name__} was given {tokens} tokens and added {grown} to its cache of "
+                f"{running.cached}: which columns this pass computed is unknown; run without a cache (use_cache=False)"
+            )
 
     def _covered(self) -> list[str]:
         """The frozen attentions on which, or around which, something was put since; it may well run them.
@@ -190,8 +188,8 @@ class PassTracker(ReplacedPass):
         if states is not None:
             encoder = Pass(named.get("encoder_attention_mask"), 0, states.shape[1], rows=len(states))
         cross_cached = cache is not None and any(getattr(cache, "is_updated", {}).values())
-        masks = self._arguments.given("attention_mask", named)
-        mask = told([*masks, *self.composite.given] if self.composite else masks, self._prompt)
+        masks = given_masks(self._arguments, named)
+        mask = select_padding_mask([*masks, *self.composite.given] if self.composite else masks, self._prompt)
         cached = 0 if cache is None else filled(cache)
         if self._prompt:  # it is given all tokens again at each step, and puts its own in front
             tokens += self._prompt - cached
@@ -240,15 +238,6 @@ class PassTracker(ReplacedPass):
             return checkpoint(layer, *args, **kwargs)
 
         return keeping
-
-
-def _cache_of(output: Any) -> Any:
-    """The cache that a pass has made: by name, or among what was returned as a tuple."""
-    cache = getattr(output, "past_key_values", None)
-    if hasattr(cache, "get_seq_length"):
-        return cache
-    several = output if isinstance(output, tuple) else ()
-    return next((one for one in several if hasattr(one, "get_seq_length")), None)
 
 
 def tracker_of(stack: nn.Module, composite: nn.Module | None) -> PassTracker:
