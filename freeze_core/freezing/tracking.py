@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
+from freeze_core.freezing.encoder_outputs import EncoderDecoderPatch
 from freeze_core.freezing.padding import Composite, given_masks, prompt_of, select_padding_mask
 from freeze_core.freezing.pass_arguments import ForwardArguments, find_cache, returned_cache
 from freeze_core.freezing.passes import Pass
@@ -50,9 +51,11 @@ class PassTracker(ReplacedPass):
         self._arguments = ForwardArguments(stack, self.original)
         self.current: Pass | None = None
         self.composite: Composite | None = None
+        self.encoder_decoder: EncoderDecoderPatch | None = None
         self._prompt = prompt_of(stack)
         self._in_force: dict[str, InForce] = {}
         self._places: dict[str, tuple[nn.Module, Place]] = {}
+        self._buffers: list[tuple[str, Tensor]] = []
         self._mark = ""
         self._unshared = self._needs_rows = False
         self._on_stale = "ignore"
@@ -67,12 +70,15 @@ class PassTracker(ReplacedPass):
             self._in_force[name] = in_force
             self._places[name] = in_force.attention, Place(self.module, name)
         notes = [self._in_force[name] for name in sorted(self._in_force)]
+        self._buffers = [pair for name, note in self._in_force.items() for pair in _cache_buffers(name, note.attention)]
         frozen = [note.key for note in notes if note.key]
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
         unshared = [name for name in sorted(self._in_force) if self._in_force[name].unshared]
         self._mark = f"{' '.join(unshared)}|{digest}"
         self._needs_rows = any(note.needs_rows for note in notes)
         self._on_stale = max((note.on_stale for note in notes), key=("ignore", "warn", "error").index, default="ignore")
+        if self.encoder_decoder:
+            self.encoder_decoder.set_mark(digest, self._on_stale)
         if notes and not self.slot():
             self.attach()
         elif not notes and self.slot():
@@ -82,20 +88,25 @@ class PassTracker(ReplacedPass):
         """Whether anything is in force at the path `name`."""
         return name in self._in_force
 
+    @property
+    def _around(self) -> list[ReplacedPass]:
+        """The patches of modules around the stack, which come and go with this one."""
+        return [patch for patch in (self.composite, self.encoder_decoder) if patch]
+
     def attach(self) -> None:
         super().attach()
-        if self.composite:
-            self.composite.attach()
+        for patch in self._around:
+            patch.attach()
 
     def detach(self) -> None:
         super().detach()
-        if self.composite:
-            self.composite.detach()
+        for patch in self._around:
+            patch.detach()
 
     def refuse_if_covered(self) -> None:
         super().refuse_if_covered()
-        if self.composite:
-            self.composite.refuse_if_covered()
+        for patch in self._around:
+            patch.refuse_if_covered()
 
     def told_by(self, module: nn.Module) -> None:
         """Asks `module`, around the stack, which tokens are padding where the stack is not told."""
@@ -103,6 +114,13 @@ class PassTracker(ReplacedPass):
             self.composite = Composite(module)
             if self.slot():
                 self.composite.attach()
+
+    def watch_encoder_outputs(self, module: nn.Module, encoder: nn.Module) -> None:
+        """Has `module`, around the stack, checked for outputs of `encoder` that are older than the freeze."""
+        if self.encoder_decoder is None:
+            self.encoder_decoder = EncoderDecoderPatch(module, encoder)
+            if self.slot():
+                self.encoder_decoder.attach()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "write_index" in kwargs:
@@ -119,6 +137,7 @@ class PassTracker(ReplacedPass):
             check_cache(cache, self._mark, running.cached, self._on_stale)
         elif cache is not None:
             check_emptied_cache(cache, self._mark)
+        versions = [buffer._version for _, buffer in self._buffers]
         if self.module.training:
             with self._checkpoints_keep(running):
                 output = self._run_in(running, self.original, args, kwargs)
@@ -127,6 +146,8 @@ class PassTracker(ReplacedPass):
         for name in covered:
             if name not in running.ran:
                 raise FreezeNotInForceError(self._replaced(name))
+        if self._buffers:
+            self._refuse_written_buffers(versions)
         if cache is not None:
             self._refuse_recomputed_tokens(cache, running)
         else:
@@ -139,6 +160,17 @@ class PassTracker(ReplacedPass):
         elif self._needs_rows and not torch.compiler.is_compiling():
             self._row_order.check(named.get("input_ids"))
         return output
+
+    def _refuse_written_buffers(self, versions: Sequence[int]) -> None:
+        """Raises `InterventionError` where a pass wrote to a buffer of attention that may be a cache of its own."""
+        for (name, buffer), version in zip(self._buffers, versions, strict=True):
+            if buffer._version != version:
+                raise InterventionError(
+                    f"{name} of {type(self.module).__name__}, a buffer {list(buffer.shape)}, was written to in this "
+                    "pass: if attention keeps keys and values there, how many tokens it holds and under which freeze "
+                    "they were computed is unknown; hand over a cache of transformers (DynamicCache) instead, or take "
+                    "the buffer out"
+                )
 
     def _refuse_recomputed_tokens(self, cache: Any, running: Pass) -> None:
         """Raises `InterventionError` where a cache has not grown by the tokens that the pass was given.
@@ -240,10 +272,25 @@ class PassTracker(ReplacedPass):
         return keeping
 
 
-def tracker_of(stack: nn.Module, composite: nn.Module | None) -> PassTracker:
-    """What tracks the passes of `stack`, inside `composite` if that is one, now, or something that can."""
+def _cache_buffers(path: str, attention: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of an attention that could hold keys and values of earlier passes, by their paths."""
+    for name, buffer in attention.named_buffers(path):
+        if buffer.is_floating_point() and buffer.dim() > 2 and not buffer.is_inference():
+            yield name, buffer
+
+
+def tracker_of(
+    stack: nn.Module, composite: nn.Module | None, encoder_decoder: tuple[nn.Module, nn.Module] | None = None
+) -> PassTracker:
+    """What tracks the passes of `stack`, inside `composite` if that is one, now, or something that can.
+
+    Args:
+        encoder_decoder: where the stack is an encoder's, as `Sites.encoder_decoder` has it.
+    """
     standing = standing_in(stack)
     tracker = standing if isinstance(standing, PassTracker) else PassTracker(stack)
     if composite is not None:
         tracker.told_by(composite)
+    if encoder_decoder is not None:
+        tracker.watch_encoder_outputs(*encoder_decoder)
     return tracker
