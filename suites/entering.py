@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotApplicable, check
+from pytest_circuitfreeze.suites.judge.decoding import cache_argument
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, unfrozen
 from pytest_circuitfreeze.suites.judge.sites import implementations
 from pytest_circuitfreeze.suites.judge.state import training_flags_kept
@@ -91,7 +92,7 @@ def _with_a_new_cache(call: Callable[..., Any], model: PreTrainedModel, batch: B
 
 def _with_an_empty_cache(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> Tensor:
     cache = DynamicCache(config=config_of(model))
-    return _logits(call(**{**batch.arguments(model), "use_cache": True}, past_key_values=cache))
+    return _logits(call(**{**batch.arguments(model), "use_cache": True}, **cache_argument(model, cache)))
 
 
 def _as_a_tuple(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -78,7 +78,7 @@ def nudged(model: PreTrainedModel, rounding: torch.dtype | None = None) -> PreTr
     dtype = rounding or dtype_of(model)
     copies = _COPIES.setdefault(model, {})
     if dtype not in copies:
-        twin = copy.deepcopy(model, _kept_results(model))
+        twin = copy.deepcopy(model, _kept_results(model) | _shared(model))
         nudge = Nudge(dtype)
         with torch.no_grad():
             for parameter in filter(_holds_numbers, twin.parameters()):
@@ -99,6 +99,11 @@ def _kept_results(model: nn.Module) -> dict[int, object]:
     """Copies of what a model keeps of its last pass, by identity: a result in a graph cannot be copied otherwise."""
     kept = (value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values()))
     return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
+
+
+def _shared(model: nn.Module) -> dict[int, object]:
+    """Quantised weights, by identity: some cannot be copied, and none is changed in the copy."""
+    return {id(parameter): parameter for parameter in model.parameters() if not _holds_numbers(parameter)}
 
 
 def original(model: nn.Module) -> PreTrainedModel | None:

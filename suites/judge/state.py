@@ -130,6 +130,8 @@ def _mark(value: object) -> object:
 def _bits(tensor: Tensor) -> int:
     if tensor.is_meta or tensor.numel() == 0:
         return 0
+    if hasattr(tensor, "__tensor_flatten__"):  # of a class of its own (quantised, sharded) that holds plain ones
+        return sum(_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     raw = tensor.detach().contiguous().flatten().view(torch.uint8)
     whole = len(raw) // 8 * 8
     return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum(dtype=torch.int64))

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from cache_names import CACHE, cache_of
 from encoder_decoders import bart
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, StaleCacheWarning
@@ -199,12 +200,12 @@ def test_cross_attention_is_in_force_while_generating_from_its_cache(build, ids)
 
 def step(model, ids, cache):
     with torch.no_grad():
-        return model(ids[:, 6:7], past_key_values=cache).logits
+        return model(ids[:, 6:7], **{CACHE: cache}).logits
 
 
 def prefill(model, ids):
     with torch.no_grad():
-        return model(ids[:, :6], use_cache=True).past_key_values
+        return cache_of(model(ids[:, :6], use_cache=True))
 
 
 def test_a_cache_from_before_the_freeze_is_recognised(model, ids):
