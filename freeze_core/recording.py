@@ -61,6 +61,8 @@ def record(
     passes: dict[nn.Module, list[_Masks]] = {module: [] for module in (sites.stack, sites.composite) if module}
     seen: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
     with ExitStack() as stack, torch.no_grad():
+        # Compiled code does not call hooks that were registered after it was compiled, be it a layer's or the model's.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in wanted:
             stack.enter_context(_listening(sites.by_layer[layer], seen, device))
         for module, masks in passes.items():
@@ -212,6 +214,7 @@ def hearing_patterns(
         return hand_over
 
     with ExitStack() as stack, under_eager(model):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # as in `record`
         for site in sites:
             if "output_attentions" in inspect.signature(type(site.attention).forward).parameters:
                 stack.callback(site.attention.register_forward_pre_hook(ask, with_kwargs=True).remove)

@@ -152,3 +152,38 @@ def test_a_bias_on_scores_is_no_pattern():
         seen = FREEZER.record(model, inputs, pattern=True, attention=attention)
         for layer in range(2):
             assert torch.allclose(seen[layer].pattern.sum(-1), torch.ones(()))
+
+
+def compile_layers(model):
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(layer, backend="eager")
+    return model
+
+
+def compile_attention(model):
+    for layer in model.model.layers:
+        layer.self_attn = torch.compile(layer.self_attn, backend="eager")
+    return model
+
+
+def compile_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [compile_layers, compile_attention, compile_in_place])
+def test_a_model_that_is_compiled_or_has_compiled_parts_is_recorded_as_the_plain_one(compiled, ids):
+    plain, model = tiny_model("llama"), compiled(tiny_model("llama"))
+    with torch.no_grad():
+        model(ids, use_cache=False)  # compiled before anything listens
+    config = InterventionConfig([1], [2])
+    for pattern in (False, True):
+        wanted, got = (FREEZER.record(one, ids, pattern=pattern) for one in (plain, model))
+        with FREEZER.freeze_circuits(plain, config):
+            wanted_frozen = FREEZER.record(plain, ids, pattern=pattern)
+        with FREEZER.freeze_circuits(model, config):
+            got_frozen = FREEZER.record(model, ids, pattern=pattern)
+        for one, other in ((wanted, got), (wanted_frozen, got_frozen)):
+            for layer in one:
+                for name in ("q", "k", "v", "z", *(["pattern"] if pattern else [])):
+                    assert torch.equal(getattr(one[layer], name), getattr(other[layer], name))

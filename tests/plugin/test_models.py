@@ -252,3 +252,42 @@ def test_model_that_cannot_be_loaded_is_an_error_of_each_test(pytester: pytest.P
     result.assert_outcomes(passed=2, errors=2)
     result.stdout.fnmatch_lines(["model './nowhere' cannot be loaded: no such folder, *"])
     assert "fixtures.py" not in result.stdout.str()
+
+
+def test_model_that_the_suites_cannot_run_is_one_error(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        mine="""
+        import torch
+        from freeze_core import AttentionCircuitFreezer, InterventionConfig
+        from pytest_circuitfreeze.models import tiny_model
+
+        class TakesTokens(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = tiny_model("gpt2")
+
+            def forward(self, tokens):
+                return self.inner(tokens)
+
+        def frozen():
+            model = tiny_model("gpt2")
+            model.freezes = [AttentionCircuitFreezer().freeze_circuits(model, InterventionConfig())]
+            return model
+        """
+    )
+    pytester.syspathinsert()
+    result = pytester.runpytest_subprocess(
+        "--circuitfreeze", "--circuitfreeze-arch=gpt2", "--circuitfreeze-profile=quick",
+        "--circuitfreeze-model=mine:TakesTokens", "--circuitfreeze-model=mine:frozen", "-k", "generators or zero_strength",
+        "circuitfreeze",
+    )  # fmt: skip
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=2, errors=2, skipped=2)
+    result.stdout.fnmatch_lines(
+        [
+            "ERROR UnusableModelError: model 'mine:TakesTokens' cannot be validated: it takes no input_ids (its forward "
+            "takes tokens), *",
+            "ERROR UnusableModelError: model 'mine:frozen' cannot be validated: it is frozen or steered already *",
+            "2 claims on 3 models: 2 error, 2 skipped, 2 passed; *",
+        ]
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from pytest_circuitfreeze.architectures import model_types
 from pytest_circuitfreeze.engines import BUILT_IN
@@ -120,3 +121,21 @@ def test_benchmarks_that_would_not_measure_are_refused(
     result = pytester.runpytest_subprocess("--circuitfreeze", "--circuitfreeze-bench", *arguments)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([message])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device and may have the kernel")
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("device", "cuda", "'cuda' is not available here (*); choose from cpu*"),
+        ("device", "cuda:7", "'cuda:7' is not available here (*); choose from cpu*"),
+        ("attn", "flash_attention_2", "'flash_attention_2' is not available here: *; choose from eager, sdpa*"),
+    ],
+)
+def test_what_this_machine_lacks_is_a_usage_error(
+    pytester: pytest.Pytester, flag: str, value: str, message: str
+) -> None:
+    result = pytester.runpytest_subprocess("--circuitfreeze", f"--circuitfreeze-{flag}", value, "circuitfreeze")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: --circuitfreeze-{flag}: {message}"])
+    assert "collected" not in result.stdout.str()

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 from xml.etree import ElementTree
 
 import pytest
@@ -301,3 +302,66 @@ def test_tiny_models_take_one_thread_and_give_the_others_back(stand_in: Run) -> 
         *ON, "--circuitfreeze-arch=gpt2", "--circuitfreeze-model=mine", "-k", "threads", test_gamma=threads
     )
     result.assert_outcomes(passed=2, deselected=6)
+
+
+RERUNS = """
+    from _pytest.runner import runtestprotocol
+
+    # What pytest-rerunfailures does under --reruns 1.
+    def pytest_runtest_protocol(item, nextitem):
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for again in (True, False):
+            reports = runtestprotocol(item, nextitem=nextitem, log=False)
+            again = again and any(report.failed for report in reports)
+            for report in reports:
+                if again and report.failed:
+                    report.outcome = "rerun"
+                item.ihook.pytest_runtest_logreport(report=report)
+            if not again:
+                break
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def pytest_report_teststatus(report):
+        return ("rerun", "R", "RERUN") if report.outcome == "rerun" else None
+"""
+
+FAILS_FIRST = """
+    from types import SimpleNamespace
+
+    from pytest_circuitfreeze.suites.claims import Claim
+
+    runs = []
+
+    def test_fails_first(circuit_model, circuit_record):
+        '''A claim that fails the first time.'''
+        runs.append(circuit_model)
+        circuit_record.observe(SimpleNamespace(error=0.25, bound=1.0))
+        Claim("numbers are small").demand(len(runs) > 1, "it is not")
+"""
+
+
+def test_a_test_that_is_run_again_has_the_results_of_its_last_run(stand_in: Run) -> None:
+    Path("conftest.py").write_text(dedent(RERUNS))
+    result = stand_in(
+        *ON, "--circuitfreeze-arch=gpt2", "--circuitfreeze-report=out", "--junitxml=x.xml", "-k", "fails_first",
+        test_gamma=FAILS_FIRST,
+    )  # fmt: skip
+    assert result.ret == 0
+    (found,) = json.loads(Path("out/report.json").read_text())["results"]
+    assert (found["outcome"], found["failure"], found["message"], found["examples"]) == ("passed", None, "", 1)
+    (case,) = ElementTree.parse("x.xml").iter("testcase")
+    names = [entry.get("name") for entry in case.iter("property")]
+    assert "circuitfreeze.claim" in names
+    assert sorted(names) == sorted(set(names))
+    assert not [name for name in names if name.startswith("circuitfreeze.failure")]
+
+
+@pytest.mark.parametrize("option", ["--setup-only", "--setup-plan"])
+def test_set_up_alone_finds_nothing(stand_in: Run, option: str) -> None:
+    stand_in(*ON, "--circuitfreeze-report=out")
+    before = Path("out/report.json").read_bytes()
+    result = stand_in(*ON, "--circuitfreeze-report=out", option)
+    assert result.ret == 0
+    assert "ERROR" not in result.stdout.str()
+    assert Path("out/report.json").read_bytes() == before
