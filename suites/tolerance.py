@@ -113,7 +113,7 @@ def original(model: nn.Module) -> PreTrainedModel | None:
 
 
 def _holds_numbers(weight: Tensor) -> bool:
-    """Whether a weight holds the numbers that a layer multiplies by; quantised ones are integers or of a class of their own."""
+    """Whether a weight holds the numbers that a layer multiplies by, as quantised ones do not."""
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
 
 

@@ -201,7 +201,9 @@ def are_plain(site: Site) -> bool:
     Adapters (LoRA, IA3), parametrizations (weight norm), quantised weights, hooks, wrappers and compiled projections do
     more. Their weights do not say what they give, and have no gradients that could be compared.
     """
-    return all(is_plain_linear(site.module.get_submodule(name)) for name in {name for name, _ in site.places().values()})
+    return all(
+        is_plain_linear(site.module.get_submodule(name)) for name in {name for name, _ in site.places().values()}
+    )
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -134,7 +134,9 @@ def clean_pass(model: PreTrainedModel, source: Batch) -> Clean:
     with attention_implementation(model, implementations(model)[0]), torch.no_grad():
         seen = observe(model, model, source, known).runs
     features = {
-        (layer, name): part.features.to(device_of(model)) for layer in known for name, part in known[layer].parts.items()
+        (layer, name): part.features.to(device_of(model))
+        for layer in known
+        for name, part in known[layer].parts.items()
     }
     return Clean(seen, features, source.real.to(device_of(model)))
 

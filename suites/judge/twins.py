@@ -68,8 +68,8 @@ def twins(model: PreTrainedModel) -> list[Twin]:
                 made.append(Twin(name, build(model), unshares=True))
         if not made:
             raise NotApplicable(
-                f"{type(model).__name__} stores queries, keys and values apart, or adapted, and no family is known that "
-                "computes the same from another storage"
+                f"{type(model).__name__} stores queries, keys and values apart, or what makes them is more than a "
+                "weight, and no family is known that computes the same from another storage"
             )
         for twin in made:
             twin.model.to(device=model.device, dtype=model.dtype).eval()

@@ -104,7 +104,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "lora": lambda: lora(task_type="CAUSAL_LM"),
     "lora without a task": lora,
     "lora of a fused projection": lambda: lora("gpt2", ["c_attn", "c_proj"], fan_in_fan_out=True),
-    "lora of all projections, found by differentiation": lambda: lora("qwen3", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "lora of all projections, found by differentiation": lambda: lora(
+        "qwen3", ["q_proj", "k_proj", "v_proj", "o_proj"]
+    ),
     "dora": lambda: lora(use_dora=True),
     "ia3": ia3,
     "add_adapter": added_adapter,
@@ -121,6 +123,13 @@ def freeze(model: nn.Module, config: InterventionConfig) -> Any:
     return FREEZER.freeze_circuits(model, config)
 
 
+def outcome(claim: str, model: nn.Module) -> str:
+    try:
+        return checks.check(claim, model, freeze, examples=2)[0].outcome
+    except checks.NothingChecked as nothing:
+        return "n/a" if f"{claim} (n/a)" in str(nothing) else str(nothing)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_right_freeze_is_accepted(name: str) -> None:
     model = MODELS[name]()
@@ -128,10 +137,7 @@ def test_a_right_freeze_is_accepted(name: str) -> None:
         assert checks.check(claim, model, freeze, examples=3)[0].outcome == "passed"
     # These say nothing where weights are computed or nothing learns, and must not end in an error of their own.
     for claim in ("storage_does_not_matter", "full_strength_replaces_anything", "recomputation_is_the_same_pass"):
-        try:
-            checks.check(claim, model, freeze, examples=2)
-        except checks.NothingChecked as nothing:
-            assert f"{claim} (n/a)" in str(nothing)
+        assert outcome(claim, model) in ("passed", "n/a")
 
 
 def test_a_right_freeze_of_a_compiled_model_is_accepted() -> None:
