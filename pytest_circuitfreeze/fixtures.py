@@ -49,9 +49,6 @@ def circuit_model(request: pytest.FixtureRequest, circuit_engine: Engine) -> tor
     reason = refusal(circuit_engine, model) if request.param in settings.models else None
     if reason is not None:
         pytest.fail(f"engine {circuit_engine.name!r} cannot serve model {request.param!r}: {reason}", pytrace=False)
-    reason = unusable(model) if request.param in settings.models and settings.enabled else None
-    if reason is not None:
-        raise UnusableModelError(f"model {request.param!r} cannot be validated: {reason}", pytrace=False)
     return model
 
 
@@ -81,8 +78,13 @@ def _load(target: str, settings: Settings) -> torch.nn.Module:
         return tiny
     factory = settings.factories.get(target)
     if factory is not None:
-        return build_model(target, factory, dtype=dtype, device=settings.device, attn=settings.attn)
-    return load_model(target, dtype=dtype, device=settings.device, attn=settings.attn)
+        model = build_model(target, factory, dtype=dtype, device=settings.device, attn=settings.attn)
+    else:
+        model = load_model(target, dtype=dtype, device=settings.device, attn=settings.attn)
+    reason = unusable(model) if settings.enabled else None  # a project's own tests may run it in another way
+    if reason is not None:
+        raise UnusableModelError(f"model {target!r} cannot be validated: {reason}", pytrace=False)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -55,9 +55,14 @@ def twins(model: PreTrainedModel) -> list[Twin]:
     """
     if not isinstance(model, PreTrainedModel):
         raise NotApplicable(f"no other storage is known of {type(model).__name__}, which wraps a model")
+    if is_known(model) and not all(are_plain(site) for site in sites(model).values()):
+        raise NotApplicable(
+            f"projections of {type(model).__name__} are more than a product with their weights (they are adapted, "
+            "parametrized, quantised, hooked or wrapped), which cannot be stored otherwise"
+        )
     if model not in _TWINS:
         made = []
-        if not is_known(model) or not all(are_plain(site) for site in sites(model).values()):
+        if not is_known(model):
             twin = split_found(model)
             made += [Twin("its fused projection split", twin, unshares=False)] if twin else []
         else:
@@ -68,8 +73,8 @@ def twins(model: PreTrainedModel) -> list[Twin]:
                 made.append(Twin(name, build(model), unshares=True))
         if not made:
             raise NotApplicable(
-                f"{type(model).__name__} stores queries, keys and values apart, or what makes them is more than a "
-                "weight, and no family is known that computes the same from another storage"
+                f"{type(model).__name__} stores queries, keys and values apart, and no family is known that computes "
+                "the same from another storage"
             )
         for twin in made:
             twin.model.to(device=model.device, dtype=model.dtype).eval()
