@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from pytest_circuitfreeze.suites.judge.decoding import cache_argument
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, unfrozen
 from pytest_circuitfreeze.suites.judge.sites import implementations
 from pytest_circuitfreeze.suites.judge.state import training_flags_kept
-from pytest_circuitfreeze.wrapped import config_of
+from pytest_circuitfreeze.wrapped import config_of, forward_parameters
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -74,7 +73,7 @@ Way = Callable[[Callable[..., Any], PreTrainedModel, Batch], Tensor]
 def _by_position(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> Tensor:
     """What the model takes first, up to the mask, without names."""
     arguments = batch.arguments(model)
-    known = [*inspect.signature(model.forward).parameters.values()]
+    known = [*forward_parameters(model).values()]
     last = max(number for number, one in enumerate(known) if one.name in ("input_ids", "attention_mask"))
     first = [arguments.pop(one.name, one.default) for one in known[: last + 1]]
     return _logits(call(*first, **arguments))

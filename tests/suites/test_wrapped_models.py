@@ -173,7 +173,7 @@ def test_wrong_freezes_are_refused(name: str) -> None:
 def test_plain_projections_are_judged_by_heart_and_others_by_their_modules() -> None:
     model = tiny_model("llama")
     assert not any(isinstance(site, FoundSite) for site in sites(model).values())
-    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, output: None)
     assert all(isinstance(site, FoundSite) for site in sites(model).values())
     assert checks.check("values_are_the_oracles", model, freeze, examples=3)[0].outcome == "passed"
     handle.remove()
