@@ -51,7 +51,20 @@ class ForwardArguments:
         return name in self._names
 
 
-NOT_A_CACHE = ("audio", "bias", "embed", "encoder", "feature", "hidden", "image", "mask", "pixel", "position", "video")
+NOT_A_CACHE = (
+    "audio",
+    "bias",
+    "embed",
+    "encoder",
+    "feature",
+    "hidden",
+    "image",
+    "input",
+    "mask",
+    "pixel",
+    "position",
+    "video",
+)
 """Parts of the names under which stacks of layers take other tensors, alone or in containers."""
 
 
