@@ -45,8 +45,8 @@ def test_each_change_stands_in_one_group() -> None:
         "broken": ["**breaks** is refused (no projections); before it passes every claim"],
         "mended": [
             (
-                "**mends** passes every claim, except for configs that are refused by name (K of some heads); before it "
-                "fails (x: z differs)"
+                "**mends** passes every claim, except for configs that are refused by name (K of some heads); before "
+                "it fails (x: z differs)"
             )
         ],
         "other": ["**built** is refused (no attention); before it has no tiny model (needs timm)"],
