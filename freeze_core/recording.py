@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from freeze_core.activations import LayerActivations, Recording
 from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, UnsupportedModelError, shown
+from freeze_core.errors import InterventionError, UnsupportedModelError, shown, with_newer_versions
 from freeze_core.freezing.frozen import FrozenOutput, frozen_attention
 from freeze_core.freezing.padding import UnknownMask, given_masks, prompt_of, select_padding_mask
 from freeze_core.freezing.pass_arguments import ForwardArguments
@@ -250,10 +250,11 @@ def _activations(site: AttentionSite, seen: Mapping[tuple[int, str], list[Tensor
     runs = max(len(seen[site.layer, name]) for name in names)
     missing = [name for name in names if len(seen[site.layer, name]) < max(runs, 1)]
     if missing:
-        raise InterventionError(
+        message = (
             f"layer {site.layer} ({site.name}) gave no {', '.join(missing)} in this pass: the layer did not run, or "
             "its attention does not form them"
         )
+        raise InterventionError(with_newer_versions(message))
     return LayerActivations(
         **{name: seen[site.layer, name][0] if runs == 1 else torch.stack(seen[site.layer, name]) for name in names}
     )

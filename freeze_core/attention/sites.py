@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from freeze_core.attention.classes import parameters_of
@@ -12,7 +13,7 @@ from freeze_core.attention.layout import Layout
 from freeze_core.attention.modules import SHARED, Found, attention_modules, layer_count
 from freeze_core.attention.probed import probed_layouts
 from freeze_core.attention.storages import layout_of, stores_projections
-from freeze_core.errors import UnsupportedModelError
+from freeze_core.errors import CircuitFreezeError, UnsupportedModelError
 from freeze_core.freezing.replaced import standing_in
 from freeze_core.vocabulary import ModelArchitecture
 
@@ -95,6 +96,17 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None, 
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
+    try:
+        return _find_sites(model, architecture, attention)
+    except (CircuitFreezeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever an attribute of a kind that no known release has leads to
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: looking for its attention raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def _find_sites(model: nn.Module, architecture: ModelArchitecture | None, attention: str) -> Sites:
     asked = attention_modules(model, attention)
     by_layer, refused = _sites(asked, architecture, _probed(model, asked))
     if not by_layer:

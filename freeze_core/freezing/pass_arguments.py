@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from freeze_core.errors import InterventionError
+from freeze_core.errors import InterventionError, with_newer_versions
 from freeze_core.freezing.caches import is_cache
 from freeze_core.freezing.signatures import signature_of
 
@@ -51,7 +51,20 @@ class ForwardArguments:
         return name in self._names
 
 
-NOT_A_CACHE = ("audio", "bias", "embed", "encoder", "feature", "hidden", "image", "mask", "pixel", "position", "video")
+NOT_A_CACHE = (
+    "audio",
+    "bias",
+    "embed",
+    "encoder",
+    "feature",
+    "hidden",
+    "image",
+    "input",
+    "mask",
+    "pixel",
+    "position",
+    "video",
+)
 """Parts of the names under which stacks of layers take other tensors, alone or in containers."""
 
 
@@ -70,9 +83,11 @@ def find_cache(arguments: Mapping[str, Any], model: str) -> Any:
             caches[name] = value
         elif _holds_activations(value) and not any(part in name for part in NOT_A_CACHE):
             raise InterventionError(
-                f"{model} was given {name}, a {type(value).__name__} of tensors: if it holds keys and values of "
-                "earlier tokens, how many they are and under which freeze they were computed is unknown; pass a cache "
-                "of transformers (DynamicCache), or run without one"
+                with_newer_versions(
+                    f"{model} was given {name}, a {type(value).__name__} of tensors: if it holds keys and values of "
+                    "earlier tokens, how many they are and under which freeze they were computed is unknown; pass a "
+                    "cache of transformers (DynamicCache), or run without one"
+                )
             )
     if len({id(cache) for cache in caches.values()}) > 1:
         raise InterventionError(

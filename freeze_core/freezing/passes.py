@@ -90,11 +90,12 @@ class Pass:
         return max(0, self.end - tokens)
 
     def _other_columns(self, tokens: int) -> str:
-        """Why `tokens` activations in a row are not the pass's own columns, or those with the cached ones before them.
+        """Why `tokens` activations in a row are not the pass's columns, or those with cached ones before them.
 
-        A stack may pad its input by itself, to a multiple of a window, say, or put tokens of its own before it.
+        A stack may pad its input by itself, to a multiple of a window, say, or put tokens of its own before it. Latent
+        attention sees the cached columns again, or those of them that its window has kept.
         """
-        if not self.tokens or tokens in (self.tokens, self.end):
+        if not self.tokens or tokens == self.tokens or (self.cached and self.tokens < tokens <= self.end):
             return ""
         return f"an attention layer was given {tokens} columns in a pass of {self.tokens} tokens"
 

@@ -75,13 +75,15 @@ def refuse_lost_cache(model: PreTrainedModel, found: str) -> NotApplicable | Can
     `NotApplicable` where its type is known for that, or where it is no model of transformers and its config promises no
     cache. An error elsewhere: a claim must not drop out because a library calls something by another name.
     """
+    from freeze_core.errors import with_newer_versions
+
     name, kind = type(model).__name__, config_of(model).model_type
     if kind in WITHOUT_CACHE:
         return NotApplicable(f"{name} does not go on from a cache: {WITHOUT_CACHE[kind]}")
     shipped = type(model).__module__.startswith("transformers.")
     if not shipped and not getattr(config_of(model), "use_cache", False):
         return NotApplicable(f"{name} does not go on from a cache: its config does not say use_cache")
-    return CannotJudge(f"{name} (model type {kind!r}) must go on from a cache, and {found}")
+    return CannotJudge(with_newer_versions(f"{name} (model type {kind!r}) must go on from a cache, and {found}"))
 
 
 def go_on(
