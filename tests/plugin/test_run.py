@@ -317,6 +317,8 @@ RERUNS = """
                 if again and report.failed:
                     report.outcome = "rerun"
                 item.ihook.pytest_runtest_logreport(report=report)
+                if report.outcome == "rerun":
+                    break
             if not again:
                 break
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
