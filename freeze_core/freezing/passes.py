@@ -41,7 +41,7 @@ class Pass:
         self.end = cached + tokens
         self.rows = rows
         self.differentiated = False
-        """Whether gradients were on where the pass began."""
+        """Whether gradients were on where the pass began, and it is not compiled as a whole."""
         self.ran: set[str] = set()
         """The frozen attentions that have run, by their paths in the stack."""
         self.runs: dict[str, int] = {}

@@ -33,7 +33,9 @@ def may_be_checkpointed(differentiated: bool) -> bool:
     Args:
         differentiated: whether gradients were on where the caller began to look.
     """
-    return (differentiated and not torch.is_grad_enabled()) or _top_hooks() is not None
+    if differentiated and not torch.is_grad_enabled():
+        return True
+    return not torch.compiler.is_compiling() and _top_hooks() is not None
 
 
 def checkpoints(what: str) -> Iterator[tuple[Any, str]]:

@@ -141,8 +141,8 @@ class PassTracker(ReplacedPass):
                 "under which freeze it was filled; pass a cache of transformers (DynamicCache), or run without one"
             )
         running = self._pass(cache, named)
-        running.differentiated = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
+            running.differentiated = torch.is_grad_enabled()
             self._refuse_recomputation()
             if may_be_checkpointed(not torch.is_inference_mode_enabled()):
                 self._guard_checkpoints(running)
@@ -221,18 +221,22 @@ class PassTracker(ReplacedPass):
 
     @contextmanager
     def _checkpoints_keep(self, running: Pass) -> Iterator[None]:
-        """Lets layers that transformers checkpoints run again in the pass that they come from.
+        """Lets layers that transformers or torch's wrappers checkpoint run again in the pass that they come from.
 
         `follow` does so for every checkpoint, but not where a layer is compiled: nothing looks around in there.
         """
-        name = "_gradient_checkpointing_func"
-        originals = {module: vars(module)[name] for module in self.module.modules() if name in vars(module)}
-        for module, original in originals.items():
+        originals = [
+            (module, name, vars(module)[name])
+            for module in self.module.modules()
+            for name in ("_gradient_checkpointing_func", "checkpoint_fn")
+            if name in vars(module) and callable(vars(module)[name])
+        ]
+        for module, name, original in originals:
             setattr(module, name, self._keeping(running, original))
         try:
             yield
         finally:
-            for module, original in originals.items():
+            for module, name, original in originals:
                 setattr(module, name, original)
 
     def _wiring(self) -> list[tuple[str, tuple[object, ...]]]:
@@ -251,10 +255,11 @@ class PassTracker(ReplacedPass):
             whether one of them was not known yet.
         """
         running = self.current
-        if torch.compiler.is_compiling() or not may_be_checkpointed(running is None or running.differentiated):
-            return False
-        return self._guard_checkpoints(running)
+        began = running.differentiated if running else not torch.compiler.is_compiling()
+        return may_be_checkpointed(began) and bool(self._guard_checkpoints(running))
 
+    # Not compiled: a compiled layer in what may be a reentrant checkpoint stops here and looks around.
+    @torch._disable_dynamo
     def _guard_checkpoints(self, running: Pass | None) -> bool:
         new = False
         for checkpoint, attribute in checkpoints(type(self.module).__name__):

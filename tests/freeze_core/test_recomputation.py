@@ -123,6 +123,8 @@ ALONE = {
     "by the composable API": by_the_composable_api,
 }
 EVERY = [*BOTH, ("by another library", True), ("by the composable API", False)]
+FROZEN_INSIDE = [case for case in EVERY if case[0] != "by hand around projections"]
+"""Those in which what is frozen runs, not only the projection beneath a freeze."""
 
 
 def build(way=None, reentrant=True):
@@ -166,11 +168,9 @@ def test_each_pass_runs_again_under_its_own_freeze_and_mask(way, reentrant, mode
     assert all(torch.equal(one, other) for one, other in zip(found, expected[mode], strict=True))
 
 
-@pytest.mark.parametrize(("way", "reentrant"), EVERY)
+@pytest.mark.parametrize(("way", "reentrant"), FROZEN_INSIDE)
 @pytest.mark.parametrize("later", [None, config(strength=0.5)])
 def test_running_again_under_other_freezes_is_an_error(way, reentrant, later):
-    if way == "by hand around projections":
-        pytest.skip("what runs again there is the projection beneath the freeze")
     model = build(way, reentrant)
     with FREEZER.freeze_circuits(model, config()):
         loss = losses(model)
@@ -192,7 +192,15 @@ def test_the_same_freeze_installed_anew_is_the_same(way, reentrant, expected):
     assert all(torch.equal(one, other) for one, other in zip(found, expected["ste"], strict=True))
 
 
-@pytest.mark.parametrize(("way", "reentrant"), [case for case in EVERY if case[0] != "by hand around projections"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_projection_that_runs_again_beneath_the_freeze_is_the_same_without_it(reentrant, expected):
+    model = build("by hand around projections", reentrant)
+    with FREEZER.freeze_circuits(model, config()):
+        loss = losses(model)
+    assert all(torch.equal(*pair) for pair in zip(gradients(model, loss), expected["ste"], strict=True))
+
+
+@pytest.mark.parametrize(("way", "reentrant"), FROZEN_INSIDE)
 def test_an_unfrozen_pass_that_runs_again_under_a_freeze_is_an_error(way, reentrant):
     model = build(way, reentrant)
     loss = losses(model)
@@ -219,6 +227,24 @@ def test_parameters_that_learn_nothing_before_the_freeze_do_not_hide_it(reentran
         loss = losses(model)
     with pytest.raises(FreezeNotInForceError, match="under other freezes"):
         loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.*should not be instantiated")
+@pytest.mark.parametrize(("training", "reentrant"), [(True, True), (True, False), (False, True)])
+def test_a_compiled_layer_runs_again_under_its_own_freeze(training, reentrant, expected):
+    torch.compiler.reset()
+    model = build()
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    around_layers(model, reentrant)
+    model.train(training)
+    found = frozen_gradients(model, config())
+    assert all(torch.equal(one, other) for one, other in zip(found, expected["ste"], strict=True))
+    with FREEZER.freeze_circuits(model, config()):
+        loss = losses(model)
+    with pytest.raises(FreezeNotInForceError, match="under other freezes"):
+        loss.backward()
+    torch.compiler.reset()
 
 
 def test_a_layer_run_by_itself_in_a_checkpoint_is_followed_too():
