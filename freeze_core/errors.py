@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from freeze_core.versions import newer_than_run
+
 __all__ = [
     "CircuitFreezeError",
     "FreezeNotInForceError",
@@ -9,6 +11,7 @@ __all__ = [
     "StaleCacheWarning",
     "UnsupportedModelError",
     "shown",
+    "with_newer_versions",
 ]
 
 LONGEST = 300
@@ -24,12 +27,25 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
+def with_newer_versions(message: str) -> str:
+    """A message that ends with the libraries that are newer than those this version was run with, if some are.
+
+    It is for errors that a change in a library can cause. Such messages are often made of other such messages, so
+    the sentence is taken out of them first and stands at the end, once.
+    """
+    newer = newer_than_run()
+    return f"{message.replace(f' ({newer})', '')} ({newer})" if newer else message
+
+
 class CircuitFreezeError(ValueError):
     """Base of every error that this library raises on purpose."""
 
 
 class UnsupportedModelError(CircuitFreezeError):
     """The model, or one of its attention layers, cannot be served; the message says why."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(with_newer_versions(message))
 
 
 class InterventionError(CircuitFreezeError):
@@ -38,6 +54,9 @@ class InterventionError(CircuitFreezeError):
 
 class FreezeNotInForceError(CircuitFreezeError):
     """An attention layer ran without its frozen activation: its result must not be trusted."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(with_newer_versions(message))
 
 
 class StaleCacheWarning(UserWarning):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freeze_core.errors import CircuitFreezeError, InterventionError, shown
+from freeze_core.errors import CircuitFreezeError, InterventionError, shown, with_newer_versions
 
 __all__ = ["logits_of", "model_arguments", "run", "vocabulary_size"]
 
@@ -54,7 +54,8 @@ def run(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
         given = {name: list(value.shape) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-        raise InterventionError(f"{type(model).__name__} cannot run on {shown(given)}: {error}") from error
+        message = f"{type(model).__name__} cannot run on {shown(given)}: {error}"
+        raise InterventionError(with_newer_versions(message)) from error
 
 
 def logits_of(output: Any) -> Tensor:

@@ -32,7 +32,7 @@ _FOLD = 8
 def versions() -> dict[str, str]:
     """The versions of what a result depends on, found without importing any of it."""
     found = {"pytest-circuitfreeze": __version__}
-    for name in ("torch", "transformers", "hypothesis", "pytest"):
+    for name in ("torch", "transformers", "hypothesis", "pytest", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -44,8 +45,11 @@ GROUPS = {
 }
 
 
-def run_suites(options: Sequence[str], seconds: float) -> Report | None:
+def run_suites(options: Sequence[str], seconds: float, keep: Path | None = None) -> Report | None:
     """Runs the shipped suites alone, with these options, in a process of its own.
+
+    Args:
+        keep: the file that the run's `report.json` is copied to.
 
     Returns:
         its report; `None` where it did not end in time or died.
@@ -55,7 +59,11 @@ def run_suites(options: Sequence[str], seconds: float) -> Report | None:
         command += ["--circuitfreeze", *options, "--circuitfreeze-report", f"{folder}/report", folder]
         try:
             subprocess.run(command, cwd=folder, timeout=seconds, capture_output=True, check=False)
-            return read(Path(folder, "report", "report.json"))
+            written = Path(folder, "report", "report.json")
+            report = read(written)
+            if keep is not None:
+                shutil.copyfile(written, keep)
+            return report
         except (subprocess.TimeoutExpired, ReportError, OSError):
             return None
 

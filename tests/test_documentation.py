@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from configparser import ConfigParser
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -121,13 +122,30 @@ def test_citation_is_of_this_version() -> None:
     assert required <= cited.keys()
 
 
-def test_workflow_and_hook_run_what_there_is() -> None:
-    workflow = yaml.safe_load((ROOT / "docs" / "circuitfreeze-workflow.yml").read_text(encoding="utf-8"))
-    (job,) = workflow["jobs"].values()
+def _job(path: str) -> Any:
+    """The only job of a workflow."""
+    (job,) = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))["jobs"].values()
+    return job
+
+
+def test_workflows_and_hook_run_what_there_is() -> None:
+    job, weekly = _job("docs/circuitfreeze-workflow.yml"), _job("docs/versions-workflow.yml")
     assert set(job["strategy"]["matrix"]["architecture"]) <= TINY.keys()
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
-    lines = [step["run"] for step in job["steps"] if "run" in step] + [" ".join([hook["entry"], *hook["args"]])]
+    lines = [step["run"] for one in (job, weekly) for step in one["steps"] if "run" in step]
+    assert any("pytest_circuitfreeze.reports compare" in line for line in lines)
+    lines.append(" ".join([hook["entry"], *hook["args"]]))
     flags = {option.flag for option in OPTIONS}
     named = [word for line in lines for word in line.split() if word.startswith("--circuitfreeze")]
     assert len(named) > 3
     assert flags >= set(named)
+
+
+def test_weekly_workflow_runs_environments_of_tox() -> None:
+    tox = ConfigParser()
+    tox.read(ROOT / "tox.ini")
+    environments = {
+        one["environment"] for one in _job(".github/workflows/versions.yml")["strategy"]["matrix"]["include"]
+    }
+    assert {f"testenv:{name}" for name in environments} <= {*tox}
+    assert {"oldest", "newest"} <= environments

@@ -29,6 +29,7 @@ class Held(ReplacedForward):
         self.stack = stack
         self.path = path
         self.composite: nn.Module | None = None
+        self.encoder_decoder: tuple[nn.Module, nn.Module] | None = None
         self._tracker: PassTracker | None = None
 
     @property

@@ -23,7 +23,7 @@ INSTALLED_AS = {
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of the checkout, built without a network and without leaving anything in the checkout."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", *INSTALLED_AS):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", *INSTALLED_AS):
         (source / name).symlink_to(CHECKOUT / name)
     built = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", built, source]
