@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,14 +35,13 @@ def gradient_behavior(
     arguments = model_arguments(model, test_input)
     with _frozen(sites, config), ExitStack() as stack, torch.enable_grad():
         taps = [stack.enter_context(_tapped(site, one)) for site, one in _projections(sites)]
+        # Before the pass: FSDP leaves others in their place until the backward pass is over.
+        parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
         loss = logits_of(run(model, arguments)).float().square().mean()
         if not loss.requires_grad:
             raise InterventionError("no parameter of the model and not the input requires a gradient: nothing to check")
-        parameters = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
-        activations = [x for tap in taps for x in (tap.before, tap.after) if x is not None and x.requires_grad]
-        sources = [*(one for _, one in parameters), *activations]
-        grads = dict(zip(sources, torch.autograd.grad(loss, sources, allow_unused=True), strict=True))
-    of_parameters = {name: grads[one] for name, one in parameters}
+        grads = _gradients(loss, parameters, arguments.values(), taps)
+    of_parameters = {name: grads[one] for name, one in parameters.items()}
     checked = {tap.name: _verdict(tap, grads) for tap in taps}
     lost = [name for name, one in of_parameters.items() if one is None and _belongs(name, list(checked))]
     result = {
@@ -56,6 +55,43 @@ def gradient_behavior(
     if print_table:
         print(gradient_table(result))
     return result
+
+
+def _gradients(
+    loss: Tensor, parameters: Mapping[str, Tensor], inputs: Iterable[Any], taps: Sequence[_Tap]
+) -> dict[Tensor, Tensor | None]:
+    """The gradients of parameters and of tapped activations, without a trace in any `.grad`."""
+    if not any(tap.reentrant for tap in taps) and not any(hasattr(one, "device_mesh") for one in parameters.values()):
+        sources = [*parameters.values(), *_activations(taps)]
+        return dict(zip(sources, torch.autograd.grad(loss, sources, allow_unused=True), strict=True))
+    # Reentrant checkpoints have gradients in `backward()` alone, and so have the parameters that FSDP puts together.
+    stepping = next((name for name, one in parameters.items() if one._post_accumulate_grad_hooks), None)
+    if stepping is not None:
+        raise InterventionError(
+            f"{stepping} has a hook that runs once its gradient is there (an optimizer's step, say), and the gradients "
+            "of this model can be had by loss.backward() alone, which would run it: remove the hook first"
+        )
+    given = [one for one in inputs if isinstance(one, Tensor) and one.is_leaf and one.requires_grad]
+    leaves = [*parameters.values(), *given]
+    before = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        loss.backward()
+        return {one: _whole(one.grad) for one in (*leaves, *_activations(taps))}
+    finally:
+        for leaf, grad in zip(leaves, before, strict=True):
+            leaf.grad = grad
+
+
+def _activations(taps: Sequence[_Tap]) -> list[Tensor]:
+    return [x for tap in taps for x in (tap.before, tap.after) if x is not None]
+
+
+def _whole(grad: Tensor | None) -> Tensor | None:
+    """A gradient that is spread over processes, put together."""
+    full = getattr(grad, "full_tensor", None)
+    return full() if full else grad
 
 
 def _of(grads: Mapping[Tensor, Tensor | None], activation: Tensor | None) -> Tensor | None:
@@ -144,7 +180,8 @@ def _in_force(freeze: LayerFreeze, site: AttentionSite) -> bool:
 class _Tap:
     """A frozen projection, and its activation before and after the freeze with their place in the graph.
 
-    `counted` is whether it has run already, other than to spare the circuit.
+    `counted` is whether it has run already, other than to spare the circuit; `reentrant` whether it ran without
+    gradients first, as in a reentrant checkpoint: what is in the graph is what runs again in the backward pass.
     """
 
     site: AttentionSite
@@ -152,10 +189,28 @@ class _Tap:
     before: Tensor | None = None
     after: Tensor | None = None
     counted: bool = False
+    reentrant: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.site.name}.{self.projection.name}"
+
+    def count(self) -> None:
+        """Notes that the projection runs, unless it runs again for its gradient."""
+        if torch._C._current_graph_task_id() != -1 or self.projection.sparing:
+            return
+        if self.counted:
+            raise InterventionError(f"{self.name} runs several times in each pass: no one gradient tells of its freeze")
+        self.counted = True
+        self.reentrant = not torch.is_grad_enabled()
+
+
+def _first(tap: Tensor | None, x: Tensor) -> Tensor | None:
+    """What was tapped, or else `x` if it is in the graph: its gradient is kept."""
+    if tap is None and x.requires_grad:
+        x.retain_grad()
+        return x
+    return tap
 
 
 def _projections(sites: Sites) -> Iterator[tuple[AttentionSite, FrozenProjection]]:
@@ -172,15 +227,13 @@ def _tapped(site: AttentionSite, projection: FrozenProjection) -> Iterator[_Tap]
 
     # The first call is the one whose gradient counts: under circuit_ste the attention runs once more, cut off.
     def before(*args: Any, **kwargs: Any) -> Tensor:
-        if tap.counted and not projection.sparing:
-            raise InterventionError(f"{tap.name} runs several times in each pass: no one gradient tells of its freeze")
-        tap.counted = tap.counted or not projection.sparing
+        tap.count()
         x: Tensor = original(*args, **kwargs)
-        tap.before = x if tap.before is None else tap.before
+        tap.before = _first(tap.before, x)
         return x
 
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
-        tap.after = output if tap.after is None else tap.after
+        tap.after = _first(tap.after, output)
 
     projection.original = before
     hook = projection.module.register_forward_hook(after)

@@ -10,17 +10,20 @@ float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from pytest_circuitfreeze.recordings import moved_to
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
+from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotApplicable, check
 from pytest_circuitfreeze.suites.judge.anatomy import Site
 from pytest_circuitfreeze.suites.judge.material import material_of
 from pytest_circuitfreeze.suites.judge.oracle import Gradients, judged_layers, pulled_back
@@ -29,7 +32,7 @@ from pytest_circuitfreeze.suites.judge.replay import Replay
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
 from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, as_found, implementations, sites
 from pytest_circuitfreeze.suites.replays import compare_gradients_with_replay
-from pytest_circuitfreeze.suites.tolerance import Nudge
+from pytest_circuitfreeze.suites.tolerance import Nudge, nudged
 from pytest_circuitfreeze.wrapped import device_of
 
 if TYPE_CHECKING:
@@ -50,7 +53,8 @@ def check_gradients_are_the_estimators(
 ) -> Margin:
     """In frozen layers, and in the one after, gradients are the estimators'; no parameter lost its own.
 
-    Exactly zero where they are due to be; within rounding elsewhere.
+    Exactly zero where they are due to be; within rounding elsewhere. Forward mode gives the derivative that reverse
+    mode gives, where the model's operations have derivatives in forward mode.
 
     Raises:
         ClaimBroken: they are not.
@@ -62,8 +66,13 @@ def check_gradients_are_the_estimators(
     material = material_of(engine, model, configs, batch)
     with without_gradients(model), attention_implementation(model, implementations(model)[0]):
         with engine.freeze(model, configs) as frozen, torch.enable_grad(), _running(model) as ran:
-            found = observe(frozen, model, batch, known, gradients=True)
+            with _embedded(frozen, model, _keep_gradient) as embedded:
+                found = observe(frozen, model, batch, known, gradients=True)
             weighted_sum(found.logits, batch).backward()
+            directions = [_gradient(one) for one in embedded]
+            along = _tangents(frozen, model, batch, directions)
+        if along is not None:
+            _compare_modes(claim, engine, model, configs, batch, directions, along)
         ran |= {
             module for site in known.values() for module in site.module.modules()
         }  # no engine is to leave these out
@@ -114,6 +123,88 @@ def check_backward_modes_share_the_forward(
     return claim.margin
 
 
+def _compare_modes(
+    claim: Claim,
+    engine: Engine,
+    model: PreTrainedModel,
+    configs: Sequence[InterventionConfig],
+    batch: Batch,
+    directions: Sequence[Tensor],
+    along: Tensor,
+) -> None:
+    """Demands that forward mode gives `along` the gradients `directions` what reverse mode gives: their squares.
+
+    Nothing is demanded where the unfrozen model breaks it, too.
+    """
+    twin = nudged(model)
+    moved_configs = [moved_to(config, twin) for config in configs]
+    with (
+        engine.freeze(twin, moved_configs) as frozen,
+        attention_implementation(twin, implementations(twin)[0]),
+        torch.enable_grad(),
+    ):
+        moved = _tangents(frozen, twin, batch, directions)
+    want, bound = _squares(directions), 0.0 if moved is None else (along - moved).abs().sum()
+    try:
+        claim.within("derivative in forward mode", along.sum(), want, bound)
+    except ClaimBroken:
+        with without_gradients(model), torch.enable_grad(), _embedded(model, model, _keep_gradient) as embedded:
+            weighted_sum(model(**batch.arguments(model)).logits, batch).backward()
+        own = [_gradient(one) for one in embedded]
+        unfrozen = _tangents(model, model, batch, own)
+        if unfrozen is not None and abs(float(unfrozen.sum() - _squares(own))) <= float(bound):
+            raise
+
+
+def _squares(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.stack([one.double().square().sum() for one in gradients]).sum()
+
+
+def _tangents(
+    call: Callable[..., Any], model: PreTrainedModel, batch: Batch, directions: Sequence[Tensor]
+) -> Tensor | None:
+    """What the terms of `weighted_sum` change by as what is embedded moves along `directions`, in float64.
+
+    `None` where an operation has no derivative in forward mode.
+    """
+    turns = iter(directions)
+    # Torch warns of what its own rules for tangents are made with; of its attention kernels one alone has a rule.
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), torch.autograd.forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with _embedded(call, model, lambda one: torch.autograd.forward_ad.make_dual(one, next(turns))):
+            try:
+                terms = _weighted(call(**batch.arguments(model)).logits, batch)
+            except NotImplementedError:
+                return None
+        primal, tangent = torch.autograd.forward_ad.unpack_dual(terms)
+        return torch.zeros_like(primal, dtype=torch.float64) if tangent is None else tangent.detach().double()
+
+
+@contextmanager
+def _embedded(
+    call: Callable[..., Any], model: PreTrainedModel, change: Callable[[Tensor], Tensor]
+) -> Iterator[list[Tensor]]:
+    """Collects what the tokens are embedded as, changed by `change`."""
+    found: list[Tensor] = []
+
+    def embed(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        found.append(change(output))
+        return found[-1]
+
+    running: PreTrainedModel = getattr(call, "stand_in", None) or model
+    handle = running.get_input_embeddings().register_forward_hook(embed)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _keep_gradient(embedded: Tensor) -> Tensor:
+    embedded = embedded if embedded.requires_grad else embedded.detach().requires_grad_()
+    embedded.retain_grad()
+    return embedded
+
+
 def _compare(claim: Claim, site: Site, of_input: Tensor, exact: Gradients, moved: Gradients) -> None:
     """Demands that a layer's gradients are the `exact` ones, as closely as `moved` says that rounding allows."""
     bound = float((exact.hidden - moved.hidden).abs().max())
@@ -130,9 +221,13 @@ def _compare(claim: Claim, site: Site, of_input: Tensor, exact: Gradients, moved
 
 def weighted_sum(logits: Tensor, batch: Batch) -> Tensor:
     """A number that every logit of a real token enters with a weight of its own, drawn once and for all."""
+    return _weighted(logits, batch).sum()
+
+
+def _weighted(logits: Tensor, batch: Batch) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(logits.shape, generator=generator).to(logits) * batch.real[..., None].to(logits)
-    return (logits * weights).sum()
+    return logits * weights
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from freeze_core.attention.shards import Shard
 from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
-from freeze_core.freezing.backward import straight_through
+from freeze_core.freezing.backward import differentiated, straight_through
 from freeze_core.freezing.held import Held
 from freeze_core.freezing.places import Place
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
@@ -36,6 +36,14 @@ def _whole(own: Tensor, shard: Shard | None, width: int, what: str) -> Tensor:
     return shard.whole(own)
 
 
+def _checkpointed_alone(name: str, owner: str) -> InterventionError:
+    return InterventionError(
+        f"backward_mode 'circuit_ste' runs {owner} twice, with and without the freeze, and {name} is in a gradient "
+        "checkpoint of its own, which would not know which of the two it runs again: checkpoint the whole attention, "
+        "or its layer"
+    )
+
+
 class FrozenProjection(ReplacedForward):
     """A projection whose output holds frozen activations."""
 
@@ -57,6 +65,8 @@ class FrozenProjection(ReplacedForward):
         self._tracker = tracker
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._tracker.follow() and self.sparing:
+            raise _checkpointed_alone(self.name, self._owner)
         x: Tensor = self.original(*args, **kwargs)
         shape, shard = x.shape, None
         if shape[-1] != self._width:
@@ -105,6 +115,8 @@ class FrozenOutput(ReplacedForward):
 
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.runs += 1
+        if self._tracker.follow() and self.sparing:
+            raise _checkpointed_alone("the output projection", self._owner)
         if self.sparing:
             self.spared = z
             return self.original(z, *args, **kwargs)
@@ -150,7 +162,7 @@ class FrozenAttention(Held):
                     "has put back after the freeze (an offloading undone, say): remove the freeze, then freeze the "
                     "model anew"
                 )
-        if self.wiring.spares_the_circuit and torch.is_grad_enabled():
+        if self.wiring.spares_the_circuit and differentiated():
             self._run_sparing(args, kwargs)
         output = self.original(*args, **kwargs)
         for one in self._frozen:

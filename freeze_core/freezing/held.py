@@ -10,7 +10,7 @@ from torch import nn
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
-from freeze_core.freezing.tracking import PassTracker
+from freeze_core.freezing.tracking import UNFROZEN_BEFORE, PassTracker
 
 __all__ = ["Held"]
 
@@ -56,6 +56,8 @@ class Held(ReplacedForward):
             FreezeNotInForceError: it is run outside of a pass, where it matters what is not told there.
         """
         running = self._tracker.current if self._tracker else None
+        if self._tracker:
+            self._tracker.follow()
         if running is None:
             self._refuse_untold_pass(args, kwargs)
         else:
@@ -65,16 +67,13 @@ class Held(ReplacedForward):
     def _refuse_untold_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses to run outside of a pass through the stack, where it matters what is not told there.
 
-        What gradient checkpointing runs again runs in the pass it came from; one that was unfrozen has none. And a
+        What gradient checkpointing runs again is followed from its first run; one that was unfrozen was not. And a
         cache is told to be stale by the pass.
         """
         if torch.compiler.is_compiling() or self._tracker is None:
             return
-        if torch._C._current_graph_task_id() != -1:
-            raise FreezeNotInForceError(
-                f"{self.name} is run again for its gradient, and its pass ran without this freeze: call backward "
-                "before the freeze is installed"
-            )
+        if torch._C._current_graph_task_id() != -1 and not self._tracker.recomputing:
+            raise FreezeNotInForceError(UNFROZEN_BEFORE.format(what=self.name))
         if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
             raise FreezeNotInForceError(
                 f"{self.name} is run with a cache, outside of the {type(self.stack).__name__} through which it "

@@ -43,6 +43,8 @@ class Pass:
         self.tokens = tokens
         self.end = cached + tokens
         self.rows = rows
+        self.differentiated = False
+        """Whether gradients were on where the pass began, and it is not compiled as a whole."""
         self.ran: set[str] = set()
         """The frozen attentions that have run, by their paths in the stack."""
         self.runs: dict[str, int] = {}
@@ -52,6 +54,16 @@ class Pass:
         """Notes that `attention` runs, again where the model loops over its layers: what it reads is of this run."""
         self.turn = self.runs.get(attention, 0)
         self.runs[attention] = self.turn + 1
+        if self.encoder:
+            self.encoder.turn = self.turn
+
+    def turns(self) -> tuple[dict[str, int], int]:
+        """Which runs are over, and which one is on."""
+        return dict(self.runs), self.turn
+
+    def go_back(self, turns: tuple[dict[str, int], int]) -> None:
+        """Goes back to where `turns` was taken: what follows is run again."""
+        self.runs, self.turn = dict(turns[0]), turns[1]
         if self.encoder:
             self.encoder.turn = self.turn
 

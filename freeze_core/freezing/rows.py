@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from freeze_core.errors import InterventionError
@@ -39,7 +40,9 @@ class RowOrder:
         Raises:
             InterventionError: they go on from those of the pass before, in another order.
         """
-        before, self._before = self._before, None if ids is None else ids.detach().clone()
+        if ids is not None:
+            ids = torch.func.debug_unwrap(ids).detach()  # kept beyond the transform of torch.func that it may be of
+        before, self._before = self._before, None if ids is None else ids.clone()
         if ids is None or before is None or ids.dim() != 2 or before.shape != ids[:, :-1].shape:
             return
         earlier = ids[:, :-1]

@@ -21,6 +21,8 @@ def demand(value: Tensor, holds: Tensor | bool, message: str) -> Tensor:
     if torch.compiler.is_compiling():
         demanded: Tensor = _demanded(value, holds if isinstance(holds, Tensor) else torch.tensor(holds), message)
         return demanded
+    if isinstance(holds, Tensor):
+        holds = bool(torch.func.debug_unwrap(holds).all())  # under vmap it is one of each sample: all are to hold
     if not holds:
         raise InterventionError(message)
     return value

@@ -17,10 +17,11 @@ from freeze_core.freezing.padding import Composite, given_masks, prompt_of, sele
 from freeze_core.freezing.pass_arguments import ForwardArguments, find_cache, returned_cache
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.places import Place
+from freeze_core.freezing.recomputation import checkpoints, may_be_checkpointed
 from freeze_core.freezing.replaced import ReplacedPass, standing_in
 from freeze_core.freezing.rows import RowOrder, refuse_reordering
 
-__all__ = ["InForce", "PassTracker", "tracker_of"]
+__all__ = ["UNFROZEN_BEFORE", "InForce", "PassTracker", "tracker_of"]
 
 
 class InForce(NamedTuple):
@@ -43,6 +44,12 @@ class InForce(NamedTuple):
     on_stale: str
 
 
+UNFROZEN_BEFORE = (
+    "{what} is run again for its gradient, and its pass ran without this freeze: call backward before the freeze is "
+    "installed"
+)
+
+
 class PassTracker(ReplacedPass):
     """Stands in for the forward of a stack of layers: knows the pass that runs through it, and marks its cache."""
 
@@ -60,6 +67,8 @@ class PassTracker(ReplacedPass):
         self._unshared = self._needs_rows = False
         self._on_stale = "ignore"
         self._row_order = RowOrder()
+        self.recomputing = False
+        """Whether what runs now runs again for its gradient, under the freezes that it first ran under."""
 
     def put(self, name: str, in_force: InForce | None) -> None:
         """Notes what is in force in the attention at the path `name`; `None` is nothing. Attached while anything is."""
@@ -131,6 +140,11 @@ class PassTracker(ReplacedPass):
         named = self._arguments.bind(args, kwargs)
         cache = find_cache(named, type(self.module).__name__)
         running = self._pass(cache, named)
+        if not torch.compiler.is_compiling():
+            running.differentiated = torch.is_grad_enabled()
+            self._refuse_recomputation()
+            if may_be_checkpointed(not torch.is_inference_mode_enabled()):
+                self._guard_checkpoints(running)
         covered = self._covered()
         before = running.cached + running.cross_cached
         if before:
@@ -228,7 +242,7 @@ class PassTracker(ReplacedPass):
         return Pass(mask, cached, tokens, encoder, cross_cached, rows)
 
     def _run_in(
-        self, running: Pass, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, running: Pass | None, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         outer, self.current = self.current, running
         try:
@@ -238,38 +252,98 @@ class PassTracker(ReplacedPass):
 
     @contextmanager
     def _checkpoints_keep(self, running: Pass) -> Iterator[None]:
-        """Gradient checkpointing runs layers again in the backward pass: let each do so in the pass it came from."""
-        name = "_gradient_checkpointing_func"
-        originals = {module: vars(module)[name] for module in self.module.modules() if name in vars(module)}
-        for module, original in originals.items():
+        """Lets layers that transformers or torch's wrappers checkpoint run again in the pass that they come from.
+
+        `follow` does so for every checkpoint, but not where a layer is compiled: nothing looks around in there.
+        """
+        originals = [
+            (module, name, vars(module)[name])
+            for module in self.module.modules()
+            for name in ("_gradient_checkpointing_func", "checkpoint_fn")
+            if name in vars(module) and callable(vars(module)[name])
+        ]
+        for module, name, original in originals:
             setattr(module, name, self._keeping(running, original))
         try:
             yield
         finally:
-            for module, original in originals.items():
+            for module, name, original in originals:
                 setattr(module, name, original)
 
     def _wiring(self) -> list[tuple[str, tuple[object, ...]]]:
         return sorted((name, note.wiring) for name, note in self._in_force.items())
 
     def _keeping(self, running: Pass, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        wiring = self._wiring()
-
         def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            runs = dict(running.runs)
-
-            def layer(*inner: Any, **options: Any) -> Any:
-                running.runs = dict(runs)  # run again, it is the same run
-                if self._wiring() != wiring:
-                    raise FreezeNotInForceError(
-                        "gradient checkpointing runs a layer again under other freezes than it first ran under: call "
-                        "backward while the same freezes are live, inside the same `with`"
-                    )
-                return self._run_in(running, function, inner, options)
-
-            return checkpoint(layer, *args, **kwargs)
+            return checkpoint(self._run_again(running, function), *args, **kwargs)
 
         return keeping
+
+    def follow(self) -> bool:
+        """Lets the checkpoints that a frozen module runs in run it again under the same freezes only, in this pass.
+
+        Returns:
+            whether one of them was not known yet.
+        """
+        running = self.current
+        began = running.differentiated if running else not torch.compiler.is_compiling()
+        return may_be_checkpointed(began) and bool(self._guard_checkpoints(running))
+
+    # Not compiled: a compiled layer in what may be a reentrant checkpoint stops here and looks around.
+    @torch._disable_dynamo
+    def _guard_checkpoints(self, running: Pass | None) -> bool:
+        new = False
+        for checkpoint, attribute in checkpoints(type(self.module).__name__):
+            guards = vars(checkpoint).setdefault("_circuitfreeze", [])
+            if self not in guards:
+                guards.append(self)
+                setattr(checkpoint, attribute, self._run_again(running, getattr(checkpoint, attribute)))
+                new = True
+        return new
+
+    def _run_again(self, running: Pass | None, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which runs in the pass `running` now and when it is called again, under these freezes only."""
+        wiring, turns = self._wiring(), running.turns() if running else None
+        given = self.composite.given if self.composite else []
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            standing = standing_in(self.module)
+            # The same freeze may have been removed and installed anew meanwhile.
+            tracker = standing if not self._in_force and isinstance(standing, PassTracker) else self
+            if tracker._wiring() != wiring:
+                raise FreezeNotInForceError(
+                    "gradient checkpointing runs a layer again under other freezes than it first ran under: call "
+                    "backward while the same freezes are live, inside the same `with`"
+                )
+            if running and turns:
+                running.go_back(turns)  # run again, it is the same run
+            return tracker._recompute(running, given, function, args, kwargs)
+
+        return again
+
+    def _recompute(
+        self,
+        running: Pass | None,
+        given: list[Any],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        before = self.recomputing, self.composite.given if self.composite else []
+        self.recomputing = True
+        if self.composite:
+            self.composite.given = given
+        try:
+            return self._run_in(running, function, args, kwargs)
+        finally:
+            self.recomputing = before[0]
+            if self.composite:
+                self.composite.given = before[1]
+
+    def _refuse_recomputation(self) -> None:
+        """Raises `FreezeNotInForceError` if the stack runs again for the gradient of a pass without these freezes."""
+        if torch._C._current_graph_task_id() != -1 and not self.recomputing:
+            raise FreezeNotInForceError(UNFROZEN_BEFORE.format(what=type(self.module).__name__))
 
 
 def _cache_buffers(path: str, attention: nn.Module) -> Iterator[tuple[str, Tensor]]:

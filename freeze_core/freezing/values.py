@@ -74,7 +74,8 @@ class NoiseTable:
         if len(self._rows) < start + count or self._rows.dtype != dtype or self._rows.device != like.device:
             rows = 1 << (start + count - 1).bit_length()  # doubling, so that decoding does not redraw at each step
             table = np.stack([self._row(column) for column in range(rows)])
-            self._rows = torch.from_numpy(table).to(like.device, dtype)
+            # Kept for later passes: made under a transform of torch.func, it would be a tensor of that call's alone.
+            self._rows = torch.func.debug_unwrap(torch.from_numpy(table).to(like.device, dtype))
         return self._rows[start : start + count]
 
     def _row(self, column: int) -> np.ndarray:

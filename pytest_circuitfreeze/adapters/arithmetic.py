@@ -25,16 +25,26 @@ CIRCUITS = {"qk": "qk", "ov": "v", "both": "qkv", "q": "q", "k": "k", "v": "v"}
 
 
 class Blend(torch.autograd.Function):
-    """Gives `value`; passes `factor` of the gradient to `x`."""
+    """Gives `value`; passes `factor` of the gradient to `x`, and of its tangent on."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
+    def forward(x: Tensor, value: Tensor, factor: float) -> Tensor:
         return value.expand_as(x).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad * ctx.factor, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        product: Tensor = tangent * ctx.factor
+        return product
 
 
 def several(model: nn.Module, config: InterventionConfig | Sequence[InterventionConfig]) -> list[InterventionConfig]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed.fsdp
+from torch.utils.checkpoint import checkpoint
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
 from freeze_core.freezing import edits
@@ -212,3 +216,57 @@ def test_a_baseline_of_another_shape_is_refused(ids):
         FREEZER.verify_intervention_effect(
             tiny_model("llama_70b"), tiny_model("llama_gqa"), ids, InterventionConfig([1], [0], "ov")
         )
+
+
+@pytest.mark.parametrize("mode", ["stopgrad", "ste", "circuit_ste"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_sound_freeze_passes_under_gradient_checkpointing(reentrant, mode, ids):
+    config = InterventionConfig([0, 2], [1], "both", "mean", mode)
+    expected = FREEZER.check_gradient_behavior(tiny_model("llama").train(), ids, config)
+    model = tiny_model("llama").train()
+    model.enable_input_require_grads()
+    model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=reentrant))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    assert FREEZER.check_gradient_behavior(model, ids, config) == expected
+    assert expected["validation_passed"]
+    assert all(bool((parameter.grad == 3).all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["stopgrad", "ste"])
+def test_a_broken_gradient_fails_under_reentrant_checkpointing(mode, ids, monkeypatch):
+    monkeypatch.setattr(edits, "blend", leak)
+    model = tiny_model("llama").train()
+    model.enable_input_require_grads()
+    model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=True))
+    config = InterventionConfig([1], [0], backward_mode=mode)
+    assert not FREEZER.check_gradient_behavior(model, ids, config)["validation_passed"]
+
+
+def test_an_optimizer_step_inside_backward_is_not_run_by_the_check(ids):
+    model = tiny_model("llama").train()
+    model.enable_input_require_grads()
+    model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=True))
+    model.lm_head.weight.register_post_accumulate_grad_hook(lambda parameter: pytest.fail("a step was taken"))
+    with pytest.raises(InterventionError, match=r"lm_head.weight has a hook .* remove the hook first"):
+        FREEZER.check_gradient_behavior(model, ids, InterventionConfig([0], [1]))
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["stopgrad", "ste", "circuit_ste"])
+def test_a_sound_freeze_passes_where_parameters_are_sharded(mode, ids, one_process):
+    config = InterventionConfig([0, 2], [1], "both", backward_mode=mode)
+    expected = FREEZER.check_gradient_behavior(tiny_model("llama"), ids, config)
+    model = tiny_model("llama")
+    for module in (*model.model.layers, model):
+        torch.distributed.fsdp.fully_shard(module, mesh=one_process)
+    found = FREEZER.check_gradient_behavior(model, ids, config)
+    assert found == expected
+    assert found["validation_passed"]
+    assert all(parameter.grad is None for parameter in model.parameters())

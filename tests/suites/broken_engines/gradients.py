@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from honest_engine import HookEngine, Layer
+from honest_engine import Blend, HookEngine, Layer
 from torch import Tensor
 
 from freeze_core import InterventionConfig
@@ -111,3 +111,20 @@ class ScalesStraightThrough(HookEngine):
 
     def gradient_factor(self, config: Config) -> float:
         return config.strength if config.backward_mode == "ste" else super().gradient_factor(config)
+
+
+class StillBlend(Blend):
+    """Passes the gradient on, and no tangent."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return torch.zeros_like(tangent)
+
+
+class LosesTangents(HookEngine):
+    """Has the right gradients in reverse mode, and none of frozen projections in forward mode."""
+
+    def blend(self, x: Tensor, r: Tensor, config: Config) -> Tensor:
+        value = super().blend(x, r, config).detach()
+        blended: Tensor = StillBlend.apply(x, value, self.gradient_factor(config))  # type: ignore[no-untyped-call]
+        return blended
