@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "CircuitFreezeError",
     "FreezeNotInForceError",
@@ -25,7 +27,12 @@ def shown(value: object) -> str:
 
 
 class CircuitFreezeError(ValueError):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose.
+
+    `frozen` is what the end of a `with` could not remove; call its `remove()` once the cause is undone.
+    """
+
+    frozen: Any = None
 
 
 class UnsupportedModelError(CircuitFreezeError):

@@ -25,7 +25,6 @@ class InForce(NamedTuple):
     """What a frozen attention tells of itself.
 
     Args:
-        attention: the attention module itself.
         key: what is frozen at which value, as text; nothing where nothing is.
         wiring: the same and what gradients do.
         unshared: whether each query head has KV heads of its own.
@@ -33,7 +32,6 @@ class InForce(NamedTuple):
         on_stale: what to do about a foreign cache.
     """
 
-    attention: nn.Module
     key: str
     wiring: tuple[object, ...]
     unshared: bool
@@ -62,7 +60,7 @@ class PassTracker(ReplacedPass):
         self.composite: Composite | None = None
         self._prompt = prompt_of(stack)
         self._in_force: dict[str, InForce] = {}
-        self._places: dict[str, tuple[nn.Module, Place]] = {}
+        self._places: dict[str, Place] = {}
         self._mark = ""
         self._unshared = self._needs_rows = False
         self._on_stale = "ignore"
@@ -75,7 +73,7 @@ class PassTracker(ReplacedPass):
             self._places.pop(name, None)
         else:
             self._in_force[name] = in_force
-            self._places[name] = in_force.attention, Place(self.module, name)
+            self._places[name] = Place(self.module, name)
         notes = [self._in_force[name] for name in sorted(self._in_force)]
         frozen = [note.key for note in notes if note.key]
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
@@ -83,14 +81,11 @@ class PassTracker(ReplacedPass):
         self._mark = f"{' '.join(unshared)}|{digest}"
         self._needs_rows = any(note.needs_rows for note in notes)
         self._on_stale = max((note.on_stale for note in notes), key=("ignore", "warn", "error").index, default="ignore")
-        if notes and not self.slot():
-            self.attach()
-        elif not notes and self.slot():
+        if not notes:
             self.detach()
-
-    def holds(self, name: str) -> bool:
-        """Whether anything is in force at the path `name`."""
-        return name in self._in_force
+        elif not self.in_force():
+            self.detach()
+            self.attach()
 
     def attach(self) -> None:
         super().attach()
@@ -111,7 +106,7 @@ class PassTracker(ReplacedPass):
         """Asks `module`, around the stack, which tokens are padding where the stack is not told."""
         if self.composite is None:
             self.composite = Composite(module)
-            if self.slot():
+            if self.in_force():
                 self.composite.attach()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,13 +155,14 @@ class PassTracker(ReplacedPass):
     def _covered(self) -> list[str]:
         """The frozen attentions on which, or around which, something was put since; it may well run them.
 
+        Or their own forward was put back (an offloading undone, say), which does not.
+
         Raises:
             FreezeNotInForceError: one is no longer what the model runs.
         """
         covered = []
-        for name, (attention, place) in self._places.items():
-            # Its own forward was put back (an offloading undone, say), or it is not there any more.
-            if getattr(attention.forward, "__self__", None) is attention or place.lost():
+        for name, place in self._places.items():
+            if place.lost():
                 raise FreezeNotInForceError(self._replaced(name))
             if place.covered():
                 covered.append(name)
@@ -253,8 +249,7 @@ def _cache_of(output: Any) -> Any:
 
 def tracker_of(stack: nn.Module, composite: nn.Module | None) -> PassTracker:
     """What tracks the passes of `stack`, inside `composite` if that is one, now, or something that can."""
-    standing = standing_in(stack)
-    tracker = standing if isinstance(standing, PassTracker) else PassTracker(stack)
+    tracker = standing_in(stack, PassTracker) or PassTracker(stack)
     if composite is not None:
         tracker.told_by(composite)
     return tracker

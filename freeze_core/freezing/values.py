@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from freeze_core.freezing.traced import demand
+from freeze_core.ordinary import ordinary_tensors
 
 __all__ = ["NoiseTable", "accumulation_dtype", "derangement", "statistics"]
 
@@ -74,7 +75,8 @@ class NoiseTable:
         if len(self._rows) < start + count or self._rows.dtype != dtype or self._rows.device != like.device:
             rows = 1 << (start + count - 1).bit_length()  # doubling, so that decoding does not redraw at each step
             table = np.stack([self._row(column) for column in range(rows)])
-            self._rows = torch.from_numpy(table).to(like.device, dtype)
+            with ordinary_tensors():  # they serve later passes in other modes
+                self._rows = torch.from_numpy(table).to(like.device, dtype)
         return self._rows[start : start + count]
 
     def _row(self, column: int) -> np.ndarray:
