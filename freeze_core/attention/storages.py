@@ -78,9 +78,7 @@ def _fused(attention: nn.Module) -> FusedStorage | None:
 
 def _separate(attention: nn.Module) -> SeparateStorage | None:
     # A module may be false: one that torch compiled has a length, which it asks of what it wraps.
-    return next(
-        (names for names in SEPARATE if all(_part(attention, path) is not None for path in names[:3])), None
-    )
+    return next((names for names in SEPARATE if all(_part(attention, path) is not None for path in names[:3])), None)
 
 
 def _part(attention: nn.Module, path: str) -> nn.Module | None:

@@ -79,7 +79,7 @@ class PassTracker(ReplacedPass):
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
         unshared = [name for name in sorted(self._in_force) if self._in_force[name].unshared]
         self._mark = f"{' '.join(unshared)}|{digest}"
-        self._needs_rows = any(note.needs_rows for note in notes)
+        self._needs_rows = self._row_order.needed = any(note.needs_rows for note in notes)
         self._on_stale = max((note.on_stale for note in notes), key=("ignore", "warn", "error").index, default="ignore")
         if not notes:
             self.detach()
@@ -147,7 +147,7 @@ class PassTracker(ReplacedPass):
             # Counted, not asked for again: a static cache on an accelerator would be waited for.
             mark_cache(cache, self._mark, before, running.end if running.end > running.cached else filled(cache))
             if self._needs_rows:
-                refuse_reordering(cache)
+                refuse_reordering(cache, self._row_order)
         elif self._needs_rows and not torch.compiler.is_compiling():
             self._row_order.check(named.get("input_ids"))
         return output

@@ -206,9 +206,9 @@ def test_an_attention_that_bypasses_its_projections_is_not_taken_for_frozen(ids)
 def test_a_projection_that_gives_other_features_is_not_taken_for_frozen(ids):
     model = tiny_model("llama")
     model.model.layers[1].self_attn.q_proj.forward = lambda x: nn.functional.linear(x, torch.zeros(16, 32))
-    with FREEZER.freeze_circuits(model, InterventionConfig([1], [0], "q")):
-        with pytest.raises(FreezeNotInForceError, match="gave 16 features where 32 were expected"):
-            model(ids)
+    freeze = FREEZER.freeze_circuits(model, InterventionConfig([1], [0], "q"))
+    with freeze, pytest.raises(FreezeNotInForceError, match="gave 16 features where 32 were expected"):
+        model(ids)
 
 
 def test_a_forward_that_was_covered_while_frozen_is_named(ids):

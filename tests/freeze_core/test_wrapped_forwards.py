@@ -80,11 +80,17 @@ def test_removal_beneath_a_wrapper_raises_until_the_wrapper_is_taken_off(target,
     model = tiny_model("llama_gqa")
     clean, before = logits(model, ids), attributes(model)
     module = model.get_submodule(TARGETS[target])
-    with pytest.raises(CircuitFreezeError, match=r"was replaced again, by .*put back the forward") as refused:
+    seen = []
+
+    def freeze_and_wrap():
         with FREEZER.freeze_circuits(model, CONFIG):
-            frozen, old = logits(model, ids), module.forward
-            module.forward = WRAPPERS[wrapper](module, old)
-            assert torch.equal(logits(model, ids), frozen)
+            seen.extend([logits(model, ids), module.forward])
+            module.forward = WRAPPERS[wrapper](module, module.forward)
+            assert torch.equal(logits(model, ids), seen[0])
+
+    with pytest.raises(CircuitFreezeError, match=r"was replaced again, by .*put back the forward") as refused:
+        freeze_and_wrap()
+    frozen, old = seen
     assert torch.equal(logits(model, ids), frozen)
     module.forward = old
     assert torch.equal(logits(model, ids), frozen)
@@ -373,21 +379,18 @@ def test_whoever_keeps_a_frozen_forward_gets_the_unfrozen_one_afterwards(ids):
         assert torch.equal(logits(model, ids), clean)
 
 
-def test_a_compiled_projection_is_replaced_under_the_freeze(ids):
+def test_a_projection_that_is_replaced_under_the_freeze_raises(ids):
     model = tiny_model("llama_gqa")
     attention = model.model.layers[0].self_attn
     clean = logits(model, ids)
     for scope in ("group", "head"):
-        for change in (lambda one: torch.compile(one, backend="eager"), nn.Sequential, copy_of_weights):
+        for change in (lambda one: torch.compile(one, backend="eager"), nn.Sequential, copy.deepcopy):
             own = attention.v_proj
+            other = change(own)
             frozen = FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v", kv_scope=scope))
-            attention.v_proj = change(own) if change is not copy_of_weights else copy_of_weights(tiny_model("llama_gqa"))
+            attention.v_proj = other
             with pytest.raises(FreezeNotInForceError, match=r"v_proj of .* was wrapped or replaced after the freeze"):
                 logits(model, ids)
             frozen.remove()
             attention.v_proj = own
             assert torch.equal(logits(model, ids), clean)
-
-
-def copy_of_weights(model):
-    return model.model.layers[0].self_attn.v_proj
