@@ -35,7 +35,7 @@ class InterventionConfig:
         head_indices: query heads, in the same way; `None` is all of them.
         circuit: `qk`, `ov`, `both`, or one activation `q`, `k`, `v`.
         freeze_type: the replacement `r`: `zero`; `mean` of each feature over batch and real positions of the pass
-            (padding is what the model's argument `attention_mask` says; there is none where it has no such argument);
+            (padding is what the model's argument `attention_mask` says; a mask under another name is refused);
             `noise`, drawn; `reference`, what was recorded on another input; `resample`, another row's.
         backward_mode: `stopgrad`, `ste`, or `circuit_ste`, whose gradient is that of the attention left untouched.
         preserve_gradients: `False` allows a parameter's gradient to be `None` where nothing flows.

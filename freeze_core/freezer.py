@@ -15,6 +15,7 @@ from freeze_core.config import InterventionConfig, check_config, check_on_stale_
 from freeze_core.diagnostics import gradient_behavior, intervention_effect
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.install import FreezeHandle, FrozenCircuits, install
+from freeze_core.freezing.pass_arguments import returned_cache
 from freeze_core.freezing.plan import resolve
 from freeze_core.inputs import model_arguments, run
 from freeze_core.recording import record
@@ -163,7 +164,7 @@ class AttentionCircuitFreezer:
             inputs: all tokens that the cache is to hold: ids `[batch, token]`, embeddings, or a dict of arguments.
 
         Returns:
-            What the model returns as `past_key_values`.
+            The cache that the model returns.
 
         Raises:
             InterventionError: the model makes no cache.
@@ -171,9 +172,11 @@ class AttentionCircuitFreezer:
         find_sites(model)
         with torch.no_grad():
             output = run(model, {**model_arguments(model, inputs), "use_cache": True})
-        cache = getattr(output, "past_key_values", None)
+        cache = returned_cache(output)
         if cache is None:
-            raise InterventionError(f"{type(model).__name__} returned no past_key_values: it makes no cache")
+            raise InterventionError(
+                f"{type(model).__name__} returned no cache of keys and values: run it without one (use_cache=False)"
+            )
         return cache
 
     def check_gradient_behavior(

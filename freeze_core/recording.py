@@ -6,8 +6,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,13 @@ from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.frozen import FrozenOutput, frozen_attention
-from freeze_core.freezing.padding import Arguments, prompt_of, told
+from freeze_core.freezing.padding import UnknownMask, given_masks, prompt_of, select_padding_mask
+from freeze_core.freezing.pass_arguments import ForwardArguments
 from freeze_core.freezing.plan import resolve
 from freeze_core.freezing.replaced import standing_in
 from freeze_core.inputs import model_arguments, run
 
 __all__ = ["hearing_patterns", "record", "under_eager"]
-
-MASKS = ("attention_mask", "encoder_attention_mask")
 
 
 def record(
@@ -60,23 +58,26 @@ def record(
         raise InterventionError(f"pattern={shown(pattern)}: must be True or False")
     device = _device(device)
     arguments = model_arguments(model, inputs)
-    seen_masks: list[Mapping[str, list[Any]]] = []
+    passes: dict[nn.Module, list[_Masks]] = {module: [] for module in (sites.stack, sites.composite) if module}
     seen: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
     with ExitStack() as stack, torch.no_grad():
         for layer in wanted:
             stack.enter_context(_listening(sites.by_layer[layer], seen, device))
-        for module in (sites.stack, sites.composite):
-            if module is not None:
-                stack.callback(
-                    module.register_forward_pre_hook(_mask_keeper(module, seen_masks), with_kwargs=True).remove
-                )
+        for module, masks in passes.items():
+            stack.callback(module.register_forward_pre_hook(_mask_keeper(module, masks), with_kwargs=True).remove)
         run(model, arguments)
+    if len(passes[sites.stack]) > 1:
+        raise InterventionError(
+            f"{type(sites.stack).__name__} ran {len(passes[sites.stack])} times in one forward pass of "
+            f"{type(model).__name__}, each time on other inputs, so that an activation has several values: record "
+            f"through {sites.stack_name or 'the stack of layers'}, on the inputs of one of them"
+        )
     if pattern:
         _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen, device)
     activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
-    given = [one for masks in reversed(seen_masks) for one in masks["attention_mask"]]
-    mask = _copied("attention_mask", told(given, prompt_of(sites.stack)))
-    of_encoder = _copied("encoder_attention_mask", next(iter(seen_masks[-1]["encoder_attention_mask"]), None))
+    given = [mask for calls in passes.values() for call in calls for mask in call.own]
+    mask = _copied("attention_mask", select_padding_mask(given, prompt_of(sites.stack)))
+    of_encoder = _copied("encoder_attention_mask", next((call.of_encoder for call in passes[sites.stack]), None))
     return Recording(activations, mask, of_encoder, attention)
 
 
@@ -90,22 +91,30 @@ def _device(device: object) -> torch.device | None:
         raise InterventionError(f"device={shown(device)}: must be None or a device of this machine: {error}") from error
 
 
-def _mask_keeper(module: nn.Module, seen: list[Mapping[str, list[Any]]]) -> Callable[..., None]:
+class _Masks(NamedTuple):
+    """The masks of one call: those of the module's tokens, as `given_masks` gives them, and that of the encoder's."""
+
+    own: list[Any]
+    of_encoder: Any
+
+
+def _mask_keeper(module: nn.Module, calls: list[_Masks]) -> Callable[..., None]:
     """Keeps the masks that this very module is given: an encoder and a decoder pad differently."""
-    arguments = Arguments(partial(type(module).forward, module), *MASKS)
+    arguments = ForwardArguments(module, module.forward)
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = arguments.named(args, kwargs)
-        seen.append({name: arguments.given(name, named) for name in MASKS})
+        named = arguments.bind(args, kwargs)
+        calls.append(_Masks(given_masks(arguments, named), named.get("encoder_attention_mask")))
 
     return keep
 
 
 def _copied(name: str, mask: Any) -> Tensor | None:
     if mask is not None and not isinstance(mask, Tensor):
+        reason = mask.reason if isinstance(mask, UnknownMask) else f"{name} is a {type(mask).__name__}"
         raise InterventionError(
-            f"{name} is {type(mask).__name__}: it does not tell which of the recorded tokens are padding; pass a "
-            "padding mask [batch, token]"
+            f"{reason}: which of the recorded tokens are padding is unknown; pass a padding mask [batch, token] as "
+            f"{name}"
         )
     return None if mask is None else mask.clone()
 

@@ -72,7 +72,7 @@ class QWenAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's output `[batch, token, hidden]` and, under eager attention, its pattern."""
         query, key, value = (
@@ -80,8 +80,8 @@ class QWenAttention(nn.Module):
             for part in self.c_attn(hidden_states).chunk(3, dim=-1)
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
         attend: Callable[..., Any] = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         mixed, pattern = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5)
@@ -149,16 +149,21 @@ class QWenModel(QWenPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
-        """The last hidden state `[batch, token, hidden]`, from ids or embeddings."""
+        """The last hidden state `[batch, token, hidden]`, from ids or embeddings.
+
+        Generation hands over the cache as `cache` from transformers 5.24 on, and as `past_key_values` before that.
+        """
+        cache = past_key_values if cache is None else cache
         embedded: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        start = 0 if cache is None else cache.get_seq_length()
         columns = (embedded.new_ones(1, embedded.shape[1]).cumsum(-1) - 1 + start).long()
         position_ids = columns if position_ids is None else position_ids
         # By the names of the newest transformers and of the oldest.
@@ -168,7 +173,8 @@ class QWenModel(QWenPreTrainedModel):
             "input_embeds": embedded,
             "attention_mask": attention_mask,
             "cache_position": columns[0],
-            "past_key_values": past_key_values,
+            "cache": cache,
+            "past_key_values": cache,
             "position_ids": position_ids,
         }
         taken = inspect.signature(create_causal_mask).parameters
@@ -176,8 +182,8 @@ class QWenModel(QWenPreTrainedModel):
         rotary = self.rotary_emb(embedded, position_ids=position_ids)
         hidden = embedded
         for block in self.h:
-            hidden = block(hidden, position_embeddings=rotary, attention_mask=mask, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden), past_key_values=past_key_values)
+            hidden = block(hidden, position_embeddings=rotary, attention_mask=mask, cache=cache)
+        return BaseModelOutputWithPast(self.ln_f(hidden), cache)
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
@@ -194,15 +200,17 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[batch, token, vocabulary]`, from ids or embeddings."""
-        found = self.transformer(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
-        logits = self.lm_head(found.last_hidden_state)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=found.past_key_values)
+        cache = past_key_values if cache is None else cache
+        output = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
+        hidden, *caches = output.to_tuple()
+        return CausalLMOutputWithPast(None, self.lm_head(hidden), *caches)
 
 
 def build(config: QWenConfig, attn: str) -> PreTrainedModel:

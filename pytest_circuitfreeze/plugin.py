@@ -12,9 +12,10 @@ import pytest
 
 from pytest_circuitfreeze import fixtures, github, hooks
 from pytest_circuitfreeze.accepted import AcceptedFailures
-from pytest_circuitfreeze.collect import MARKER, SuiteCollection, is_claim
+from pytest_circuitfreeze.collect import MARKER, ROOT, SuiteCollection, is_claim
 from pytest_circuitfreeze.failures import broken_claim, shorten
 from pytest_circuitfreeze.options import add_options
+from pytest_circuitfreeze.required_claims import lost_claim
 from pytest_circuitfreeze.results import CircuitRecord, Results, benchmarked, broken, describe, measured, model_of
 from pytest_circuitfreeze.settings import WORKER_SEED, is_enabled, is_listing, settings_of
 from pytest_circuitfreeze.summary import header, versions, write_summary
@@ -150,6 +151,10 @@ class SuiteRun:
                 item.user_properties.extend([*measured(self._record), *benchmarked(item)])
         if is_claim(item) and self._record.offers_nothing:
             pytest.skip(f"not offered: {'; '.join(self._record.not_offered)}")
+        if is_claim(item) and item.nodeid.startswith(f"{ROOT}/"):
+            lost = lost_claim(model_of(item), self._settings.engine, self._record.silent)
+            if lost:
+                pytest.fail(lost, pytrace=False)
         return result
 
     @pytest.hookimpl(wrapper=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from torch import Tensor
+from transformers import Cache
 
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.suites.paired import Call
@@ -27,11 +28,13 @@ def bench_cached_step(benchmark: BenchmarkFixture, circuit_engine: Engine, size:
 
 def cached_step(call: Callable[..., Any], prompt: Tensor) -> Call:
     """A call that runs one token more, always the same."""
-    kept = call(input_ids=prompt, use_cache=True).past_key_values
+    output = call(input_ids=prompt, use_cache=True)
+    # A model takes a cache by the name under which it returns one.
+    name, cache = next((name, value) for name, value in output.items() if isinstance(value, Cache))
     token = prompt[:, :1]
 
     def step() -> None:
-        call(input_ids=token, past_key_values=kept, use_cache=True)
-        kept.crop(-1)
+        call(input_ids=token, use_cache=True, **{name: cache})
+        cache.crop(-1)
 
     return step

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
 from pytest_circuitfreeze.suites.foreign_caches import other_freezes, told
 from pytest_circuitfreeze.suites.independence import unshares
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES
+from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge
 from pytest_circuitfreeze.suites.judge.decoding import decode, demand_decoding, go_on
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look, of_real_tokens
@@ -179,8 +180,9 @@ def check_recomputation_is_the_same_pass(
         NotApplicable: the model has no gradient checkpointing, or the unfrozen model's are not.
     """
     claim = Claim("what is run again for its gradient is the same pass")
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
         raise NotApplicable(f"{type(model).__name__} has no gradient checkpointing")
+    _demand_recomputation(model, batch)
 
     def compare(claim: Claim, which: InterventionConfig | None) -> None:
         want = _gradients(engine, model, which, [batch, other])
@@ -191,6 +193,31 @@ def check_recomputation_is_the_same_pass(
 
     claim.compared(compare, config)
     return claim.margin
+
+
+_RECOMPUTES: WeakSet[PreTrainedModel] = WeakSet()
+"""The models that were seen to run attention again in the backward pass."""
+
+
+def _demand_recomputation(model: PreTrainedModel, batch: Batch) -> None:
+    """Demands, once a model, that gradient checkpointing runs attention again: the claim would be empty without.
+
+    Raises:
+        CannotJudge: it does not.
+    """
+    if model in _RECOMPUTES:
+        return
+    runs: list[str] = []
+    with ExitStack() as stack, _checkpointing(model), _training(model):
+        for site in sites(model).values():
+            stack.callback(site.module.register_forward_pre_hook(lambda *_: runs.append("run")).remove)
+        loss = model(**batch.arguments(model)).logits.square().mean()
+        forward = len(runs)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    if len(runs) == forward:
+        raise CannotJudge(f"gradient checkpointing of {type(model).__name__} was switched on, and nothing ran again")
+    _RECOMPUTES.add(model)
 
 
 def _gradients(

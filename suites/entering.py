@@ -12,6 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotApplicable, check
+from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, is_known
+from pytest_circuitfreeze.suites.judge.decoding import cache_argument
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, unfrozen
 from pytest_circuitfreeze.suites.judge.sites import implementations
 from pytest_circuitfreeze.suites.judge.state import training_flags_kept
@@ -55,12 +57,20 @@ def check_every_way_in_is_frozen(
 
 
 def _is_open(way: Way, call: Callable[..., Any], model: PreTrainedModel, batch: Batch, plain: Tensor) -> bool:
-    """Whether the unfrozen model takes that way, and comes to the same bits."""
+    """Whether the unfrozen model takes that way, and comes to the same bits.
+
+    Raises:
+        CannotJudge: a family that takes each way does not: something was renamed, and must not drop out unseen.
+    """
     try:
         Claim("").same("logits", way(call, model, batch), plain)
     except ClaimBroken:
         return False
-    except Exception:  # whatever a model says to arguments that it does not take
+    except Exception as error:  # whatever a model says to arguments that it does not take
+        if is_known(model) and type(model).__module__.startswith("transformers."):
+            raise CannotJudge(
+                f"{type(model).__name__} can be called in each way, and raised {type(error).__name__}: {error}"
+            ) from error
         return False
     return True
 
@@ -90,7 +100,7 @@ def _with_a_new_cache(call: Callable[..., Any], model: PreTrainedModel, batch: B
 
 def _with_an_empty_cache(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> Tensor:
     cache = DynamicCache(config=model.config)
-    return _logits(call(**{**batch.arguments(model), "use_cache": True}, past_key_values=cache))
+    return _logits(call(**{**batch.arguments(model), "use_cache": True}, **cache_argument(model, cache)))
 
 
 def _as_a_tuple(call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
+from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
+from pytest_circuitfreeze.suites.judge.decoding import cache_argument, cache_returned, refuse_lost_cache
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation
 from pytest_circuitfreeze.suites.judge.sites import implementations
 from pytest_circuitfreeze.suites.judge.state import changes, moving, visible_state
@@ -34,7 +36,7 @@ def check_what_cannot_be_served_is_an_error(
 
     Raises:
         ClaimBroken: it was served, another error was raised, or something of the freeze is left.
-        NotApplicable: the unfrozen model cannot make such a pass.
+        NotApplicable, CannotJudge: the unfrozen model cannot make such a pass, as `refuse_lost_cache` has it.
     """
     from freeze_core import InterventionError
 
@@ -42,10 +44,10 @@ def check_what_cannot_be_served_is_an_error(
     with attention_implementation(model, implementations(model)[0]), torch.no_grad():
         try:
             own = moving(model, lambda: model(**_after(model, model, batch, cached)))
-        except NotApplicable:
+        except (NotApplicable, CannotJudge):
             raise
         except Exception as error:  # whatever a model does
-            raise NotApplicable(f"the unfrozen model cannot go on from a cache: {error}") from error
+            raise refuse_lost_cache(model, f"raised {type(error).__name__}: {error}") from error
         before = visible_state(model)
         try:
             with engine.freeze(model, config) as frozen:
@@ -88,9 +90,7 @@ def _after(call: Callable[..., Any], model: PreTrainedModel, batch: Batch, cache
     if cached == 0:
         return whole
     first = {name: value[:, :cached] if isinstance(value, torch.Tensor) else value for name, value in whole.items()}
-    cache = getattr(call(**{**first, "use_cache": True}), "past_key_values", None)
-    if cache is None:
-        raise NotApplicable(f"{type(model).__name__} keeps no cache")
+    cache = cache_returned(model, call(**{**first, "use_cache": True}))
     rest = {name: value[:, cached:] if isinstance(value, torch.Tensor) else value for name, value in whole.items()}
     mask = {name: value for name, value in whole.items() if name == "attention_mask"}
-    return {**rest, **mask, "past_key_values": cache, "use_cache": True}
+    return {**rest, **mask, **cache_argument(model, cache), "use_cache": True}

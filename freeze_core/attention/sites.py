@@ -62,6 +62,8 @@ class Sites:
         by_layer: the attention layers that can be served.
         names: the paths of their attention modules in the model.
         refused: why others cannot, by layer. A layer in neither has no attention.
+        encoder_decoder: where the stack is the encoder's of an encoder-decoder, the module that takes
+            `encoder_outputs`, and the one inside it that computes them.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class Sites:
     by_layer: Mapping[int, AttentionSite]
     names: Mapping[int, str]
     refused: Mapping[int, str]
+    encoder_decoder: tuple[nn.Module, nn.Module] | None = None
 
     def path(self, site: AttentionSite) -> str:
         """The path of a site's attention module within the stack, whichever module the model was entered by."""
@@ -103,7 +106,9 @@ def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None, 
     name = _entered(model, stack.rpartition(".")[0])
     names = {one.layer: one.name for one in asked}
     stacked = model.get_submodule(name)
-    return Sites(model, layer_count(model, stack), stacked, name, _composite(model, name), by_layer, names, refused)
+    around = _encoder_decoder(model, name) if attention == "encoder" else None
+    layers, composite = layer_count(model, stack), _composite(model, name)
+    return Sites(model, layers, stacked, name, composite, by_layer, names, refused, around)
 
 
 def _entered(model: nn.Module, name: str) -> str:
@@ -135,6 +140,16 @@ def _composite(model: nn.Module, name: str) -> nn.Module | None:
     parameters = parameters_of(outer)
     # Of an encoder and a decoder the mask is the encoder's.
     return outer if "attention_mask" in parameters and "decoder_input_ids" not in parameters else None
+
+
+def _encoder_decoder(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module] | None:
+    """The innermost module around the encoder `name` that takes `encoder_outputs`, and what computes them inside it."""
+    parts = name.split(".") if name else []
+    for depth in range(len(parts) - 1, -1, -1):
+        outer = model.get_submodule(".".join(parts[:depth]))
+        if "encoder_outputs" in parameters_of(outer):
+            return outer, outer.get_submodule(parts[depth])
+    return None
 
 
 def _reasons(found: list[Found], refused: Mapping[int, str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from freeze_core.errors import InterventionError, StaleCacheWarning
 
-__all__ = ["check_cache", "check_emptied_cache", "filled", "mark_cache"]
+__all__ = ["check_cache", "check_emptied_cache", "filled", "is_cache", "mark_cache"]
 
 ATTRIBUTE = "_circuitfreeze_mark"
 
@@ -29,9 +29,14 @@ class _Mark:
     length: int
 
 
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache of keys and values that counts its tokens, as all of transformers' do."""
+    return hasattr(value, "get_seq_length")
+
+
 def filled(cache: Any) -> int:
     """Tokens in a cache; 0 where there is none."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    return int(cache.get_seq_length()) if is_cache(cache) else 0
 
 
 def check_cache(cache: Any, mark: str, cached: int, on_stale: str) -> None:

@@ -230,7 +230,7 @@ class FrozenAttention(Held):
 
     def _put_in(self, wiring: Wiring) -> None:
         self.attach()
-        self._tracker = tracker_of(self.stack, self.composite)
+        self._tracker = tracker_of(self.stack, self.composite, self.encoder_decoder)
         self._tracker.put(self.path, wiring.in_force)
         for module in (self.site.layout.core, *wiring.storage.readers):
             for name, value in wiring.storage.attributes.items():

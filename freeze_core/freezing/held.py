@@ -29,6 +29,7 @@ class Held(ReplacedForward):
         self.stack = stack
         self.path = path
         self.composite: nn.Module | None = None
+        self.encoder_decoder: tuple[nn.Module, nn.Module] | None = None
         self._tracker: PassTracker | None = None
 
     @property
@@ -90,7 +91,8 @@ class Held(ReplacedForward):
         on the stack, around it, on this module or on one of `modules`.
         """
         self._refuse_running()
-        around = [self.composite] if self.composite else []
+        around = [self.composite] if self.composite is not None else []
+        around += [self.encoder_decoder[0]] if self.encoder_decoder else []
         for module in (self.module, *modules, self.stack, *around):
             for patch in patches_on(module):
                 patch.refuse_if_covered()

@@ -128,6 +128,7 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
                 frozen = fresh[id(site.attention)] = FrozenAttention(site, sites.stack, sites.path(site))
             refuse_other_stack(frozen, sites.stack)
             frozen.composite = frozen.composite or sites.composite
+            frozen.encoder_decoder = frozen.encoder_decoder or sites.encoder_decoder
             asked.setdefault(frozen, []).append((handle, freeze))
     prepared = [(frozen, wire(frozen.site, [*frozen.wiring.freezes, *added])) for frozen, added in asked.items()]
     for frozen, _ in prepared:

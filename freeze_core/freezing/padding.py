@@ -8,34 +8,27 @@ prompts of its own before the tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from freeze_core.freezing.pass_arguments import ForwardArguments
 from freeze_core.freezing.replaced import ReplacedPass
-from freeze_core.freezing.signatures import signature_of
 
-__all__ = ["Arguments", "Composite", "prompt_of", "told"]
+__all__ = ["Composite", "UnknownMask", "given_masks", "prompt_of", "select_padding_mask"]
 
 
-class Arguments:
-    """Finds arguments of a forward by their `names`, whether they are given by name or by position."""
+@dataclass(frozen=True)
+class UnknownMask:
+    """Stands for the padding mask where a module takes none by the name of `attention_mask`, and may pad all the same.
 
-    def __init__(self, forward: Any, *names: str) -> None:
-        parameters = list(signature_of(forward).parameters)
-        self._places = {name: parameters.index(name) for name in names if name in parameters}
+    Args:
+        reason: what may be padding, in words.
+    """
 
-    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What is given, by name: what was given by name, and of the rest what is looked for."""
-        if not args:
-            return kwargs
-        placed = {name: args[place] for name, place in self._places.items() if place < len(args)}
-        return {**kwargs, **placed}
-
-    def given(self, name: str, named: Mapping[str, Any]) -> list[Any]:
-        """The argument called `name` as a list of one, `None` by default; none where there is no such argument."""
-        return [named.get(name)] if name in self._places else []
+    reason: str
 
 
 class Composite(ReplacedPass):
@@ -43,16 +36,40 @@ class Composite(ReplacedPass):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._arguments = Arguments(self.original, "attention_mask")
+        self._arguments = ForwardArguments(module, self.original)
         self.given: list[Any] = []
         """The mask of the pass that is running, if one is."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.given = [self._arguments.named(args, kwargs).get("attention_mask")]
+        self.given = given_masks(self._arguments, self._arguments.bind(args, kwargs))
         try:
             return self.original(*args, **kwargs)
         finally:
             self.given = []
+
+
+def given_masks(arguments: ForwardArguments, named: Mapping[str, Any]) -> list[Any]:
+    """The `attention_mask` of a call as a list of one, `None` by default; an empty list where there is no padding mask.
+
+    A tensor of rows by tokens that is called otherwise may be a padding mask, and stands as an `UnknownMask`.
+    """
+    if arguments.takes("attention_mask") or "attention_mask" in named:
+        return [named.get("attention_mask")]
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor) and value.dim() > 1}
+    if not tensors:
+        return []
+    tokens = next((tensors[name] for name in ("input_ids", "inputs_embeds") if name in tensors), None)
+    if tokens is None:
+        tokens = tensors.pop(next(iter(tensors)))  # what a model is given first, whatever it calls it
+    for name, value in tensors.items():
+        by_rows = value is not tokens and value.shape[0] == tokens.shape[0] and value.shape[-1] == tokens.shape[1]
+        if by_rows and not any(part in name for part in NO_MASK):
+            return [UnknownMask(f"{name} {list(value.shape)} may say which tokens are padding")]
+    return []
+
+
+NO_MASK = ("embed", "hidden", "ids", "label", "position", "state")
+"""Parts of the names of other tensors of rows by tokens."""
 
 
 def prompt_of(stack: nn.Module) -> int:
@@ -61,16 +78,16 @@ def prompt_of(stack: nn.Module) -> int:
     return prompt
 
 
-def told(given: Sequence[Any], prompt: int) -> Any:
-    """The mask that tells padding: the first of those `given`, to a stack and what is around it, that does.
+def select_padding_mask(masks: Sequence[Any], prompt_length: int) -> Any:
+    """The first of the `masks` given to a stack and to the module around it that says which tokens are padding.
 
-    What a stack puts before the tokens by itself, `prompt` tokens, is no padding.
+    The `prompt_length` tokens that a stack puts before its input are not padding.
     """
-    mask = given[0] if given else None
-    if not _tells(mask):
-        mask = next((other for other in given if _tells(other)), mask)
-    return F.pad(mask, (prompt, 0), value=1) if prompt and isinstance(mask, Tensor) else mask
+    mask = masks[0] if masks else None
+    if not _is_padding_mask(mask):
+        mask = next((other for other in masks if _is_padding_mask(other)), mask)
+    return F.pad(mask, (prompt_length, 0), value=1) if prompt_length and isinstance(mask, Tensor) else mask
 
 
-def _tells(mask: Any) -> bool:
+def _is_padding_mask(mask: Any) -> bool:
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from freeze_core.errors import InterventionError
+from freeze_core.freezing.padding import UnknownMask
 from freeze_core.freezing.traced import demand
 
 __all__ = ["Pass"]
@@ -17,7 +18,8 @@ class Pass:
     """One forward pass through a stack of decoder layers.
 
     Args:
-        attention_mask: as the stack was given it: `None`, or `[batch, cached + token]` with 0 for padding.
+        attention_mask: as the stack was given it: `None`, or `[batch, cached + token]` with 0 for padding; an
+            `UnknownMask` where what was given does not say.
         cached: tokens in the cache before this pass.
         tokens: tokens of this pass.
         encoder: the same of the encoder's states that cross-attention reads, if there are any.
@@ -38,6 +40,7 @@ class Pass:
         self.cached = cached
         self.encoder = encoder
         self.cross_cached = cross_cached
+        self.tokens = tokens
         self.end = cached + tokens
         self.rows = rows
         self.ran: set[str] = set()
@@ -68,8 +71,7 @@ class Pass:
 
     def turned(self, shape: torch.Size) -> bool:
         """Whether an activation is `[token, batch, feature]`; that it is cannot be seen where there are as many."""
-        tokens = self.end - self.cached
-        return shape[0] == tokens != self.rows == shape[1]
+        return shape[0] == self.tokens != self.rows == shape[1]
 
     def column(self, tokens: int) -> int:
         """The column of the first of `tokens` activations: they end with the pass, or begin with the cache.
@@ -83,7 +85,19 @@ class Pass:
                 "model has no argument input_ids or inputs_embeds, so that noise would be drawn for other columns: run "
                 "without a cache"
             )
+        if fault := self._other_columns(tokens):
+            raise InterventionError(f"{fault}: noise would be drawn for other columns; freeze with zero or a mean")
         return max(0, self.end - tokens)
+
+    def _other_columns(self, tokens: int) -> str:
+        """Why `tokens` activations in a row are not the pass's columns, or those with cached ones before them.
+
+        A stack may pad its input by itself, to a multiple of a window, say, or put tokens of its own before it. Latent
+        attention sees the cached columns again, or those of them that its window has kept.
+        """
+        if not self.tokens or tokens == self.tokens or (self.cached and self.tokens < tokens <= self.end):
+            return ""
+        return f"an attention layer was given {tokens} columns in a pass of {self.tokens} tokens"
 
     def real(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """`x` `[batch, token, feature]` and which positions are not padding, `[batch, token]` bool; `None` is all.
@@ -97,6 +111,8 @@ class Pass:
                 f"attention_mask is {list(mask.shape)} and the activations are {list(x.shape[:2])} [batch, token]: "
                 "statistics of the pass need a mask of the same shape"
             )
+        elif other := self._other_columns(x.shape[1]):
+            fault = fault or f"{other}: which of them are padding is unknown; freeze with zero, or with noise_std"
         return demand(x, not fault, fault), None if fault else mask
 
     def without_padding(self, x: Tensor) -> Tensor:
@@ -138,8 +154,11 @@ class Pass:
         mask = self.attention_mask
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
             return None if mask is None else mask.bool(), ""
-        shape = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        if isinstance(mask, Tensor):
+            given = f"attention_mask is {list(mask.shape)}"
+        else:
+            given = mask.reason if isinstance(mask, UnknownMask) else f"attention_mask is a {type(mask).__name__}"
         return None, (
-            f"attention_mask is {shape}: a freeze that depends on padding needs a padding mask [batch, token]; pass "
+            f"{given}: a freeze that depends on padding needs a padding mask [batch, token]; pass "
             "one, freeze through the very model that is given one, or freeze with zero or with noise_std"
         )

@@ -55,9 +55,11 @@ class Treatment:
 
     @property
     def key(self) -> str:
-        """What decides the frozen value, as text. A recorded reference serves whole passes only, whichever it is."""
+        """What decides the frozen value, as text."""
         calibrated = self.statistics.digest() if self.statistics else ""
-        return f"{self.freeze_type} {self.strength} {self.seed:x} {self.noise_std} {calibrated}"
+        # Cross-attention under a reference reads keys and values from a cache, so that recordings must be told apart.
+        recorded = self.reference.digest if self.reference else ""
+        return f"{self.freeze_type} {self.strength} {self.seed:x} {self.noise_std} {calibrated} {recorded}"
 
 
 @dataclass(frozen=True)

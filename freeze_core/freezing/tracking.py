@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
-from freeze_core.freezing.padding import Arguments, Composite, prompt_of, told
+from freeze_core.freezing.encoder_outputs import EncoderDecoderPatch
+from freeze_core.freezing.padding import Composite, given_masks, prompt_of, select_padding_mask
+from freeze_core.freezing.pass_arguments import ForwardArguments, find_cache, returned_cache
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.places import Place
 from freeze_core.freezing.replaced import ReplacedPass, standing_in
@@ -25,6 +27,7 @@ class InForce(NamedTuple):
     """What a frozen attention tells of itself.
 
     Args:
+        attention: the attention module itself.
         key: what is frozen at which value, as text; nothing where nothing is.
         wiring: the same and what gradients do.
         unshared: whether each query head has KV heads of its own.
@@ -32,6 +35,7 @@ class InForce(NamedTuple):
         on_stale: what to do about a foreign cache.
     """
 
+    attention: nn.Module
     key: str
     wiring: tuple[object, ...]
     unshared: bool
@@ -39,28 +43,19 @@ class InForce(NamedTuple):
     on_stale: str
 
 
-ARGUMENTS = (
-    "attention_mask",
-    "past_key_values",
-    "cache",
-    "input_ids",
-    "inputs_embeds",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-)
-
-
 class PassTracker(ReplacedPass):
     """Stands in for the forward of a stack of layers: knows the pass that runs through it, and marks its cache."""
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__(stack)
-        self._arguments = Arguments(self.original, *ARGUMENTS)
+        self._arguments = ForwardArguments(stack, self.original)
         self.current: Pass | None = None
         self.composite: Composite | None = None
+        self.encoder_decoder: EncoderDecoderPatch | None = None
         self._prompt = prompt_of(stack)
         self._in_force: dict[str, InForce] = {}
         self._places: dict[str, Place] = {}
+        self._buffers: list[tuple[str, Tensor]] = []
         self._mark = ""
         self._unshared = self._needs_rows = False
         self._on_stale = "ignore"
@@ -75,32 +70,40 @@ class PassTracker(ReplacedPass):
             self._in_force[name] = in_force
             self._places[name] = Place(self.module, name)
         notes = [self._in_force[name] for name in sorted(self._in_force)]
+        self._buffers = [pair for name, note in self._in_force.items() for pair in _cache_buffers(name, note.attention)]
         frozen = [note.key for note in notes if note.key]
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
         unshared = [name for name in sorted(self._in_force) if self._in_force[name].unshared]
         self._mark = f"{' '.join(unshared)}|{digest}"
         self._needs_rows = self._row_order.needed = any(note.needs_rows for note in notes)
         self._on_stale = max((note.on_stale for note in notes), key=("ignore", "warn", "error").index, default="ignore")
+        if self.encoder_decoder:
+            self.encoder_decoder.set_mark(digest, self._on_stale)
         if not notes:
             self.detach()
         elif not self.in_force():
             self.detach()
             self.attach()
 
+    @property
+    def _around(self) -> list[ReplacedPass]:
+        """The patches of modules around the stack, which come and go with this one."""
+        return [patch for patch in (self.composite, self.encoder_decoder) if patch]
+
     def attach(self) -> None:
         super().attach()
-        if self.composite:
-            self.composite.attach()
+        for patch in self._around:
+            patch.attach()
 
     def detach(self) -> None:
         super().detach()
-        if self.composite:
-            self.composite.detach()
+        for patch in self._around:
+            patch.detach()
 
     def refuse_if_covered(self) -> None:
         super().refuse_if_covered()
-        if self.composite:
-            self.composite.refuse_if_covered()
+        for patch in self._around:
+            patch.refuse_if_covered()
 
     def told_by(self, module: nn.Module) -> None:
         """Asks `module`, around the stack, which tokens are padding where the stack is not told."""
@@ -109,24 +112,21 @@ class PassTracker(ReplacedPass):
             if self.in_force():
                 self.composite.attach()
 
+    def watch_encoder_outputs(self, module: nn.Module, encoder: nn.Module) -> None:
+        """Has `module`, around the stack, checked for outputs of `encoder` that are older than the freeze."""
+        if self.encoder_decoder is None:
+            self.encoder_decoder = EncoderDecoderPatch(module, encoder)
+            if self.in_force():
+                self.encoder_decoder.attach()
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "write_index" in kwargs:
             raise InterventionError(
                 "continuous batching (generate_batch) runs parts of several sequences in one row, on pages that may be "
                 "filled without this freeze: their columns, statistics and heads cannot be told; use generate()"
             )
-        named = self._arguments.named(args, kwargs)
-        if named.get("cache") is not None:
-            raise InterventionError(
-                f"{type(self.module).__name__} takes a cache of its own kind, cache=, to which it cannot be told "
-                "what a pass adds: run without one"
-            )
-        cache = named.get("past_key_values")
-        if cache is not None and not hasattr(cache, "get_seq_length"):
-            raise InterventionError(
-                f"past_key_values is a {type(cache).__name__}: the tokens in it cannot be counted, nor can it be told "
-                "under which freeze it was filled; pass a cache of transformers (DynamicCache), or run without one"
-            )
+        named = self._arguments.bind(args, kwargs)
+        cache = find_cache(named, type(self.module).__name__)
         running = self._pass(cache, named)
         covered = self._covered()
         before = running.cached + running.cross_cached
@@ -134,6 +134,7 @@ class PassTracker(ReplacedPass):
             check_cache(cache, self._mark, running.cached, self._on_stale)
         elif cache is not None:
             check_emptied_cache(cache, self._mark)
+        versions = [buffer._version for _, buffer in self._buffers]
         if self.module.training:
             with self._checkpoints_keep(running):
                 output = self._run_in(running, self.original, args, kwargs)
@@ -142,7 +143,12 @@ class PassTracker(ReplacedPass):
         for name in covered:
             if name not in running.ran:
                 raise FreezeNotInForceError(self._replaced(name))
-        cache = cache if cache is not None else _cache_of(output)
+        if self._buffers:
+            self._refuse_written_buffers(versions)
+        if cache is not None:
+            self._refuse_recomputed_tokens(cache, running)
+        else:
+            cache = returned_cache(output)
         if cache is not None:
             # Counted, not asked for again: a static cache on an accelerator would be waited for.
             mark_cache(cache, self._mark, before, running.end if running.end > running.cached else filled(cache))
@@ -151,6 +157,32 @@ class PassTracker(ReplacedPass):
         elif self._needs_rows and not torch.compiler.is_compiling():
             self._row_order.check(named.get("input_ids"))
         return output
+
+    def _refuse_written_buffers(self, versions: Sequence[int]) -> None:
+        """Raises `InterventionError` where a pass wrote to a buffer of attention that may be a cache of its own."""
+        for (name, buffer), version in zip(self._buffers, versions, strict=True):
+            if buffer._version != version:
+                raise InterventionError(
+                    f"{name} of {type(self.module).__name__}, a buffer {list(buffer.shape)}, was written to in this "
+                    "pass: if attention keeps keys and values there, how many tokens it holds and under which freeze "
+                    "they were computed is unknown; hand over a cache of transformers (DynamicCache) instead, or take "
+                    "the buffer out"
+                )
+
+    def _refuse_recomputed_tokens(self, cache: Any, running: Pass) -> None:
+        """Raises `InterventionError` where a cache has not grown by the tokens that the pass was given.
+
+        Such a model (XLM, say) is given its cached tokens again and leaves them out by itself, so that the columns of
+        its activations are not those of the tokens. A cache of fixed size is not asked: on an accelerator that waits.
+        """
+        tokens = running.end - running.cached
+        if self._prompt or not tokens or getattr(cache, "is_compileable", False):
+            return
+        if (grown := filled(cache) - running.cached) not in (0, tokens):
+            raise InterventionError(
+                f"{type(self.module).__name__} was given {tokens} tokens and added {grown} to its cache of "
+                f"{running.cached}: which columns this pass computed is unknown; run without a cache (use_cache=False)"
+            )
 
     def _covered(self) -> list[str]:
         """The frozen attentions on which, or around which, something was put since; it may well run them.
@@ -186,8 +218,8 @@ class PassTracker(ReplacedPass):
         if states is not None:
             encoder = Pass(named.get("encoder_attention_mask"), 0, states.shape[1], rows=len(states))
         cross_cached = cache is not None and any(getattr(cache, "is_updated", {}).values())
-        masks = self._arguments.given("attention_mask", named)
-        mask = told([*masks, *self.composite.given] if self.composite else masks, self._prompt)
+        masks = given_masks(self._arguments, named)
+        mask = select_padding_mask([*masks, *self.composite.given] if self.composite else masks, self._prompt)
         cached = 0 if cache is None else filled(cache)
         if self._prompt:  # it is given all tokens again at each step, and puts its own in front
             tokens += self._prompt - cached
@@ -238,18 +270,24 @@ class PassTracker(ReplacedPass):
         return keeping
 
 
-def _cache_of(output: Any) -> Any:
-    """The cache that a pass has made: by name, or among what was returned as a tuple."""
-    cache = getattr(output, "past_key_values", None)
-    if hasattr(cache, "get_seq_length"):
-        return cache
-    several = output if isinstance(output, tuple) else ()
-    return next((one for one in several if hasattr(one, "get_seq_length")), None)
+def _cache_buffers(path: str, attention: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of an attention that could hold keys and values of earlier passes, by their paths."""
+    for name, buffer in attention.named_buffers(path):
+        if buffer.is_floating_point() and buffer.dim() > 2 and not buffer.is_inference():
+            yield name, buffer
 
 
-def tracker_of(stack: nn.Module, composite: nn.Module | None) -> PassTracker:
-    """What tracks the passes of `stack`, inside `composite` if that is one, now, or something that can."""
+def tracker_of(
+    stack: nn.Module, composite: nn.Module | None, encoder_decoder: tuple[nn.Module, nn.Module] | None = None
+) -> PassTracker:
+    """What tracks the passes of `stack`, inside `composite` if that is one, now, or something that can.
+
+    Args:
+        encoder_decoder: where the stack is an encoder's, as `Sites.encoder_decoder` has it.
+    """
     tracker = standing_in(stack, PassTracker) or PassTracker(stack)
     if composite is not None:
         tracker.told_by(composite)
+    if encoder_decoder is not None:
+        tracker.watch_encoder_outputs(*encoder_decoder)
     return tracker

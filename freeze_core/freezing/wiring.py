@@ -51,7 +51,7 @@ def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wir
         UnsupportedModelError: the layer cannot hold what is asked.
     """
     if not freezes:
-        nothing = InForce("", (), unshared=False, needs_rows=False, on_stale="ignore")
+        nothing = InForce(site.attention, "", (), unshared=False, needs_rows=False, on_stale="ignore")
         return Wiring((), site.layout.shared, {}, (), {}, None, nothing, False, False)
     in_order = [freeze for _, freeze in freezes]
     refuse_dependent(site, in_order)
@@ -60,6 +60,7 @@ def wire(site: AttentionSite, freezes: Sequence[tuple[Any, LayerFreeze]]) -> Wir
     chosen = [treatment for treatments in assignment.values() for treatment in treatments]
     key = " ".join("-" if treatment is None else treatment.key for treatment in chosen)
     in_force = InForce(
+        attention=site.attention,
         key=f"{site.kind} {site.layer} {key}" if any(chosen) else "",
         wiring=tuple(chosen),
         unshared=storage is not site.layout.shared,

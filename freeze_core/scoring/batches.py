@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError, shown
+from freeze_core.freezing.pass_arguments import find_cache
 from freeze_core.inputs import model_arguments
 
 __all__ = ["IGNORED", "Batch", "batches_of"]
@@ -100,11 +101,8 @@ def _check_positions(positions: object) -> None:
 
 def _batch(model: nn.Module, given: Any, positions: Any) -> Batch:
     arguments = model_arguments(model, given)
-    for name, value in arguments.items():
-        if hasattr(value, "get_seq_length") or (name == "past_key_values" and value is not None):
-            raise InterventionError(
-                f"inputs hold a cache, {name}, which every pass would fill further: give whole sequences"
-            )
+    if find_cache(arguments, type(model).__name__) is not None:
+        raise InterventionError("inputs hold a cache, which every pass would fill further: give whole sequences")
     decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     tokens = _tokens(arguments, decodes)
     rows, columns = tokens.shape[:2]

@@ -96,6 +96,7 @@ class SteeredLayer(Held):
         keys = [addition.key for _, addition in self.additions if addition.delta is not None]
         stale = [owner.on_stale_cache for owner, _ in self.additions]
         return InForce(
+            attention=self.module,
             key=f"stream {self.site.layer} {' '.join(keys)}" if keys else "",
             wiring=tuple(keys),
             unshared=False,

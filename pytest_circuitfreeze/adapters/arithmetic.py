@@ -7,13 +7,14 @@ backwards, is no library's business. An adapter derives from `Arithmetic` and ha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from freeze_core import InterventionConfig, InterventionError
 from freeze_core.attention.sites import find_sites
@@ -59,6 +60,11 @@ def named(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
     """What a model is called with, by the names that its class has for it: libraries put their own forward on one."""
     _, *names = inspect.signature(type(model).forward).parameters
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def cache_among(values: Iterable[Any]) -> Any:
+    """The cache among a model's arguments or among what it returned, or `None`: transformers has renamed it."""
+    return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def beyond_outputs(
@@ -113,7 +119,7 @@ class Arithmetic:
     def remember(self, arguments: Mapping[str, Any]) -> None:
         """Takes the mask and the number of cached columns from a pass's arguments by name."""
         self.mask = arguments.get("attention_mask")
-        cache = arguments.get("past_key_values")
+        cache = cache_among(arguments.values())
         self.cached = 0 if cache is None else cache.get_seq_length()
 
     def refuse_foreign_statistics(self, model: nn.Module, configs: list[InterventionConfig]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core import InterventionConfig, InterventionError, StaleCacheWarning
-from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, Blend, named, several, unshares
+from pytest_circuitfreeze.adapters.arithmetic import Arithmetic, Blend, cache_among, named, several, unshares
 from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
 
 CHECKPOINT = "_gradient_checkpointing_func"
@@ -126,7 +126,7 @@ class HookEngine(Arithmetic):
         given = named(model, args, kwargs)
         self.remember(given)
         if self.cached:
-            self.check_cache(given["past_key_values"])
+            self.check_cache(cache_among(given.values()))
 
     def keeping(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Gradient checkpointing whose layers are run again under the mask of the pass that they first ran in."""
@@ -151,7 +151,7 @@ class HookEngine(Arithmetic):
             warnings.warn("this cache was filled under another freeze", StaleCacheWarning, stacklevel=2)
 
     def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_among(output.values() if isinstance(output, Mapping) else output)
         if cache is None:
             return
         if not self.cached:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import NotApplicable
+from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation
 from pytest_circuitfreeze.suites.judge.sites import implementations
 
@@ -19,7 +20,67 @@ if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["decode", "demand_decoding", "go_on"]
+__all__ = ["cache_argument", "cache_returned", "decode", "demand_decoding", "go_on", "refuse_lost_cache"]
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers' models call the argument that takes a cache: from 5.24 on the first, before that the others."""
+
+WITHOUT_CACHE = {
+    "cpmant": "it is given all tokens again at each step, behind a prompt that it puts before them",
+    "flaubert": "it returns no cache, and is given its cached tokens again at each step",
+    "openai-gpt": "it has no cache",
+    "recurrent_gemma": "it returns no cache, and keeps its states in its modules",
+    "xlm": "it returns no cache, and is given its cached tokens again at each step",
+}
+"""The types of transformers' models that do not go on from a cache, and why.
+
+Every other type must: where it does not, something has changed that the judge must be told, or the claims about caches
+would drop out unseen.
+"""
+
+
+def cache_returned(model: PreTrainedModel, output: Any) -> Cache:
+    """The cache among what `model` returned, whatever it is called there.
+
+    Raises:
+        NotApplicable, CannotJudge: there is none, as `refuse_lost_cache` has it.
+    """
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    cache = next((value for value in values if isinstance(value, Cache)), None)
+    if cache is None:
+        raise refuse_lost_cache(model, f"returned no cache, but a {type(output).__name__}")
+    return cache
+
+
+def cache_argument(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """`cache` as the keyword argument by which `model` takes it.
+
+    Raises:
+        NotApplicable, CannotJudge: it takes none by a name that is known here, as `refuse_lost_cache` has it.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    # Something around a model of transformers may pass on all that it is given.
+    passes_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    known = [*parameters, *(inspect.signature(LlamaForCausalLM.forward).parameters if passes_on else ())]
+    name = next((name for name in CACHE_NAMES if name in known), None)
+    if name is None:
+        raise refuse_lost_cache(model, f"takes none of {', '.join(CACHE_NAMES)}, but {', '.join(parameters)}")
+    return {name: cache}
+
+
+def refuse_lost_cache(model: PreTrainedModel, found: str) -> NotApplicable | CannotJudge:
+    """What to raise where `model` does not go on from a cache, with what was `found` of it.
+
+    `NotApplicable` where its type is known for that, or where it is no model of transformers and its config promises no
+    cache. An error elsewhere: a claim must not drop out because a library calls something by another name.
+    """
+    name, kind = type(model).__name__, getattr(model.config, "model_type", "")
+    if kind in WITHOUT_CACHE:
+        return NotApplicable(f"{name} does not go on from a cache: {WITHOUT_CACHE[kind]}")
+    shipped = type(model).__module__.startswith("transformers.")
+    if not shipped and not getattr(model.config, "use_cache", False):
+        return NotApplicable(f"{name} does not go on from a cache: its config does not say use_cache")
+    return CannotJudge(f"{name} (model type {kind!r}) must go on from a cache, and {found}")
 
 
 def go_on(
@@ -34,18 +95,16 @@ def go_on(
         logits `[batch, stop - start, vocabulary]`, and the cache, which now holds these columns, too.
 
     Raises:
-        NotApplicable: the model gives no cache.
+        NotApplicable, CannotJudge: the model gives no cache, or takes none.
     """
     given = batch.arguments(model)
     own: dict[str, Any] = {name: given[name][:, start:stop] for name in ("input_ids", "position_ids") if name in given}
     if "attention_mask" in given:
         own["attention_mask"] = given["attention_mask"][:, :stop]
     if cache is not None:
-        own["past_key_values"] = cache
+        own |= cache_argument(model, cache)
     output = call(**own, use_cache=True)
-    cache = getattr(output, "past_key_values", None)
-    if cache is None:
-        raise NotApplicable(f"{type(model).__name__} makes no cache")
+    cache = cache_returned(model, output)
     return output.logits, cache
 
 
@@ -75,14 +134,13 @@ def demand_decoding(engine: Engine, model: PreTrainedModel, batch: Batch, ends: 
     """Demands that the unfrozen model runs `batch` in pieces at all.
 
     Raises:
-        NotApplicable: it does not; the message says why.
+        NotApplicable, CannotJudge: it does not, as `refuse_lost_cache` has it.
     """
-    parameters = inspect.signature(model.forward).parameters
-    if "past_key_values" not in parameters:
-        raise NotApplicable(f"{type(model).__name__} takes no past_key_values")
     try:
         columns = decode(engine, model, None, batch, ends).shape[1]
+    except (NotApplicable, CannotJudge):
+        raise
     except Exception as error:  # whatever a family ends in
-        raise NotApplicable(f"the unfrozen model does not go on from a cache: {error}") from error
+        raise refuse_lost_cache(model, f"raised {type(error).__name__}: {error}") from error
     if columns != batch.input_ids.shape[1]:
-        raise NotApplicable("the unfrozen model wants cached tokens again, and is not handed them piece by piece")
+        raise refuse_lost_cache(model, f"gave logits of {columns} columns for {batch.input_ids.shape[1]} tokens")

@@ -6,16 +6,19 @@ as it is, so results are bit for bit; torch's default one generates code, and ro
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from plain_freeze import FREEZE_TYPES, FREEZER, IDS, agrees, config_of, frozen_logits, logits, plain, plain_freeze
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from freeze_core import InterventionConfig, InterventionError
 from pytest_circuitfreeze.models import tiny_model
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 # Both from inside torch's own compiler.
 pytestmark = pytest.mark.filterwarnings(
@@ -111,7 +114,8 @@ def test_a_pass_whose_shape_cannot_be_served(fault: str, fullgraph: bool) -> Non
     traced = torch.compile(model, backend="eager", fullgraph=fullgraph)
     with FREEZER.freeze_circuits(model, config), torch.no_grad():
         if fault == "cached tokens":
-            given["past_key_values"] = model(ids[:, :6], use_cache=True).past_key_values
+            output = model(ids[:, :6], use_cache=True)
+            given |= {name: value for name, value in output.items() if isinstance(value, DynamicCache)}
         with pytest.raises(InterventionError, match=message):
             traced(**given)
 
@@ -178,7 +182,7 @@ def test_decoding_with_a_cache(static: bool) -> None:
     def decode(run: Any) -> torch.Tensor:
         cache = StaticCache(config=model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
         with torch.no_grad():
-            return torch.cat([run(ids, past_key_values=cache).logits for ids in (IDS[:, :6], IDS[:, 6:])], dim=1)
+            return torch.cat([run(ids, **{CACHE: cache}).logits for ids in (IDS[:, :6], IDS[:, 6:])], dim=1)
 
     wanted = plain_freeze(tiny_model("llama_gqa"), config)
     with FREEZER.freeze_circuits(model, config):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from cache_names import CACHE
 from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
@@ -89,7 +90,7 @@ def decode(model: Any, ids: Tensor, mask: Tensor, cache: Any, pieces: Any = PIEC
         for start, stop in pieces:
             piece = {name: value[:, start:stop] for name, value in given.items()}
             piece["attention_mask"] = given["attention_mask"][:, :stop]
-            found.append(model(**piece, past_key_values=cache, use_cache=True).logits)
+            found.append(model(**piece, **{CACHE: cache}, use_cache=True).logits)
     return torch.cat(found, dim=1)
 
 

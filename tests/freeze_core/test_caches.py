@@ -12,6 +12,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers
+from cache_names import CACHE, cache_of
 from recomputed import (
     CACHES,
     FREEZER,
@@ -139,7 +140,7 @@ def test_a_freeze_is_the_same_with_a_cache_for_each_attention(family, attention,
         encoded = model.get_encoder()(**sources(family))
         for start, stop in PIECES:
             piece = {"decoder_input_ids": IDS[:, start:stop], "attention_mask": sources(family).get("attention_mask")}
-            found.append(model(encoder_outputs=encoded, **piece, past_key_values=filling, use_cache=True).logits)
+            found.append(model(encoder_outputs=encoded, **piece, **{CACHE: filling}, use_cache=True).logits)
     agrees(torch.cat(found, dim=1), want.logits, want.bound)
 
 
@@ -272,7 +273,7 @@ def test_a_cache_of_each_kind_is_recomputed(model, cache, scope):
     given = {name: value[:, :8] for name, value in arguments(IDS, LEFT).items()}
     with FREEZER.freeze_circuits(model, config):
         filled = kind(model)
-        assert FREEZER.recompute_cache(model, {**given, "past_key_values": filled}) is filled
+        assert FREEZER.recompute_cache(model, {**given, CACHE: filled}) is filled
         want = decode(model, IDS, LEFT, kind(model), ((0, 8), (8, 9)))
         assert torch.equal(decode(model, IDS, LEFT, filled, ((8, 9),)), want[:, -1:])
 
@@ -300,30 +301,32 @@ def test_an_own_cache_is_used_without_a_word(model):
 def test_a_shallow_copy_shares_the_mark_as_it_shares_the_tokens():
     model = tiny_model("llama")
     with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "ov")), torch.no_grad():
-        cache = model(IDS[:, :4], use_cache=True).past_key_values
+        cache = cache_of(model(IDS[:, :4], use_cache=True))
         other = copy.copy(cache)
-        model(IDS[:, 4:5], past_key_values=cache)
-        model(IDS[:, 5:6], past_key_values=other)  # which holds five tokens, all of them frozen alike
+        model(IDS[:, 4:5], **{CACHE: cache})
+        model(IDS[:, 5:6], **{CACHE: other})  # which holds five tokens, all of them frozen alike
 
 
 def test_a_shallow_copy_that_is_cropped_and_grows_unfrozen_is_recognised():
     model, config = tiny_model("llama"), InterventionConfig([0], [1], "ov")
     with torch.no_grad():
         with FREEZER.freeze_circuits(model, config):
-            cache = model(IDS[:, :6], use_cache=True).past_key_values
+            cache = cache_of(model(IDS[:, :6], use_cache=True))
         other = copy.copy(cache)
         other.crop(-2)
-        model(IDS[:, 4:6], past_key_values=other, use_cache=True)
+        model(IDS[:, 4:6], **{CACHE: other}, use_cache=True)
         with FREEZER.freeze_circuits(model, config), pytest.raises(StaleCacheWarning):
-            model(IDS[:, 6:7], past_key_values=other)
+            model(IDS[:, 6:7], **{CACHE: other})
 
 
-def test_a_cache_of_a_kind_of_the_models_own_is_refused():
+def test_a_model_that_is_given_its_cached_tokens_again_is_refused():
     model = tiny_of_type("xlm", attn=None)
-    with FREEZER.freeze_circuits(model, InterventionConfig([0])):
-        with pytest.raises(InterventionError, match="XLMModel takes a cache of its own kind, cache="):
-            model(IDS, cache=DynamicCache())
+    with FREEZER.freeze_circuits(model, InterventionConfig([0])), torch.no_grad():
         model(IDS)
+        cache = DynamicCache()
+        model(IDS[:, :6], cache=cache)
+        with pytest.raises(InterventionError, match="was given 7 tokens and added 1 to its cache of 6"):
+            model(IDS[:, :7], cache=cache)
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["self", "cross"])
@@ -340,7 +343,7 @@ def test_a_pair_of_caches_keeps_the_storage_of_either(part):
 @pytest.mark.parametrize("second", ["ignore", "warn", "error"])
 def test_the_strictest_of_several_freezes_says_what_a_stale_cache_is(first, second):
     model = tiny_model("llama")
-    cache = model(IDS, use_cache=True).past_key_values
+    cache = cache_of(model(IDS, use_cache=True))
     with ExitStack() as stack:
         for layer, on_stale in ((0, first), (0, "ignore"), (1, second)):
             freezer = AttentionCircuitFreezer(on_stale_cache=on_stale)
@@ -349,7 +352,7 @@ def test_the_strictest_of_several_freezes_says_what_a_stale_cache_is(first, seco
             stack.enter_context(pytest.raises(InterventionError, match="this cache was filled without"))
         elif "warn" in (first, second):
             stack.enter_context(pytest.warns(StaleCacheWarning))
-        model(IDS[:, :1], past_key_values=cache)
+        model(IDS[:, :1], **{CACHE: cache})
 
 
 def used_under_resample(model):

@@ -6,6 +6,7 @@ import resource
 
 import pytest
 import torch
+from cache_names import CACHE, cache_of
 from safetensors.torch import save_file
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
@@ -51,8 +52,8 @@ def test_a_mean_freeze_holds_the_calibrated_mean_also_when_cached(any_storage, i
     with FREEZER.freeze_circuits(any_storage, config), torch.no_grad():
         held = FREEZER.record(any_storage, ids)[1]
         whole = any_storage(ids, use_cache=False).logits
-        cache = any_storage(ids[:, :5], use_cache=True).past_key_values
-        step = any_storage(ids[:, 5:6], past_key_values=cache).logits
+        cache = cache_of(any_storage(ids[:, :5], use_cache=True))
+        step = any_storage(ids[:, 5:6], **{CACHE: cache}).logits
     for role in "qkv":
         value, mean = getattr(held, role), statistics[1].mean[role]
         head = 1 if value.shape[2] == 4 else 1 // (4 // value.shape[2])

@@ -76,7 +76,7 @@ def test_a_recording_keeps_the_padding_mask_and_statistics_leave_padding_out(mod
 
 def test_a_mask_that_tells_no_padding_cannot_be_recorded_under(model, ids):
     masks = {"full_attention": None, "sliding_attention": None}
-    with pytest.raises(InterventionError, match="attention_mask is dict"):
+    with pytest.raises(InterventionError, match="attention_mask is a dict"):
         FREEZER.record(model, {"input_ids": ids, "attention_mask": masks})
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers
+from cache_names import CACHE, cache_of
 from torch.nn import functional as F
 
 from freeze_core import (
@@ -211,10 +212,10 @@ def test_whisper_generates_from_its_cache_as_without(attention, kwargs):
             out = model(
                 encoder_outputs=states,
                 decoder_input_ids=tokens if cache is None else tokens[:, -1:],
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             )
-            cache = out.past_key_values
+            cache = cache_of(out)
             steps.append(out.logits[:, -1])
             tokens = torch.cat([tokens, out.logits[:, -1:].argmax(-1)], 1)
         whole = model(input_features=sound, decoder_input_ids=tokens[:, :-1], use_cache=False).logits[:, 1:]
@@ -232,7 +233,7 @@ def test_statistics_of_a_cached_step_of_cross_attention_are_refused():
     with FREEZER.freeze_circuits(model, config), torch.no_grad():
         out = model(input_features=sound, decoder_input_ids=IDS[:, :2], use_cache=True)
         with pytest.raises(InterventionError, match="after 2 cached tokens"):
-            model(input_features=sound, decoder_input_ids=IDS[:, 2:3], past_key_values=out.past_key_values)
+            model(input_features=sound, decoder_input_ids=IDS[:, 2:3], **{CACHE: cache_of(out)})
 
 
 def test_an_encoder_that_holds_the_decoder_is_not_taken_for_it():

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from cache_names import CACHE
 from recomputed import FREEZER, IDS, LEFT, agrees, arguments, config_of, recomputed
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.models.csm.modeling_csm import CsmBackboneModel
@@ -190,6 +191,6 @@ def test_noise_with_a_cache_where_each_token_has_several_codes():
     with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], freeze_type="noise", noise_std=1.0)):
         whole = model(input_ids=ids, use_cache=False).last_hidden_state
         cache = transformers.DynamicCache()
-        model(input_ids=ids[:, :4], past_key_values=cache)
-        rest = model(input_ids=ids[:, 4:], past_key_values=cache).last_hidden_state
+        model(input_ids=ids[:, :4], **{CACHE: cache})
+        rest = model(input_ids=ids[:, 4:], **{CACHE: cache}).last_hidden_state
     torch.testing.assert_close(rest, whole[:, 4:])

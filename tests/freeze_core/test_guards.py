@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from cache_names import CACHE, cache_of
 from encoder_decoders import bart
 
 from freeze_core import (
@@ -59,8 +60,8 @@ def test_noise_is_the_same_with_a_cache_where_layers_see_hidden_states_only(mode
     config = InterventionConfig([0], [0], "v", "noise", noise_std=1.0)
     with torch.no_grad(), FREEZER.freeze_circuits(model, config):
         whole = model(ids, use_cache=False).logits
-        cache = model(ids[:, :5], use_cache=True).past_key_values
-        step = model(ids[:, 5:], past_key_values=cache, use_cache=True).logits
+        cache = cache_of(model(ids[:, :5], use_cache=True))
+        step = model(ids[:, 5:], **{CACHE: cache}, use_cache=True).logits
     torch.testing.assert_close(step, whole[:, 5:], rtol=0, atol=1e-4 * float(whole.abs().max()))
 
 
@@ -154,10 +155,10 @@ def test_a_cache_that_grew_unfrozen_is_recognised(model, ids):
     config = InterventionConfig([0], [1], "ov")
     with torch.no_grad():
         with FREEZER.freeze_circuits(model, config):
-            cache = model(ids[:, :3], use_cache=True).past_key_values
-        model(ids[:, 3:6], past_key_values=cache, use_cache=True)
+            cache = cache_of(model(ids[:, :3], use_cache=True))
+        model(ids[:, 3:6], **{CACHE: cache}, use_cache=True)
         with FREEZER.freeze_circuits(model, config), pytest.warns(StaleCacheWarning):
-            model(ids[:, 6:], past_key_values=cache)
+            model(ids[:, 6:], **{CACHE: cache})
 
 
 def test_a_live_freeze_does_not_follow_its_recording_or_its_statistics(model, ids):
@@ -188,9 +189,9 @@ def test_the_same_freeze_through_the_base_model_knows_its_cache(ids):
     model = tiny_model("llama_gqa")
     config = InterventionConfig([0], [1], "ov", kv_scope="head")
     with torch.no_grad(), FREEZER.freeze_circuits(model, config):
-        cache = model(ids[:, :6], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :6], use_cache=True))
     with torch.no_grad(), FREEZER.freeze_circuits(model.model, copy.copy(config)):
-        model(ids[:, 6:], past_key_values=cache)
+        model(ids[:, 6:], **{CACHE: cache})
 
 
 def test_a_stated_storage_is_checked_while_frozen(ids):
@@ -295,11 +296,11 @@ def test_a_layer_is_frozen_through_one_model_at_a_time(ids):
 def test_a_cache_that_another_model_brings_to_a_frozen_layer_is_no_quiet_thing(ids):
     model = tiny_model("llama")
     other = sharing(model)
-    stale = other(ids, use_cache=True).past_key_values
+    stale = cache_of(other(ids, use_cache=True))
     with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v")):
         other(ids, use_cache=False)
         with pytest.raises(FreezeNotInForceError, match="freeze it through the model that runs it"):
-            other(ids[:, :1], past_key_values=stale)
+            other(ids[:, :1], **{CACHE: stale})
 
 
 def test_a_forward_that_somebody_keeps_is_unfrozen_once_the_freeze_is_removed(ids):

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from cache_names import CACHE, cache_of
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig
 from pytest_circuitfreeze.models import tiny_model
@@ -35,8 +36,8 @@ def test_noise_is_the_same_where_a_step_is_handed_the_cached_tokens_again(ids):
     model = prompted()
     with torch.no_grad(), FREEZER.freeze_circuits(model, InterventionConfig([0], [1, 3], "v", "noise", noise_std=1.0)):
         whole = FREEZER.record(model, {"input_ids": ids, "use_cache": False})[0].v
-        cache = model(ids[:, :6], use_cache=True).past_key_values
-        step = FREEZER.record(model, {"input_ids": ids, "past_key_values": cache, "use_cache": True})[0].v
+        cache = cache_of(model(ids[:, :6], use_cache=True))
+        step = FREEZER.record(model, {"input_ids": ids, CACHE: cache, "use_cache": True})[0].v
     assert (whole.shape[1], step.shape[1]) == (4 + 7, 1)
     assert torch.equal(step[:, -1, [1, 3]], whole[:, -1, [1, 3]])
 

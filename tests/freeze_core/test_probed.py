@@ -312,7 +312,7 @@ def test_a_model_of_ones_own_with_a_cache(ids):
         whole = model(ids).logits
         model(ids[:, :4], cache)
         torch.testing.assert_close(model(ids[:, 4:], cache).logits, whole[:, 4:])
-        with pytest.raises(InterventionError, match=r"past_key_values is a tuple.*DynamicCache"):
+        with pytest.raises(InterventionError, match=r"was given past_key_values, a tuple of tensors.*DynamicCache"):
             model(ids[:, 4:], model(ids[:, :4]).past_key_values)
 
 

@@ -9,11 +9,13 @@ import torch
 from encoder_decoders import bart
 from one_by_one import FREEZER, frozen
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from freeze_core import CircuitFreezeError, HeadScores, InterventionConfig, InterventionError, score_heads
 from pytest_circuitfreeze.models import tiny_model
 
 IDS = torch.arange(14).view(2, 7) * 5 % 97
+KEYS = torch.ones(2, 4, 7, 8)
 PADDED = {"input_ids": IDS, "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])}
 
 
@@ -142,7 +144,10 @@ WRONG = {
     "inputs, floats": {"inputs": IDS.float()},
     "attention_mask": {"inputs": {"input_ids": IDS, "attention_mask": torch.ones(2, 3)}},
     "attention_mask without a real token": {"inputs": {"input_ids": IDS, "attention_mask": 0 * IDS}},
-    "inputs hold a cache": {"inputs": {"input_ids": IDS, "past_key_values": [1]}},
+    "inputs hold a cache": {"inputs": {"input_ids": IDS, "past_key_values": DynamicCache()}},
+    "GPT2LMHeadModel was given past, a list of tensors": {
+        "inputs": {"input_ids": IDS, "past": [torch.ones(2, 4, 7, 8)]}
+    },
     "labels": {"inputs": {"input_ids": IDS, "labels": IDS[:, 1:]}, "metric": "loss"},
     "metric": {"metric": "accuracy"},
     "targets": {"metric": "kl", "targets": 3},

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_names import CACHE
 from steered import DEFAULT, FREEZER, IDS, LEFT, RIGHT, by_hand, logits, vector_of
 from torch import Tensor
 from transformers import DynamicCache
@@ -58,12 +59,12 @@ def test_strength_0_is_bit_for_bit_the_unsteered_model(architecture: str) -> Non
     vector = vector_of(model)
     clean, cache = logits(model), DynamicCache()
     with torch.no_grad():
-        model(IDS[:, :4], past_key_values=cache)
+        model(IDS[:, :4], **{CACHE: cache})
     with vector.apply(model, 0.0), warnings.catch_warnings():
         warnings.simplefilter("error")  # a cache that was filled without it is as good
         assert torch.equal(logits(model), clean)
         with torch.no_grad():
-            model(IDS[:, 4:], past_key_values=cache)
+            model(IDS[:, 4:], **{CACHE: cache})
     layer = find_residual(model, 1).module
     own = layer.forward
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_names import CACHE, cache_of
 from steered import DEFAULT, IDS, LEFT, logits, vector_of
 from torch import Tensor
 from transformers import DynamicCache
@@ -34,7 +35,7 @@ def test_cached_steps_are_what_one_pass_is(architecture: str, mask: Tensor | Non
             more = given(end)
             if mask is not None:
                 more["position_ids"] = more["position_ids"][:, start:]
-            steps.append(model(IDS[:, start:end], past_key_values=cache, use_cache=True, **more).logits)
+            steps.append(model(IDS[:, start:end], **{CACHE: cache}, use_cache=True, **more).logits)
     real = torch.ones_like(IDS).bool() if mask is None else mask.bool()
     # float32 products of 32 features, three layers deep
     bound = 32 * 3 * 2**-23 * whole.abs().max().item()
@@ -49,9 +50,9 @@ def _places(mask: Tensor) -> Tensor:
 def test_what_is_counted_from_the_end_is_refused_after_cached_tokens(positions: Any) -> None:
     model = tiny_model("llama")
     with vector_of(model).apply(model, positions=positions), torch.no_grad():
-        cache = model(IDS, use_cache=True).past_key_values
+        cache = cache_of(model(IDS, use_cache=True))
         with pytest.raises(InterventionError, match=r"another column in this pass, after 7 cached tokens"):
-            model(IDS[:, :1], past_key_values=cache)
+            model(IDS[:, :1], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("positions", ["all", range(6, 10_000)], ids=str)
@@ -73,12 +74,12 @@ def test_a_cache_that_was_filled_otherwise_is_told() -> None:
 
     def step(cache: Any) -> None:
         with torch.no_grad():
-            model(IDS[:, :1], past_key_values=copy.deepcopy(cache))
+            model(IDS[:, :1], **{CACHE: copy.deepcopy(cache)})
 
     with torch.no_grad():
-        unsteered = model(IDS).past_key_values
+        unsteered = cache_of(model(IDS))
         with vector.apply(model):
-            steered = model(IDS).past_key_values
+            steered = cache_of(model(IDS))
             step(steered)
             with pytest.warns(StaleCacheWarning, match="filled without the freeze"):
                 step(unsteered)

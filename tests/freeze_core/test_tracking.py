@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from cache_names import CACHE, cache_of
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
 from pytest_circuitfreeze.models import tiny_model
@@ -46,9 +47,9 @@ def test_padding_plays_no_part_however_the_model_is_entered(model, ids, entry, h
 @pytest.mark.parametrize("kwargs", PASS_STATISTICS)
 def test_statistics_of_a_cached_step_are_refused(model, ids, kwargs):
     with FREEZER.freeze_circuits(model, InterventionConfig(**kwargs)), torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         with pytest.raises(InterventionError, match="after 7 cached tokens"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("kwargs", PASS_STATISTICS)
@@ -74,8 +75,8 @@ def test_a_layer_run_by_itself_is_refused_where_the_pass_matters(ids):
 def test_cached_decoding_equals_one_pass(model, ids, scope, kwargs):
     with FREEZER.freeze_circuits(model, InterventionConfig([0, 1], [1], kv_scope=scope, **kwargs)), torch.no_grad():
         whole = model(ids, use_cache=False).logits
-        cache = model(ids[:, :4], use_cache=True).past_key_values
-        steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(4, 7)]
+        cache = cache_of(model(ids[:, :4], use_cache=True))
+        steps = [model(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True).logits for t in range(4, 7)]
     # float32 products of 32 features, three layers deep
     torch.testing.assert_close(
         torch.cat(steps, dim=1), whole[:, 4:], rtol=0, atol=32 * 3 * 2**-23 * whole.abs().max().item()

@@ -11,6 +11,7 @@ from honest_engine import HookEngine, Layer
 from torch import Tensor, nn
 
 from freeze_core import InterventionConfig
+from pytest_circuitfreeze.adapters.arithmetic import cache_among
 
 Config = InterventionConfig
 
@@ -78,7 +79,7 @@ class ColumnsFromTheKeptKeys(HookEngine):
     def remember_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
         super().remember_pass(model, args, kwargs)
         if self.cached:
-            self.cached = kwargs["past_key_values"].layers[0].keys.shape[-2]
+            self.cached = cache_among(kwargs.values()).layers[0].keys.shape[-2]
 
 
 class NeverWarns(HookEngine):
@@ -93,8 +94,8 @@ class AlwaysWarns(HookEngine):
 
     def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
         super().mark_cache(model, args, output)
-        if output.get("past_key_values") is not None:
-            output.past_key_values.filled_under = (self.mark[0], "another freeze")
+        if (cache := cache_among(output.values())) is not None:
+            cache.filled_under = (self.mark[0], "another freeze")
 
 
 class OneMarkForAllFreezes(HookEngine):
@@ -121,8 +122,8 @@ class MarkIsLostInCopies(HookEngine):
         self.known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
-        if output.get("past_key_values") is not None and not self.cached:
-            self.known[output.past_key_values] = self.mark
+        if (cache := cache_among(output.values())) is not None and not self.cached:
+            self.known[cache] = self.mark
 
     def check_cache(self, cache: Any) -> None:
         super().check_cache(type("Known", (), {"filled_under": self.known.get(cache, ([], ""))}))
@@ -142,8 +143,8 @@ class MarkIsLostWhenReordered(HookEngine):
 
     def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
         super().mark_cache(model, args, output)
-        if output.get("past_key_values") is not None:
-            output.past_key_values.first = self.first(output.past_key_values)
+        if (cache := cache_among(output.values())) is not None:
+            cache.first = self.first(cache)
 
     def check_cache(self, cache: Any) -> None:
         if not torch.equal(getattr(cache, "first", self.first(cache)), self.first(cache)):
@@ -160,8 +161,8 @@ class TakesWhatWasAddedForItsOwn(HookEngine):
 
     def mark_cache(self, model: nn.Module, args: object, output: Any) -> None:
         super().mark_cache(model, args, output)
-        if output.get("past_key_values") is not None:
-            del output.past_key_values.filled_to
+        if (cache := cache_among(output.values())) is not None:
+            del cache.filled_to
 
 
 class WarnsWhereItMustRefuse(HookEngine):

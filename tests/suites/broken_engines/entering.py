@@ -9,6 +9,7 @@ from honest_engine import HookEngine, Layer
 from torch import Tensor, nn
 
 from freeze_core import InterventionConfig
+from pytest_circuitfreeze.adapters.arithmetic import cache_among
 
 Config = InterventionConfig
 
@@ -36,7 +37,7 @@ class SparesThePromptOfACallersCache(HookEngine):
 
     def remember_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().remember_pass(model, args, kwargs)
-        self.into_a_cache = kwargs.get("past_key_values") is not None and not self.cached
+        self.into_a_cache = cache_among(kwargs.values()) is not None and not self.cached
 
     def frozen(self, layer: Layer, role: str, x: Tensor, configs: list[Config], readers: int) -> Tensor:
         return x if self.into_a_cache else super().frozen(layer, role, x, configs, readers)

@@ -1,0 +1,321 @@
+"""Which pass, which padding mask, which cache: what a stack of layers is given under names and in forms of its own."""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, StaleCacheWarning
+from pytest_circuitfreeze.models import tiny_model
+
+FREEZER = AttentionCircuitFreezer()
+IDS = torch.arange(16).view(2, 8) * 5 % 97
+PADDING = torch.ones_like(IDS)
+PADDING[0, :4] = 0
+MEAN = InterventionConfig([0], [1], "ov", "mean")
+NOISE = InterventionConfig([0], [1], "ov", "noise", noise_std=1.0)
+ZERO = InterventionConfig([0], [1], "ov")
+
+
+class Attention(nn.Module):
+    """Causal attention with the usual names of projections; `past` is the layer's cached keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 8
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x, past=None, mask=None):
+        q, k, v = (part(x).unflatten(-1, (4, 8)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        if isinstance(past, DynamicCache):
+            k, v = past.update(k, v, self.layer)
+        elif past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        seen = torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()
+        seen = seen if mask is None else seen & mask[:, None, None].bool()
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.o_proj(z.transpose(1, 2).flatten(2)), (k, v)
+
+
+class Model(nn.Module):
+    """Two layers of it; classes that derive say what their arguments are called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(97, 32), nn.Linear(32, 97)
+        self.layers = nn.ModuleList([Attention() for _ in range(2)])
+        for number, layer in enumerate(self.layers):
+            layer.layer = number
+        self.eval()
+
+    def run(self, ids, past=None, mask=None):
+        x, made = self.embed(ids), []
+        for number, layer in enumerate(self.layers):
+            change, pair = layer(x, past if past is None or isinstance(past, DynamicCache) else past[number], mask)
+            x = x + change
+            made.append(pair)
+        return SimpleNamespace(logits=self.head(x), made=made)
+
+
+class TakesPairs(Model):
+    def forward(self, input_ids, memory=None):
+        return self.run(input_ids, memory)
+
+
+class TakesStackedTensor(Model):
+    def forward(self, input_ids, memory=None):
+        return self.run(input_ids, None if memory is None else [tuple(layer) for layer in memory])
+
+
+class TakesObject(Model):
+    def forward(self, input_ids, memory=None):
+        return self.run(input_ids, None if memory is None else memory.pairs)
+
+
+class TakesDict(Model):
+    def forward(self, input_ids, memory=None):
+        return self.run(input_ids, memory)
+
+
+OTHER_CACHES = {
+    "pairs": (TakesPairs, list),
+    "stacked tensor": (TakesStackedTensor, lambda made: torch.stack([torch.stack(pair) for pair in made])),
+    "object": (TakesObject, lambda made: SimpleNamespace(pairs=made)),
+    "dict": (TakesDict, lambda made: dict(enumerate(made))),
+}
+
+
+@pytest.mark.parametrize("config", [ZERO, NOISE, MEAN], ids=["zero", "noise", "mean"])
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "by position"])
+@pytest.mark.parametrize("form", OTHER_CACHES)
+@torch.no_grad()
+def test_a_cache_that_counts_no_tokens_is_refused_in_each_form(form, by_name, config):
+    kind, make = OTHER_CACHES[form]
+    model = kind()
+    cache = make(model(IDS[:, :4]).made)
+    torch.testing.assert_close(model(IDS[:, 4:], cache).logits, model(IDS).logits[:, 4:])  # it is one
+    with (
+        FREEZER.freeze_circuits(model, config),
+        pytest.raises(InterventionError, match=r"given memory, a .* of tensors"),
+    ):
+        model(IDS[:, 4:], memory=cache) if by_name else model(IDS[:, 4:], cache)
+
+
+@pytest.mark.parametrize("config", [ZERO, NOISE], ids=["zero", "noise"])
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "by position"])
+@torch.no_grad()
+def test_a_cache_of_transformers_is_recognised_under_any_name(by_name, config):
+    model = TakesPairs()
+    unfrozen = DynamicCache()
+    model(IDS[:, :4], unfrozen)
+    with FREEZER.freeze_circuits(model, config):
+        cache = DynamicCache()
+        model(IDS[:, :4], memory=cache) if by_name else model(IDS[:, :4], cache)
+        step = model(IDS[:, 4:], memory=cache) if by_name else model(IDS[:, 4:], cache)
+        torch.testing.assert_close(step.logits, model(IDS).logits[:, 4:])
+        with pytest.warns(StaleCacheWarning):
+            model(IDS[:, 4:], unfrozen)
+
+
+@torch.no_grad()
+def test_two_caches_in_one_pass_are_refused():
+    class TakesTwo(Model):
+        def forward(self, input_ids, cache=None, other=None):
+            return self.run(input_ids, cache)
+
+    model = TakesTwo()
+    with FREEZER.freeze_circuits(model, ZERO), pytest.raises(InterventionError, match=r"2 caches \(cache, other\)"):
+        model(IDS, DynamicCache(), DynamicCache())
+
+
+@torch.no_grad()
+def test_a_cache_in_a_buffer_of_attention_is_refused():
+    class KeepsKeys(Attention):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("keys", torch.zeros(2, 16, 32))
+
+        def forward(self, x, past=None, mask=None):
+            self.keys[: len(x), : x.shape[1]] = self.k_proj(x).detach()
+            return super().forward(x, past, mask)
+
+    class KeepingModel(Model):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([KeepsKeys() for _ in range(2)])
+
+        def forward(self, input_ids):
+            return self.run(input_ids)
+
+    model = KeepingModel()
+    model(IDS)
+    frozen = FREEZER.freeze_circuits(model, InterventionConfig([1], None, "ov"))
+    with pytest.raises(InterventionError, match=r"keys of KeepingModel, a buffer \[2, 16, 32\], was written"):
+        model(IDS)
+    frozen.remove()
+    model(IDS)
+
+
+class MaskFirst(Model):
+    def forward(self, input_ids, pad=None):
+        return self.run(input_ids, None, pad)
+
+
+class TorchName(Model):
+    def forward(self, input_ids, src_key_padding_mask=None):
+        return self.run(input_ids, None, None if src_key_padding_mask is None else ~src_key_padding_mask)
+
+
+class NamelessIds(Model):
+    def forward(self, x, valid=None):
+        return self.run(x, None, valid)
+
+
+class FourDimensional(Model):
+    def forward(self, input_ids, seen=None):
+        return self.run(input_ids, None, seen[:, 0, -1])
+
+
+OTHER_MASKS = {
+    "pad": (MaskFirst, PADDING),
+    "src_key_padding_mask": (TorchName, PADDING == 0),
+    "valid": (NamelessIds, PADDING),
+    "seen": (FourDimensional, PADDING[:, None, None].expand(-1, 1, 8, -1)),
+}
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "by position"])
+@pytest.mark.parametrize("name", OTHER_MASKS)
+@torch.no_grad()
+def test_a_mask_under_another_name_is_not_taken_for_no_padding(name, by_name):
+    kind, mask = OTHER_MASKS[name]
+    model = kind()
+
+    def run():
+        return model(IDS, **{name: mask}) if by_name else model(IDS, mask)
+
+    with (
+        FREEZER.freeze_circuits(model, MEAN),
+        pytest.raises(InterventionError, match=f"{name} .* may say which tokens"),
+    ):
+        run()
+    with pytest.raises(InterventionError, match=f"{name} .* may say which tokens"):
+        FREEZER.record(model, {"x" if kind is NamelessIds else "input_ids": IDS, name: mask})
+    for config in (ZERO, NOISE):
+        with FREEZER.freeze_circuits(model, config):
+            run()
+
+
+def by_lambda(module):
+    old = module.forward
+    module.forward = lambda *args, **kwargs: old(*args, **kwargs)
+
+
+def by_partial(module):
+    old = module.forward
+    module.forward = functools.partial(lambda forward, *args, **kwargs: forward(*args, **kwargs), old)
+
+
+def by_method(module):
+    old = module.forward
+    module.forward = MethodType(lambda self, *args, **kwargs: old(*args, **kwargs), module)
+
+
+def by_wraps(module):
+    old = module.forward
+    module.forward = functools.wraps(old)(lambda *args, **kwargs: old(*args, **kwargs))
+
+
+def by_class(module):
+    class Timed(type(module)):
+        def forward(self, input_ids, *args, **kwargs):
+            return super().forward(input_ids, *args, **kwargs)
+
+    module.__class__ = Timed
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "by position"])
+@pytest.mark.parametrize("wrap", [by_lambda, by_partial, by_method, by_wraps, by_class])
+@torch.no_grad()
+def test_padding_is_known_where_a_forward_was_wrapped_without_its_signature(wrap, by_name):
+    config = InterventionConfig([0], [1], "ov", "mean")
+    plain, wrapped = tiny_model("llama").model, tiny_model("llama").model
+    wrap(wrapped)
+    outputs = []
+    for model in (plain, wrapped):
+        with FREEZER.freeze_circuits(model, config):
+            if by_name:
+                outputs.append(model(IDS, attention_mask=PADDING).last_hidden_state)
+            elif wrap is by_class and model is wrapped:
+                with pytest.raises(InterventionError, match=r"argument 1 .* may say which tokens are padding"):
+                    model(IDS, PADDING)
+                return
+            else:
+                outputs.append(model(IDS, PADDING).last_hidden_state)
+    assert torch.equal(*outputs)
+    recordings = [FREEZER.record(model, {"input_ids": IDS, "attention_mask": PADDING}) for model in (plain, wrapped)]
+    assert torch.equal(recordings[0].attention_mask, recordings[1].attention_mask)
+
+
+class PadsInside(Model):
+    """Pads its tokens to a multiple of six, as models with windows do."""
+
+    def forward(self, input_ids):
+        tokens = input_ids.shape[1]
+        output = self.run(F.pad(input_ids, (0, -tokens % 6)))
+        output.logits = output.logits[:, :tokens]
+        return output
+
+
+@torch.no_grad()
+def test_padding_that_a_model_adds_by_itself_is_not_taken_for_tokens():
+    model = PadsInside()
+    for config, reason in ((MEAN, "padding is unknown"), (NOISE, "other columns")):
+        with FREEZER.freeze_circuits(model, config):
+            model(IDS[:, :6])  # there is none
+            with pytest.raises(InterventionError, match=f"given 12 columns in a pass of 8 tokens.*{reason}"):
+                model(IDS)
+    with FREEZER.freeze_circuits(model, ZERO):
+        model(IDS)
+
+
+class Twice(nn.Module):
+    """A bi-encoder: one stack, two prompts, one forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_model("llama")
+        self.config = self.inner.config
+
+    def forward(self, input_ids, other_ids):
+        first, second = self.inner(input_ids), self.inner(other_ids)
+        return SimpleNamespace(logits=first.logits - second.logits.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("tokens", [8, 5], ids=["prompts of one length", "prompts of two lengths"])
+@pytest.mark.parametrize("what", ["record", "pattern", "calibrate"])
+def test_a_stack_that_runs_twice_in_a_pass_is_not_recorded(what, tokens):
+    model, inputs = Twice(), {"input_ids": IDS, "other_ids": IDS[:, :tokens] + 1}
+    calls = {
+        "record": lambda: FREEZER.record(model, inputs),
+        "pattern": lambda: FREEZER.record(model, inputs, pattern=True),
+        "calibrate": lambda: FREEZER.calibrate(model, [inputs], progress=False),
+    }
+    with pytest.raises(InterventionError, match=r"LlamaModel ran 2 times in one forward pass.*inner\.model"):
+        calls[what]()
+
+
+def test_a_stack_that_runs_twice_is_frozen_in_each_run():
+    model, inputs = Twice(), {"input_ids": IDS, "other_ids": IDS + 1}
+    config = InterventionConfig([0], [1], "ov", "mean")
+    with torch.no_grad(), FREEZER.freeze_circuits(model, config):
+        whole = model(**inputs).logits
+        first, second = (model.inner(ids).logits for ids in inputs.values())
+    assert torch.equal(whole, first - second.mean(1, keepdim=True))
