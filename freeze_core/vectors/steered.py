@@ -120,8 +120,8 @@ def steer(site: ResidualSite, addition: Addition, on_stale_cache: str) -> Frozen
     """
     layer = standing_in(site.module, SteeredLayer) or SteeredLayer(site)
     refuse_other_stack(layer, site.sites.stack)
-    layer.refuse_change()
     layer.composite = layer.composite or site.sites.composite
+    layer.refuse_change()
     handle = FreezeHandle(on_stale_cache, site.sites)
     layer.change([*layer.additions, (handle, addition)])
     handle.held = [layer]
