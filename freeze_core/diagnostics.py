@@ -182,12 +182,11 @@ def _tapped(site: AttentionSite, projection: FrozenProjection) -> Iterator[_Tap]
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
         tap.after = output if tap.after is None else tap.after
 
-    projection.original = before
     hook = projection.module.register_forward_hook(after)
     try:
-        yield tap
+        with projection.running(before):
+            yield tap
     finally:
-        projection.original = original
         hook.remove()
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, NoReturn, TypeVar
@@ -77,9 +78,19 @@ class ReplacedForward:
             return self._below
         now = type(self.module).forward
         if now is self._class_function:
-            return self._class_forward
+            own: Callable[..., Any] = self._class_forward
+            return own
         # Somebody has patched the class meanwhile, or has taken such a patch off. A compiled pass cannot make a method.
         return partial(now, self.module) if isinstance(now, FunctionType) else _class_forward(self.module)
+
+    @contextmanager
+    def running(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Runs `forward` in the place of `original`."""
+        below, self._below = self._below, forward
+        try:
+            yield
+        finally:
+            self._below = below
 
     @property
     def label(self) -> str:
