@@ -235,12 +235,11 @@ def _tapped(site: AttentionSite, projection: FrozenProjection) -> Iterator[_Tap]
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
         tap.after = _first(tap.after, output)
 
-    projection.original = before
     hook = projection.module.register_forward_hook(after)
     try:
-        yield tap
+        with projection.running(before):
+            yield tap
     finally:
-        projection.original = original
         hook.remove()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from freeze_core.versions import newer_than_run
 
 __all__ = [
@@ -38,7 +40,12 @@ def with_newer_versions(message: str) -> str:
 
 
 class CircuitFreezeError(ValueError):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose.
+
+    `frozen` is what the end of a `with` could not remove; call its `remove()` once the cause is undone.
+    """
+
+    frozen: Any = None
 
 
 class UnsupportedModelError(CircuitFreezeError):

@@ -165,8 +165,8 @@ def _listening(
 
 def _listening_to_z(site: AttentionSite, keep: Callable[[Tensor], None]) -> Callable[[], None]:
     """Hands over what is projected, also where z is frozen; gives what ends it."""
-    frozen = standing_in(site.layout.output)
-    if isinstance(frozen, FrozenOutput):
+    frozen = standing_in(site.layout.output, FrozenOutput)
+    if frozen:
         frozen.listeners.append(keep)
         return lambda: frozen.listeners.remove(keep)
     return site.layout.output.register_forward_pre_hook(lambda module, args: keep(args[0])).remove

@@ -14,7 +14,8 @@ from freeze_core.attention.modules import SHARED, Found, attention_modules, laye
 from freeze_core.attention.probed import probed_layouts
 from freeze_core.attention.storages import layout_of, stores_projections
 from freeze_core.errors import CircuitFreezeError, UnsupportedModelError
-from freeze_core.freezing.replaced import standing_in
+from freeze_core.freezing.replaced import patches_on
+from freeze_core.ordinary import ordinary_tensors
 from freeze_core.vocabulary import ModelArchitecture
 
 __all__ = ["AttentionSite", "Sites", "find_sites"]
@@ -82,6 +83,7 @@ class Sites:
         return self.names[site.layer].removeprefix(prefix)
 
 
+@ordinary_tensors()
 def find_sites(model: nn.Module, architecture: ModelArchitecture | None = None, attention: str = "self") -> Sites:
     """The attention layers of `model`.
 
@@ -219,8 +221,8 @@ def _probed(model: nn.Module, found: list[Found]) -> Mapping[nn.Module, Layout |
 
 def _live(attention: nn.Module) -> AttentionSite | None:
     """The site of an attention module that is frozen: its attributes may be those of the unshared storage."""
-    live = getattr(standing_in(attention), "site", None)
-    return live if isinstance(live, AttentionSite) else None
+    held = (getattr(patch, "site", None) for patch in patches_on(attention))
+    return next((site for site in held if isinstance(site, AttentionSite)), None)
 
 
 def _site(

@@ -77,7 +77,8 @@ def _fused(attention: nn.Module) -> FusedStorage | None:
 
 
 def _separate(attention: nn.Module) -> SeparateStorage | None:
-    return next((names for names in SEPARATE if all(_part(attention, path) for path in names[:3])), None)
+    # A module may be false: one that torch compiled has a length, which it asks of what it wraps.
+    return next((names for names in SEPARATE if all(_part(attention, path) is not None for path in names[:3])), None)
 
 
 def _part(attention: nn.Module, path: str) -> nn.Module | None:
@@ -103,6 +104,8 @@ def _fused_layout(attention: nn.Module, entry: FusedStorage) -> Layout:
     heads, kv_heads = entry.heads(attention), entry.kv_heads(attention)
     head_dim = width_in(output) // heads
     width, expected = width_of(module), (heads + 2 * kv_heads) * head_dim
+    _refuse_unknown_width(entry.output, output, width_in(output))
+    _refuse_unknown_width(name, module, width)
     if width != expected:
         raise UnsupportedModelError(
             f"{name} gives {width} features, but {heads} query and {kv_heads} KV heads of {head_dim} features make "
@@ -127,11 +130,13 @@ def _fused_layout(attention: nn.Module, entry: FusedStorage) -> Layout:
 def _separate_layout(attention: nn.Module, names: SeparateStorage) -> Layout:
     core = _core(attention, names)
     projections = {name: attention.get_submodule(name) for name in names[:3]}
-    output = next((part for part in (_part(attention, path) for path in names.outputs) if part), None)
+    output = next((part for part in (_part(attention, path) for path in names.outputs) if part is not None), None)
     if output is None:
         raise UnsupportedModelError(f"no output projection: it has none of {', '.join(names.outputs)}")
     gated = any(cls.__name__ in GATED_QUERY for cls in type(attention).__mro__)
     widths = {name: width_of(module) for name, module in projections.items()}
+    for name, module in {**projections, "the output projection": output}.items():
+        _refuse_unknown_width(name, module, width_in(module) if module is output else widths[name])
     head_dim = _head_dim(core)
     heads, kv_heads = widths[names.q] // head_dim // (2 if gated else 1), widths[names.k] // head_dim
     value_dim = widths[names.v] // max(kv_heads, 1)
@@ -249,8 +254,7 @@ def width_of(projection: nn.Module) -> int:
     for name in ("out_features", "nf"):
         if hasattr(projection, name):
             return cast(int, getattr(projection, name))
-    inner = getattr(projection, "linear", None)
-    return width_of(inner) if isinstance(inner, nn.Module) else 0
+    return next(filter(None, map(width_of, reversed(_wrapped(projection)))), 0)
 
 
 def width_in(module: nn.Module) -> int:
@@ -258,8 +262,23 @@ def width_in(module: nn.Module) -> int:
     for name in ("in_features", "nx"):
         if hasattr(module, name):
             return cast(int, getattr(module, name))
+    inner = next(filter(None, map(width_in, _wrapped(module))), 0)
+    weight = getattr(module, "weight", None)
+    return inner or (weight.numel() if isinstance(weight, Tensor) else 0)
+
+
+def _wrapped(module: nn.Module) -> list[nn.Module]:
+    """What a module runs one after the other, where that is known: a `Sequential`, or something around one module."""
     inner = getattr(module, "linear", None)
     if isinstance(inner, nn.Module):
-        return width_in(inner)
-    weight = getattr(module, "weight", None)
-    return weight.numel() if isinstance(weight, Tensor) else 0
+        return [inner]
+    children = list(module.children())
+    return children if isinstance(module, nn.Sequential) or len(children) == 1 else []
+
+
+def _refuse_unknown_width(name: str, module: nn.Module, width: int) -> None:
+    if not width:
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__}, which does not say how many features it takes and gives: freeze the "
+            "model before this is put around the projection, or give it the attributes in_features and out_features"
+        )

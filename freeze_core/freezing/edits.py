@@ -16,13 +16,15 @@ from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.plan import Assignment, Reference, Treatment
 from freeze_core.freezing.traced import demand
 from freeze_core.freezing.values import NoiseTable, accumulation_dtype, derangement, statistics
+from freeze_core.ordinary import ordinary_tensors
 from freeze_core.vocabulary import ROLES, BackwardMode, FreezeType, Role
 
 __all__ = ["Edit", "edits_of", "edits_of_z"]
 
 
-ZERO = torch.zeros(())
-"""The replacement of `zero`: a number, and so of any dtype and device."""
+with ordinary_tensors():
+    ZERO = torch.zeros(())
+    """The replacement of `zero`: a number, and so of any dtype and device."""
 
 
 class Place(NamedTuple):

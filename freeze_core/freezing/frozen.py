@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from freeze_core.attention.shards import Shard
 from freeze_core.attention.sites import AttentionSite
-from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
+from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import differentiated, straight_through
 from freeze_core.freezing.held import Held
 from freeze_core.freezing.places import Place
@@ -64,6 +64,10 @@ class FrozenProjection(ReplacedForward):
         self._shard = wiring.shards[name] if self.source is None or len(roles) == 1 else None
         self._tracker = tracker
 
+    @property
+    def label(self) -> str:
+        return f"{super().label} ({self.name} of {self._owner})"
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._tracker.follow() and self.sparing:
             raise _checkpointed_alone(self.name, self._owner)
@@ -112,6 +116,10 @@ class FrozenOutput(ReplacedForward):
         self.spared: Tensor | None = None
         self.listeners: list[Callable[[Tensor], None]] = []
         self._tracker = tracker
+
+    @property
+    def label(self) -> str:
+        return f"{super().label} (the output projection of {self._owner})"
 
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.runs += 1
@@ -162,17 +170,17 @@ class FrozenAttention(Held):
                     "has put back after the freeze (an offloading undone, say): remove the freeze, then freeze the "
                     "model anew"
                 )
+            if self._places[one].lost():
+                raise FreezeNotInForceError(
+                    f"{self._places[one].path} of {self.site.name} was wrapped or replaced after the freeze, so that "
+                    "what attention reads is not what is held: remove the freeze, then freeze what is there now"
+                )
         if self.wiring.spares_the_circuit and differentiated():
             self._run_sparing(args, kwargs)
         output = self.original(*args, **kwargs)
         for one in self._frozen:
             if one.runs != 1 and (one.runs or not self._reads_cache(one)):
                 raise FreezeNotInForceError(self._miscounted(one))
-            if self._places[one].lost():
-                raise FreezeNotInForceError(
-                    f"{self._places[one].path} of {self.site.name} was wrapped or replaced after the freeze, so that "
-                    "what attention reads is not what is held: remove the freeze, then freeze what is there now"
-                )
         return output
 
     def _miscounted(self, one: FrozenProjection | FrozenOutput) -> str:
@@ -256,18 +264,8 @@ class FrozenAttention(Held):
 
         Nothing is changed by then.
         """
-        self._refuse_running()
-        if self.wiring.freezes:
-            for replaced in (self, *self._frozen, *([self._tracker] if self._tracker else [])):
-                replaced.refuse_if_covered()
-            return
         layout = self.site.layout
-        for module in (*layout.shared.modules.values(), layout.output):
-            if standing_in(module) is not None:
-                raise CircuitFreezeError(
-                    f"{self.site.name} is frozen already, and its forward was replaced again, by "
-                    f"{self.module.forward!r}: take that out before another freeze is installed"
-                )
+        self._refuse_change(*layout.shared.modules.values(), layout.output)
 
     def _take_out(self) -> None:
         self.refuse_change()
@@ -299,5 +297,4 @@ def _generators_kept(module: nn.Module) -> Iterator[None]:
 
 def frozen_attention(attention: nn.Module) -> FrozenAttention | None:
     """What freezes this attention module now, if anything does."""
-    owner = standing_in(attention)
-    return owner if isinstance(owner, FrozenAttention) else None
+    return standing_in(attention, FrozenAttention)

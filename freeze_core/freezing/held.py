@@ -9,7 +9,7 @@ from torch import nn
 
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError
 from freeze_core.freezing.passes import Pass
-from freeze_core.freezing.replaced import ReplacedForward, standing_in
+from freeze_core.freezing.replaced import ReplacedForward, patches_on, standing_in
 from freeze_core.freezing.tracking import UNFROZEN_BEFORE, PassTracker
 
 __all__ = ["Held"]
@@ -34,8 +34,12 @@ class Held(ReplacedForward):
 
     @property
     def name(self) -> str:
-        """What messages call the module."""
+        """The path of the module in the model."""
         raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        return f"{super().label} ({self.name})"
 
     def refuse_change(self) -> None:
         """Raises `CircuitFreezeError` where nothing can be put in or taken out now; nothing is changed by then."""
@@ -81,10 +85,21 @@ class Held(ReplacedForward):
                 "model that runs it, or run it without a cache (use_cache=False)"
             )
 
+    def _refuse_change(self, *modules: nn.Module) -> None:
+        """Raises `CircuitFreezeError` if a pass is running through the stack, or if something was put on top of what is
+        on the stack, around it, on this module or on one of `modules`.
+        """
+        self._refuse_running()
+        around = [self.composite] if self.composite is not None else []
+        around += [self.encoder_decoder[0]] if self.encoder_decoder else []
+        for module in (self.module, *modules, self.stack, *around):
+            for patch in patches_on(module):
+                patch.refuse_if_covered()
+
     def _refuse_running(self) -> None:
         """Raises `CircuitFreezeError` if a pass is running through the stack."""
-        tracker = standing_in(self.stack)
-        if isinstance(tracker, PassTracker) and tracker.current is not None:
+        tracker = standing_in(self.stack, PassTracker)
+        if tracker and tracker.current is not None:
             raise CircuitFreezeError(
                 f"{self.name} is frozen, and a pass is running: freezes are installed and removed between passes"
             )

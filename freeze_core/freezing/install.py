@@ -10,13 +10,14 @@ from typing import overload
 from torch import nn
 
 from freeze_core.attention.sites import Sites
-from freeze_core.errors import FreezeNotInForceError, InterventionError
+from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
 from freeze_core.freezing.frozen import FrozenAttention, frozen_attention
 from freeze_core.freezing.held import Held
 from freeze_core.freezing.places import Place
 from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.freezing.replaced import standing_in
 from freeze_core.freezing.wiring import wire
+from freeze_core.ordinary import ordinary_tensors
 
 __all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen", "refuse_other_stack"]
 
@@ -36,6 +37,7 @@ class FreezeHandle:
         self.held: list[Held] = []
         """What stands in for modules of the model on its behalf."""
 
+    @ordinary_tensors()
     def remove(self) -> None:
         """Takes this freeze out of the model; twice is harmless.
 
@@ -105,8 +107,14 @@ class FrozenCircuits(Sequence[FreezeHandle]):
         except FreezeNotInForceError:
             if error is None:  # what was raised inside tells more
                 raise
+        except CircuitFreezeError as refusal:
+            # A `with` may have given it no name, and without one it could not be removed any more.
+            refusal.frozen = self
+            refusal.add_note("What to call remove() of afterwards is the attribute `frozen` of this error.")
+            raise
 
 
+@ordinary_tensors()
 def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_cache: str = "warn") -> FrozenCircuits:
     """Installs resolved configs, in order, on top of what is live; all of them or, on an error, none."""
     handles = [FreezeHandle(on_stale_cache, sites) for sites, _ in resolved]
@@ -143,5 +151,4 @@ def refuse_other_stack(held: Held, stack: nn.Module) -> None:
 
 def is_frozen(model: nn.Module) -> bool:
     """Whether any attention in the model, of whatever kind, has a live freeze, or a layer a vector added to it."""
-    # Whatever stands in anywhere: an attention's own may be covered by what others have put on top.
-    return any(standing_in(module) for module in model.modules())
+    return any(standing_in(module, Held) for module in model.modules())

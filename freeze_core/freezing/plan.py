@@ -13,6 +13,7 @@ from freeze_core.attention.layout import Part, Storage
 from freeze_core.attention.sites import AttentionSite, Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
+from freeze_core.ordinary import ordinary_tensors
 from freeze_core.statistics import ActivationStatistics, LayerStatistics, digest_of, model_identity
 from freeze_core.vocabulary import ROLES, BackwardMode, CircuitType, FreezeType, KVScope, Role
 
@@ -78,6 +79,7 @@ Assignment = Mapping[Role, tuple[Treatment | None, ...]]
 """For each role, the treatment of what each query head reads, or writes; `None` is left alone."""
 
 
+@ordinary_tensors()
 def resolve(config: InterventionConfig, sites: Sites, roles: tuple[Role, ...] | None = None) -> list[LayerFreeze]:
     """What `config` asks of each attention layer; `roles`, if given, in the place of its circuit's.
 

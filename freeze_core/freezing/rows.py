@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,44 @@ from freeze_core.errors import InterventionError
 __all__ = ["RowOrder", "refuse_reordering"]
 
 
-def refuse_reordering(cache: Any) -> None:
-    """Makes a cache refuse to have its rows reordered, as beam search does between passes."""
-    cache.reorder_cache = cache.batch_select_indices = _refuse_reordering
+def refuse_reordering(cache: Any, order: RowOrder) -> None:
+    """Makes a cache refuse to have its rows reordered, as beam search does between passes, while `order` is needed."""
+    for name in ("reorder_cache", "batch_select_indices"):
+        if hasattr(type(cache), name):
+            setattr(cache, name, _Reordering(cache, name, order))
 
 
-def _refuse_reordering(*args: Any, **kwargs: Any) -> NoReturn:
-    raise InterventionError(
-        "freeze_type 'resample' takes each row's values from another row, and the rows of this cache are to be "
-        "reordered (beam search): decode greedily or by sampling, or freeze otherwise"
-    )
+class _Reordering:
+    """A cache's own way to reorder its rows, refused while a freeze needs them where they are.
+
+    The cache outlives the freeze: then it reorders as its class does. This does not keep the cache alive; a deep copy
+    gets one of its own, and one that was pickled is back in no freeze.
+    """
+
+    def __init__(self, cache: Any, name: str, order: RowOrder) -> None:
+        self._cache = weakref.ref(cache)
+        self._name = name
+        self._order = order
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._order.needed:
+            raise InterventionError(
+                "freeze_type 'resample' takes each row's values from another row, and the rows of this cache are to be "
+                "reordered (beam search): decode greedily or by sampling, or freeze otherwise"
+            )
+        cache: Any = self._cache()
+        if cache is None:
+            raise InterventionError(
+                f"{self._name} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
+            )
+        vars(cache).pop(self._name, None)
+        return getattr(type(cache), self._name)(cache, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Reordering:
+        return _Reordering(memo[id(self._cache())], self._name, self._order)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._cache(), self._name)
 
 
 class RowOrder:
@@ -32,6 +61,8 @@ class RowOrder:
     """
 
     def __init__(self) -> None:
+        self.needed = False
+        """Whether some freeze that is live takes one row's values from another."""
         self._before: Tensor | None = None
 
     def check(self, ids: Tensor | None) -> None:

@@ -61,7 +61,7 @@ class PassTracker(ReplacedPass):
         self.encoder_decoder: EncoderDecoderPatch | None = None
         self._prompt = prompt_of(stack)
         self._in_force: dict[str, InForce] = {}
-        self._places: dict[str, tuple[nn.Module, Place]] = {}
+        self._places: dict[str, Place] = {}
         self._buffers: list[tuple[str, Tensor]] = []
         self._mark = ""
         self._unshared = self._needs_rows = False
@@ -77,25 +77,22 @@ class PassTracker(ReplacedPass):
             self._places.pop(name, None)
         else:
             self._in_force[name] = in_force
-            self._places[name] = in_force.attention, Place(self.module, name)
+            self._places[name] = Place(self.module, name)
         notes = [self._in_force[name] for name in sorted(self._in_force)]
         self._buffers = [pair for name, note in self._in_force.items() for pair in _cache_buffers(name, note.attention)]
         frozen = [note.key for note in notes if note.key]
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
         unshared = [name for name in sorted(self._in_force) if self._in_force[name].unshared]
         self._mark = f"{' '.join(unshared)}|{digest}"
-        self._needs_rows = any(note.needs_rows for note in notes)
+        self._needs_rows = self._row_order.needed = any(note.needs_rows for note in notes)
         self._on_stale = max((note.on_stale for note in notes), key=("ignore", "warn", "error").index, default="ignore")
         if self.encoder_decoder:
             self.encoder_decoder.set_mark(digest, self._on_stale)
-        if notes and not self.slot():
-            self.attach()
-        elif not notes and self.slot():
+        if not notes:
             self.detach()
-
-    def holds(self, name: str) -> bool:
-        """Whether anything is in force at the path `name`."""
-        return name in self._in_force
+        elif not self.in_force():
+            self.detach()
+            self.attach()
 
     @property
     def _around(self) -> list[ReplacedPass]:
@@ -121,14 +118,14 @@ class PassTracker(ReplacedPass):
         """Asks `module`, around the stack, which tokens are padding where the stack is not told."""
         if self.composite is None:
             self.composite = Composite(module)
-            if self.slot():
+            if self.in_force():
                 self.composite.attach()
 
     def watch_encoder_outputs(self, module: nn.Module, encoder: nn.Module) -> None:
         """Has `module`, around the stack, checked for outputs of `encoder` that are older than the freeze."""
         if self.encoder_decoder is None:
             self.encoder_decoder = EncoderDecoderPatch(module, encoder)
-            if self.slot():
+            if self.in_force():
                 self.encoder_decoder.attach()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -170,7 +167,7 @@ class PassTracker(ReplacedPass):
             # Counted, not asked for again: a static cache on an accelerator would be waited for.
             mark_cache(cache, self._mark, before, running.end if running.end > running.cached else filled(cache))
             if self._needs_rows:
-                refuse_reordering(cache)
+                refuse_reordering(cache, self._row_order)
         elif self._needs_rows and not torch.compiler.is_compiling():
             self._row_order.check(named.get("input_ids"))
         return output
@@ -204,13 +201,14 @@ class PassTracker(ReplacedPass):
     def _covered(self) -> list[str]:
         """The frozen attentions on which, or around which, something was put since; it may well run them.
 
+        Or their own forward was put back (an offloading undone, say), which does not.
+
         Raises:
             FreezeNotInForceError: one is no longer what the model runs.
         """
         covered = []
-        for name, (attention, place) in self._places.items():
-            # Its own forward was put back (an offloading undone, say), or it is not there any more.
-            if getattr(attention.forward, "__self__", None) is attention or place.lost():
+        for name, place in self._places.items():
+            if place.lost():
                 raise FreezeNotInForceError(self._replaced(name))
             if place.covered():
                 covered.append(name)
@@ -361,8 +359,7 @@ def tracker_of(
     Args:
         encoder_decoder: where the stack is an encoder's, as `Sites.encoder_decoder` has it.
     """
-    standing = standing_in(stack)
-    tracker = standing if isinstance(standing, PassTracker) else PassTracker(stack)
+    tracker = standing_in(stack, PassTracker) or PassTracker(stack)
     if composite is not None:
         tracker.told_by(composite)
     if encoder_decoder is not None:

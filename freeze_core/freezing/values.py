@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from freeze_core.freezing.traced import demand
+from freeze_core.ordinary import ordinary_tensors
 
 __all__ = ["NoiseTable", "accumulation_dtype", "derangement", "statistics"]
 
@@ -75,7 +76,8 @@ class NoiseTable:
             rows = 1 << (start + count - 1).bit_length()  # doubling, so that decoding does not redraw at each step
             table = np.stack([self._row(column) for column in range(rows)])
             # Kept for later passes: made under a transform of torch.func, it would be a tensor of that call's alone.
-            self._rows = torch.func.debug_unwrap(torch.from_numpy(table).to(like.device, dtype))
+            with ordinary_tensors():
+                self._rows = torch.func.debug_unwrap(torch.from_numpy(table).to(like.device, dtype))
         return self._rows[start : start + count]
 
     def _row(self, column: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -29,10 +28,6 @@ class Output(ReplacedForward):
         self.hears = False
         self.z: list[Tensor] = []
         self.instead: Sequence[Tensor] = ()
-
-    def bound(self) -> Callable[..., Any]:
-        """Its forward as something that is no freeze: what is frozen goes on top."""
-        return partial(self.forward)
 
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         width = self._site.layout.z.numel()
@@ -59,10 +54,6 @@ class Attention(ReplacedForward):
         self.doing: Literal["run", "keep", "give"] = "run"
         self.kept: list[Tensor] = []
         self.given = 0
-
-    def bound(self) -> Callable[..., Any]:
-        """Its forward as something that is no freeze: what is frozen goes on top."""
-        return partial(self.forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +24,6 @@ class Remembered(ReplacedForward):
         self._input: Tensor | None = None
         self._output = torch.empty(0)
         self._version = 0
-
-    def bound(self) -> Callable[..., Any]:
-        """Its forward as something that is no freeze: what is frozen goes on top."""
-        return partial(self.forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freeze_core.errors import CircuitFreezeError, InterventionError
+from freeze_core.errors import InterventionError
 from freeze_core.freezing.held import Held
 from freeze_core.freezing.install import FreezeHandle, FrozenCircuits, refuse_other_stack
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.replaced import standing_in
-from freeze_core.freezing.tracking import InForce, PassTracker, tracker_of
+from freeze_core.freezing.tracking import InForce, tracker_of
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.sites import ResidualSite, stream_of, with_stream
 
@@ -109,16 +109,7 @@ class SteeredLayer(Held):
         self.change([(one, addition) for one, addition in self.additions if one is not owner])
 
     def refuse_change(self) -> None:
-        self._refuse_running()
-        tracker = standing_in(self.stack)
-        if self.additions:
-            for replaced in (self, *([self._tracker] if self._tracker else [])):
-                replaced.refuse_if_covered()
-        elif isinstance(tracker, PassTracker) and tracker.holds(self.path):
-            raise CircuitFreezeError(
-                f"{self.name} has a vector added to it already, and its forward was replaced again, by "
-                f"{self.module.forward!r}: take that out before another is added"
-            )
+        self._refuse_change()
 
 
 def steer(site: ResidualSite, addition: Addition, on_stale_cache: str) -> FrozenCircuits:
@@ -127,11 +118,10 @@ def steer(site: ResidualSite, addition: Addition, on_stale_cache: str) -> Frozen
     Raises:
         CircuitFreezeError: a pass is running, or something else was put on top; nothing is installed.
     """
-    standing = standing_in(site.module)
-    layer = standing if isinstance(standing, SteeredLayer) else SteeredLayer(site)
+    layer = standing_in(site.module, SteeredLayer) or SteeredLayer(site)
     refuse_other_stack(layer, site.sites.stack)
-    layer.refuse_change()
     layer.composite = layer.composite or site.sites.composite
+    layer.refuse_change()
     handle = FreezeHandle(on_stale_cache, site.sites)
     layer.change([*layer.additions, (handle, addition)])
     handle.held = [layer]

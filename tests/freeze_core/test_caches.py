@@ -353,3 +353,40 @@ def test_the_strictest_of_several_freezes_says_what_a_stale_cache_is(first, seco
         elif "warn" in (first, second):
             stack.enter_context(pytest.warns(StaleCacheWarning))
         model(IDS[:, :1], **{CACHE: cache})
+
+
+def used_under_resample(model):
+    cache = DynamicCache()
+    with FREEZER.freeze_circuits(model, InterventionConfig([0], [1], "v", "resample")):
+        decode(model, IDS, None, cache, ((0, 6),))
+        yield cache
+    yield cache
+
+
+REORDERINGS = {
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+}
+
+
+@pytest.mark.parametrize("how", REORDERINGS)
+@pytest.mark.parametrize("kept", [lambda cache: cache, copy.deepcopy, copy.copy], ids=["itself", "deep", "shallow"])
+def test_a_cache_that_was_used_under_resampling_reorders_once_the_freeze_is_removed(how, kept):
+    model = tiny_model("llama")
+    states = used_under_resample(model)
+    cache = kept(next(states))
+    with pytest.raises(InterventionError, match="rows of this cache are to be reordered"):
+        REORDERINGS[how](cache)
+    original = next(states)
+    before = cache.layers[0].keys.clone()
+    REORDERINGS[how](cache)
+    assert torch.equal(cache.layers[0].keys, before.flip(0))
+    assert original.get_seq_length() == cache.get_seq_length() == 6
+
+
+def test_a_cache_that_was_pickled_under_resampling_is_in_no_freeze():
+    states = used_under_resample(tiny_model("llama"))
+    cache = pickle.loads(pickle.dumps(next(states)))
+    before = cache.layers[0].keys.clone()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(cache.layers[0].keys, before.flip(0))

@@ -119,6 +119,7 @@ from broken_engines.removal import (
     OffAfterAnError,
     RemembersTheFirstBatch,
     StaysAfterAnInterrupt,
+    StaysBeneathAWrapper,
     SwallowsErrors,
 )
 from broken_engines.resampling import (
@@ -329,7 +330,7 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
         HidesHooksOfOthers,
         RecomputesTheProjection,
     ],
-    "removal_leaves_no_trace": [LeavesAHook, LeavesAnAttribute, LeavesAParameterMoved],
+    "removal_leaves_no_trace": [LeavesAHook, LeavesAnAttribute, LeavesAParameterMoved, StaysBeneathAWrapper],
     "error_in_body_leaves_no_trace": [ForgetsOnError, SwallowsErrors, StaysAfterAnInterrupt],
     "error_in_forward_leaves_no_trace": [OffAfterAnError],
     "freezes_can_be_repeated": [RemembersTheFirstBatch, LostAfterTheSecondPass, KeepsTheLastMask],

@@ -41,6 +41,22 @@ class LeavesAParameterMoved(HookEngine):
         self.undo.append(lambda: parameter.data.sub_(1.0))
 
 
+class StaysBeneathAWrapper(HookEngine):
+    """Takes a wrapper that somebody has put around a forward for the module's own, and ends nothing there."""
+
+    def install_layer(self, layer: Layer, configs: list[Config]) -> None:
+        start = len(self.undo)
+        super().install_layer(layer, configs)
+        self.undo[start:] = [self.unless_bound(layer.module, undo) for undo in self.undo[start:]]
+
+    def unless_bound(self, module: nn.Module, undo: Callable[[], object]) -> Callable[[], object]:
+        def end() -> None:
+            if getattr(vars(module).get("forward"), "__self__", None) is not module:
+                undo()
+
+        return end
+
+
 class ForgetsOnError(HookEngine):
     """Removes nothing when the block raises."""
 
