@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from freeze_core.freezing.replaced import standing_in
 __all__ = [
     "class_functions",
     "instance_forward",
+    "instance_methods",
     "is_called_attention",
     "is_recurrent",
     "names_of",
@@ -80,7 +81,7 @@ def runs_library_code(module: nn.Module, checked: dict[type, bool]) -> bool:
     Args:
         checked: the result for each class that was looked at, kept by the caller for as long as nobody can patch one.
     """
-    if instance_forward(module) is not None:
+    if instance_forward(module) is not None or any(True for _ in instance_methods(module)):
         return False
     cls = type(module)
     if cls not in checked:
@@ -100,6 +101,17 @@ def instance_forward(module: nn.Module) -> Any:
     if getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward:
         return None
     return forward
+
+
+def instance_methods(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Functions that somebody has put into this one module, in the place of its class's; `forward` is another matter.
+
+    Functions of torch, transformers and accelerate, which they put there themselves, are left out.
+    """
+    for name, value in vars(module).items():
+        is_function = isinstance(value, FunctionType | MethodType) and name not in ("forward", "_old_forward")
+        if is_function and value.__module__.partition(".")[0] not in ("torch", "transformers", "accelerate"):
+            yield name, value
 
 
 def class_functions(cls: type) -> Iterator[FunctionType]:

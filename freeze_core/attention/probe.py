@@ -38,6 +38,7 @@ def probe(
     norms: Sequence[nn.Module] = (),
     gates: Sequence[nn.Module] = (),
     drawn: bool = False,
+    draws: int = DRAWS,
 ) -> list[HeadFeatures]:
     """The features of q, k and v of each query head.
 
@@ -57,8 +58,8 @@ def probe(
     places = {module: name for name, module in attention.named_modules() if is_linear(module) or module in norms}
     for apart in (output, *gates):
         places.pop(apart, None)
-    still = _dependence(model, places, output, heads, differ=False, drawn=drawn)
-    moving = _dependence(model, places, output, heads, differ=True, drawn=drawn)
+    still = _dependence(model, places, output, heads, differ=False, drawn=drawn, draws=draws)
+    moving = _dependence(model, places, output, heads, differ=True, drawn=drawn, draws=draws)
     found: list[HeadFeatures] = []
     for (value, value_and_gate), (value_and_key, everything) in zip(still, moving, strict=True):
         key = _without(value_and_key, value)
@@ -85,14 +86,20 @@ def _without(features: Features, *others: Features) -> Features:
 
 
 def _dependence(
-    model: nn.Module, places: Mapping[nn.Module, str], output: nn.Module, heads: int, differ: bool, drawn: bool
+    model: nn.Module,
+    places: Mapping[nn.Module, str],
+    output: nn.Module,
+    heads: int,
+    differ: bool,
+    drawn: bool,
+    draws: int,
 ) -> list[tuple[Features, Features]]:
     """For each head, what its z at the second of two tokens depends on at the first and at the second."""
-    seen: list[tuple[dict[str, set[int]], dict[str, set[int]]]] = [({}, {}) for _ in range(heads)]
+    seen: list[dict[str, Tensor]] = [{} for _ in range(heads)]
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 2))
-    for _ in range(DRAWS):
+    for _ in range(draws):
         ids = torch.randint(vocabulary, (1, 2), generator=generator).to(device)
         with _cut(places, output, differ, generator if drawn else None) as (cuts, zs), torch.enable_grad():
             model(input_ids=ids, use_cache=False)
@@ -111,9 +118,9 @@ def _dependence(
             # What cancels but for rounding is no dependence.
             floor = floor_of * max((float(one.max()) for one in flat.values()), default=0.0)
             for name, rows in flat.items():
-                for at, row in zip(seen[head], rows, strict=True):
-                    at.setdefault(name, set()).update((row > floor).nonzero().flatten().tolist())
-    return [(_frozen(first), _frozen(last)) for first, last in seen]
+                moves = rows > floor
+                seen[head][name] = seen[head][name] | moves if name in seen[head] else moves
+    return [(_features(one, 0), _features(one, 1)) for one in seen]
 
 
 def _moderate(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -122,8 +129,9 @@ def _moderate(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return size * (2 * torch.randint(2, shape, generator=generator) - 1)
 
 
-def _frozen(features: Mapping[str, set[int]]) -> Features:
-    return {name: frozenset(one) for name, one in features.items() if one}
+def _features(moves: Mapping[str, Tensor], token: int) -> Features:
+    features = {name: frozenset(both[token].nonzero().flatten().tolist()) for name, both in moves.items()}
+    return {name: one for name, one in features.items() if one}
 
 
 @contextmanager

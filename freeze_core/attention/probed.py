@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.classes import class_functions, instance_forward, is_called_attention
+from freeze_core.attention.classes import class_functions, instance_forward, instance_methods, is_called_attention
 from freeze_core.attention.layout import Layout, Part, Storage, plain_layout
 from freeze_core.attention.probe import HeadFeatures, is_linear, probe
 from freeze_core.attention.storages import unshared_projections, width_in
@@ -92,15 +92,16 @@ def probed_layouts(
     model: nn.Module, attentions: Sequence[nn.Module], hints: Hints
 ) -> dict[nn.Module, Layout | UnsupportedModelError]:
     """The layout of each of `attentions`, or why it cannot be told."""
-    fresh: dict[tuple[Any, ...], list[nn.Module]] = {}
+    fresh: dict[Any, list[nn.Module]] = {}
     states: dict[nn.Module, tuple[Any, ...]] = {}
     for attention in attentions:
         states[attention] = _state(attention)
         if attention not in _KNOWN or _KNOWN[attention].state != states[attention]:
-            key = (*states[attention], *_details(attention))
-            facts = _OF_CLASS.get(type(attention), {}).get(key)
+            details = _details(attention)
+            key = None if details is None else (*states[attention], *details)
+            facts = None if key is None else _OF_CLASS.get(type(attention), {}).get(key)
             if facts is None:
-                fresh.setdefault(key, []).append(attention)
+                fresh.setdefault(key or attention, []).append(attention)
             else:
                 _KNOWN[attention] = _Known(states[attention], facts)
     errors: dict[nn.Module, UnsupportedModelError] = {}
@@ -114,7 +115,8 @@ def probed_layouts(
         except UnsupportedModelError as error:
             errors |= dict.fromkeys(alike, error)
             continue
-        _OF_CLASS.setdefault(type(first), {})[key] = facts
+        if key is not first:
+            _OF_CLASS.setdefault(type(first), {})[key] = facts
         for one in alike:
             _KNOWN[one] = _Known(states[one], facts)
     layouts: dict[nn.Module, Layout | UnsupportedModelError] = {}
@@ -153,14 +155,15 @@ def _state(attention: nn.Module) -> tuple[Any, ...]:
     """The code that an attention runs and its head counts; what is known of it holds for as long as these are same."""
     heads = tuple(vars(attention).get(name) for name in HEADS if isinstance(vars(attention).get(name), int))
     children = tuple(
-        (name, type(child), width_in(child), tuple(map(weakref.ref, class_functions(type(child)))))
+        (name, weakref.ref(type(child)), width_in(child), tuple(map(weakref.ref, class_functions(type(child)))))
         for name, child in attention._modules.items()
         if child is not None
     )
     functions = tuple(map(weakref.ref, class_functions(type(attention))))
+    methods = tuple((name, _identity(function)) for name, function in instance_methods(attention))
     config = getattr(attention, "config", None)
     kernel = getattr(config, "_attn_implementation", None)
-    return (functions, _identity(instance_forward(attention)), heads, children, kernel)
+    return (functions, methods, _identity(instance_forward(attention)), heads, children, kernel)
 
 
 def _identity(function: Any) -> Any:
@@ -174,21 +177,26 @@ def _identity(function: Any) -> Any:
         return id(function)
 
 
-def _details(attention: nn.Module) -> tuple[Any, ...]:
-    """All that may make two attention modules of one class differ, beside their number; unsure is different."""
+def _details(attention: nn.Module) -> tuple[Any, ...] | None:
+    """All that may make two attention modules of one class differ, beside their number; `None` where that is unsure."""
     details: list[Any] = []
-    for path, module in attention.named_modules():
-        own = {name: value for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES}
-        config = own.pop("config", None)
-        shapes = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters(recurse=False)]
-        details.append((path, type(module), str(shapes)))
-        # Tensors may hold an order of heads; what is neither number nor text may be anything.
-        if module is attention or not is_linear(module):
-            details += [(name, _plain(value)) for name, value in own.items() if name not in LAYER_NUMBERS]
-            details += [(name, id(buffer)) for name, buffer in module._buffers.items()]
-            details += [(name, id(own)) for name, own in module._parameters.items() if module is attention]
-        if config is not None:
-            details.append(tuple((name, _plain(value)) for name, value in vars(config).items()))
+    try:
+        for path, module in attention.named_modules():
+            own = {name: value for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES}
+            config = own.pop("config", None)
+            shapes = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters(recurse=False)]
+            details.append((path, weakref.ref(type(module)), str(shapes)))
+            # Tensors may hold an order of heads; what is neither number nor text may be anything.
+            if any(buffer is not None for buffer in module._buffers.values()):
+                return None
+            if module is attention and any(parameter is not None for parameter in module._parameters.values()):
+                return None
+            if module is attention or not is_linear(module):
+                details += [(name, _plain(value)) for name, value in own.items() if name not in LAYER_NUMBERS]
+            if config is not None:
+                details.append(tuple((name, _plain(value)) for name, value in vars(config).items()))
+    except TypeError:  # a value that may be anything
+        return None
     return tuple(details)
 
 
@@ -202,7 +210,7 @@ def _plain(value: Any) -> Any:
         return tuple(map(_plain, value))
     if isinstance(value, dict):
         return tuple((str(name), _plain(one)) for name, one in value.items())
-    return id(value)
+    raise TypeError(f"a {type(value).__name__} is neither a number nor text")
 
 
 class _Call(NamedTuple):
@@ -351,6 +359,8 @@ def _facts(attention: nn.Module, call: _Call, hint: Layout | str) -> _Facts:
     """
     for name, module in attention.named_modules():
         weight = getattr(module, "weight", None)
+        if hasattr(weight, "device_mesh"):
+            raise ProbeFailedError(f"the weight of {name} is spread over processes, so that each has some heads alone")
         if isinstance(weight, Tensor) and weight.dim() > 2:
             raise ProbeFailedError(f"{name} is a {type(module).__name__}, which may mix tokens before attention")
     named = hint if isinstance(hint, Layout) else None
@@ -403,7 +413,7 @@ def _refuse_finer_heads(
             continue
         try:
             projection = alone.attention.get_submodule(output)
-            finer = probe(alone, alone.attention, projection, heads * parts, held, drawn=True)
+            finer = probe(alone, alone.attention, projection, heads * parts, held, drawn=True, draws=1)
         except UnsupportedModelError:  # a part that passes nothing on is no head
             continue
         queries = [{(name, one) for name, own in head["q"].items() for one in own} for head in finer]

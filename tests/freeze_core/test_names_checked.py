@@ -221,13 +221,22 @@ def test_a_part_that_somebody_replaced_is_probed():
         FREEZER.freeze_circuits(model, InterventionConfig([1], [1], "q"))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [name for name in TINY if name != "qwen"])
 def test_transformers_own_attention_is_not_probed(name, monkeypatch):
     monkeypatch.setattr(probed, "probe", lambda *args, **kwargs: pytest.fail("probed"))
     model = tiny_model(name)
     for site in find_sites(model).by_layer.values():
-        if "local_qwen" not in type(site.attention).__module__:
-            assert all(runs_library_code(part, {}) for part in reading_parts(site.attention))
+        assert all(runs_library_code(part, {}) for part in reading_parts(site.attention))
+
+
+def test_remote_code_of_a_known_family_is_confirmed_by_the_probe():
+    site = find_sites(tiny_model("qwen")).by_layer[1]
+    assert not runs_library_code(site.attention, {})
+    assert {role: parts[0].features[0, 0].item() for role, parts in site.layout.shared.features.items()} == {
+        "q": 0,
+        "k": 32,
+        "v": 64,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -318,14 +327,12 @@ def test_a_probe_leaves_no_trace():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_was_found_keeps_no_model_and_no_class_alive():
-    class Short(Strided):
-        pass
-
-    model = with_attention(Short)
+def test_what_was_found_keeps_no_model_alive():
+    model = with_attention(type("Short", (Strided,), {}))
+    attention_of(model).repeat = MethodType(Strided.repeat, attention_of(model))
     FREEZER.get_model_config(model)
-    gone = weakref.ref(model), weakref.ref(Short)
-    del model, Short
+    gone = weakref.ref(model), weakref.ref(attention_of(model))
+    del model
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
 
@@ -358,8 +365,8 @@ def test_a_model_without_values_is_refused_unless_its_class_was_probed_or_the_st
     class OnMeta(Strided):
         pass
 
+    config = copy.deepcopy(tiny_model("llama").config)
     with torch.device("meta"):
-        config = transformers.LlamaConfig(**tiny_model("llama").config.to_dict())
         model = transformers.LlamaForCausalLM(config).eval()
         for layer in model.model.layers:
             layer.self_attn = OnMeta(layer.self_attn)
