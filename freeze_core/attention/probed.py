@@ -324,9 +324,9 @@ def _of_a_framework(hook: Callable[..., Any]) -> bool:
 class _Alone(nn.Module):
     """One attention module, called as the model called it."""
 
-    def __init__(self, attention: nn.Module, call: _Call, per_head: Storage | None = None) -> None:
+    def __init__(self, attention: nn.Module, call: _Call) -> None:
         super().__init__()
-        self.attention, self.call, self.per_head = attention, call, per_head
+        self.attention, self.call = attention, call
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
         return self.attention(*map(self._own, self.call.args), **{n: self._own(v) for n, v in self.call.kwargs.items()})
@@ -338,16 +338,33 @@ class _Alone(nn.Module):
             return type(value)(map(self._own, value))
         return None if hasattr(value, "get_seq_length") else value  # a cache would grow
 
-    def order(self, others: Sequence[nn.Module]) -> list[tuple[str, list[int]]]:
-        """The linear layers of the attention, and others, in the order in which they ran: path and shape of each."""
-        ran: list[tuple[str, list[int]]] = []
+    def order(self, others: Sequence[nn.Module]) -> list[tuple[str, Tensor]]:
+        """The linear layers of the attention, and others, in the order in which they ran: path and output of each."""
+        ran: list[tuple[str, Tensor]] = []
+
+        def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                ran.append((name, output))
+
         with ExitStack() as stack, torch.no_grad():
             for name, module in self.attention.named_modules():
                 if is_linear(module) or module in others:
-                    hook = module.register_forward_hook(lambda _, __, y, name=name: ran.append((name, list(y.shape))))
-                    stack.callback(hook.remove)
+                    stack.callback(module.register_forward_hook(partial(keep, name)).remove)
             self(torch.empty(0), use_cache=False)
         return ran
+
+    def skip_products(self, ran: Sequence[tuple[str, Tensor]]) -> None:
+        """Lets linear layers give again what they gave, without computing it; for use within `left_alone`.
+
+        The probe puts draws in the place of it, and products are most of what a run of a large attention costs.
+        """
+        shapes: dict[str, set[torch.Size]] = {}
+        for path, output in ran:
+            shapes.setdefault(path, set()).add(output.shape)
+        for path, output in ran:
+            module = self.attention.get_submodule(path)
+            if is_linear(module) and len(shapes[path]) == 1:
+                vars(module)["forward"] = lambda *args, output=output, **kwargs: output.clone()
 
 
 def _facts(attention: nn.Module, call: _Call, hint: Layout | str) -> _Facts:
@@ -374,6 +391,8 @@ def _facts(attention: nn.Module, call: _Call, hint: Layout | str) -> _Facts:
             raise ProbeFailedError(f"it does not run alone, {type(error).__name__}: {error}") from error
         if not ran:
             raise ProbeFailedError("no linear layer of it runs")
+        alone.skip_products(ran)
+        shapes = {path: list(output.shape) for path, output in ran}
         # The output projection is the last, unless something is made to gate what it gives.
         outputs = [paths[named.output]] if named else []
         outputs += [output for output in dict.fromkeys(path for path, _ in reversed(ran)) if output not in outputs]
@@ -382,12 +401,12 @@ def _facts(attention: nn.Module, call: _Call, hint: Layout | str) -> _Facts:
             for output in outputs:
                 try:
                     found = probe(alone, attention, attention.get_submodule(output), heads, held, drawn=True)
-                    facts = _told(heads, output, found, named, paths, dict(ran))
-                except (UnsupportedModelError, RuntimeError, IndexError) as error:
+                    facts = _told(heads, output, found, named, paths, shapes)
+                except Exception as error:  # whatever a module raises that takes something else for its output
                     reasons.append(str(error))
                     continue
                 modules = {paths[module] for module in held} if facts.named else set(facts.projections.values())
-                _refuse_other_order({path: shape for path, shape in ran if path in {*modules, output}})
+                _refuse_other_order({path: shape for path, shape in shapes.items() if path in {*modules, output}})
                 _refuse_finer_heads(alone, output, heads, found, held)
                 return facts._replace(per_head=_reads_own_heads(attention, call, facts, named, held))
     raise UnsupportedModelError(reasons[0])

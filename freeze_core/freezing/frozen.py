@@ -47,7 +47,8 @@ class FrozenProjection(ReplacedForward):
         self.storage = wiring.storage
         self.edits = wiring.edits[name]
         self.source = wiring.storage.sources.get(name)
-        self.runs = 0
+        # The attention counts anew whenever it runs: what runs otherwise finds that it has run already.
+        self.runs = 1
         self.sparing = False
         roles = {role for role, parts in shared.features.items() if any(part.module == name for part in parts)}
         self.reads_encoder = attention.site.kind == "cross" and not roles & {"q"}
@@ -72,7 +73,7 @@ class FrozenProjection(ReplacedForward):
             shape = x.shape
             x = x.flatten(1, -2)
         running = self._tracker.current
-        if self._attention is not None and not self._attention.entered:
+        if self._attention is not None and self.runs:
             self._attention.refuse_bypass(self.name, running)
         if running and self.reads_encoder:
             running = running.encoder
@@ -135,7 +136,6 @@ class FrozenAttention(Held):
     def __init__(self, site: AttentionSite, stack: nn.Module, path: str) -> None:
         super().__init__(site.attention, stack, path)
         self.site = site
-        self.entered = False
         self.wiring = wire(site, ())
         self._frozen: list[FrozenProjection | FrozenOutput] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []
@@ -146,35 +146,6 @@ class FrozenAttention(Held):
         return self.site.name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.entered = True
-        try:
-            return self._run(args, kwargs)
-        finally:
-            self.entered = False
-
-    def refuse_bypass(self, projection: str, running: Pass | None) -> None:
-        """Raises `FreezeNotInForceError` where a projection runs while this does not, and what this does is needed.
-
-        That is where the attention's class is called with the module, or a forward that was taken from it earlier.
-        Values are held all the same; the second run for a gradient, and the count of runs in a pass, are not had.
-        """
-        again = 0
-        if running:
-            key = f"{self.site.name}.{projection}"
-            again = running.runs.get(key, 0)
-            running.runs[key] = again + 1
-        if self.wiring.spares_the_circuit and torch.is_grad_enabled():
-            needed = "backward_mode='circuit_ste' runs the attention twice for its gradient"
-        elif self.wiring.tells_runs_apart and again:
-            needed = f"{projection} ran {again + 1} times in this pass, so that each run has values of its own"
-        else:
-            return
-        raise FreezeNotInForceError(
-            f"{self.site.name} ran without its module's own call, as by {type(self.module).__name__}.forward(module, "
-            f"...) or a forward that was taken from the module before the freeze, and {needed}: call the module itself"
-        )
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running = self._told(args, kwargs)
         if running and self.wiring.tells_runs_apart:
             running.take_turn(self.site.name)
@@ -198,6 +169,29 @@ class FrozenAttention(Held):
                     "what attention reads is not what is held: remove the freeze, then freeze what is there now"
                 )
         return output
+
+    def refuse_bypass(self, projection: str, running: Pass | None) -> None:
+        """Raises `FreezeNotInForceError` where a projection runs while this does not, and what this does is needed.
+
+        That is where the attention's class is called with the module, or a forward that was taken from it earlier.
+        Values are held all the same; the second run for a gradient, and the count of runs in a pass, are not had.
+        """
+        again = 0
+        if running:
+            key = f"{self.site.name}.{projection}"
+            again = running.runs.get(key, 0)
+            running.runs[key] = again + 1
+        if self.wiring.spares_the_circuit and torch.is_grad_enabled():
+            needed = "backward_mode='circuit_ste' runs the attention twice for its gradient"
+        elif self.wiring.tells_runs_apart and again:
+            needed = f"{projection} ran {again + 1} times in this pass, so that each run has values of its own"
+        else:
+            return
+        raise FreezeNotInForceError(
+            f"{projection} of {self.site.name} ran outside of its module's own call, as by "
+            f"{type(self.module).__name__}.forward(module, ...) or a forward that was taken from the module before the "
+            f"freeze, and {needed}: call the module itself"
+        )
 
     def _miscounted(self, one: FrozenProjection | FrozenOutput) -> str:
         if one.runs:

@@ -437,7 +437,7 @@ def frozen_gradient(mode, layer=None, **fields):
 )
 def test_an_attention_that_is_not_called_as_a_module_has_the_gradient_that_was_asked_for_or_raises(layer, mode):
     if mode == "circuit_ste" and layer not in (ByItsForward, ByItsClassesCall):
-        with pytest.raises(FreezeNotInForceError, match=r"ran without its module's own call.*call the module itself"):
+        with pytest.raises(FreezeNotInForceError, match="ran outside of its module's own call"):
             frozen_gradient(mode, layer)
     else:
         torch.testing.assert_close(frozen_gradient(mode, layer), frozen_gradient(mode), rtol=0, atol=0)
