@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from freeze_core.attention.families import NOT_SOFTMAX
+from freeze_core.freezing.replaced import patches_on
 
-__all__ = ["is_called_attention", "is_recurrent", "names_of", "parameters_of"]
+__all__ = [
+    "class_functions",
+    "instance_forward",
+    "instance_methods",
+    "is_called_attention",
+    "is_recurrent",
+    "names_of",
+    "parameters_of",
+    "runs_library_code",
+]
 
 _once = lru_cache(maxsize=1024)  # classes that are made as a program runs are not held for ever
 
@@ -56,3 +70,106 @@ def _is_called_attention(classes: tuple[type, ...]) -> bool:
 @_once
 def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters
+
+
+def runs_library_code(module: nn.Module, checked: dict[type, bool]) -> bool:
+    """Whether a module runs nothing but what transformers or torch wrote, so that the tables hold for it.
+
+    The tables of storages describe the code of transformers. A class of the same name, a subclass, remote code, or
+    a method, function or attention kernel that somebody has replaced may read the same projections otherwise.
+
+    Args:
+        checked: the result for each class that was looked at, kept by the caller for as long as nobody can patch one.
+    """
+    if instance_forward(module) is not None or any(True for _ in instance_methods(module)):
+        return False
+    cls = type(module)
+    if cls not in checked:
+        checked[cls] = _is_library_class(cls)
+    return checked[cls] and _is_library_kernel(module)
+
+
+def instance_forward(module: nn.Module) -> Any:
+    """What somebody has put in the place of this one module's `forward`, beneath freezes and offloading."""
+    patches = patches_on(module)
+    if patches:
+        forward: Any = patches[0].original
+    elif "_hf_hook" in vars(module):  # accelerate moves what the module had to another name
+        forward = vars(module).get("_old_forward")
+    else:
+        forward = vars(module).get("forward")
+    if getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward:
+        return None
+    return forward
+
+
+def instance_methods(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Functions that somebody has put into this one module, in the place of its class's; `forward` is another matter.
+
+    Functions of torch, transformers and accelerate, which they put there themselves, are left out.
+    """
+    for name, value in vars(module).items():
+        is_function = isinstance(value, FunctionType | MethodType) and name not in ("forward", "_old_forward")
+        if is_function and value.__module__.partition(".")[0] not in ("torch", "transformers", "accelerate"):
+            yield name, value
+
+
+def class_functions(cls: type) -> Iterator[FunctionType]:
+    """The functions that a class of modules has, or inherits from others than torch's own classes."""
+    for base in _written_classes(cls):
+        yield from (function for function in vars(base).values() if isinstance(function, FunctionType))
+
+
+def _written_classes(cls: type) -> list[type]:
+    """The class and those that it derives from, without torch's: some of those wrap a class (FSDP's, say)."""
+    return [base for base in cls.__mro__ if base is not object and not base.__module__.startswith("torch.")]
+
+
+def _is_library_class(cls: type) -> bool:
+    """Whether a class is the one that transformers has under this name, and its methods are what stands in the file."""
+    bases = _written_classes(cls)
+    if not bases:
+        return True  # torch's own
+    home = _library_folder()
+    for base in bases:
+        module = sys.modules.get(base.__module__)
+        if not base.__module__.startswith("transformers.") or getattr(module, base.__name__, None) is not base:
+            return False
+    for function in map(_unwrapped, class_functions(cls)):
+        # The names that its code uses may be bound to other functions by now, as libraries that speed models up do.
+        used = (function.__globals__.get(name) for name in function.__code__.co_names)
+        functions = (_unwrapped(other) for other in used if isinstance(other, FunctionType))
+        if not all(other.__code__.co_filename.startswith(home) for other in (function, *functions)):
+            return False
+    return True
+
+
+def _is_library_kernel(module: nn.Module) -> bool:
+    """Whether the attention function that the module's config names is transformers' own."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    registered = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
+    if registered is None or name not in registered:
+        return True  # the class's own
+    kernel = registered[name]
+    while isinstance(kernel, partial):
+        kernel = kernel.func
+    return isinstance(kernel, FunctionType) and _unwrapped(kernel).__code__.co_filename.startswith(_library_folder())
+
+
+def _unwrapped(function: FunctionType) -> FunctionType:
+    """The function that torch's decorators (`torch.no_grad()`, `torch.compile`) were put around."""
+    inner: Any = function
+    while isinstance(inner, FunctionType) and inner.__code__.co_filename.startswith(_TORCH):
+        wrapped = getattr(inner, "_torchdynamo_orig_callable", None) or getattr(inner, "__wrapped__", None)
+        if wrapped is None:
+            break
+        inner = wrapped
+    return inner if isinstance(inner, FunctionType) else function
+
+
+def _library_folder() -> str:
+    library = sys.modules.get("transformers")
+    return f"{os.path.dirname(library.__file__ or '')}{os.sep}" if library else "transformers is not loaded"
+
+
+_TORCH = f"{os.path.dirname(torch.__file__)}{os.sep}"

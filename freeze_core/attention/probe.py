@@ -37,6 +37,8 @@ def probe(
     heads: int,
     norms: Sequence[nn.Module] = (),
     gates: Sequence[nn.Module] = (),
+    drawn: bool = False,
+    draws: int = DRAWS,
 ) -> list[HeadFeatures]:
     """The features of q, k and v of each query head.
 
@@ -47,6 +49,8 @@ def probe(
         heads: query heads.
         norms: norms over all heads, at whose output q and k are looked for.
         gates: what multiplies all of a head's z, which differentiation cannot tell from the mass that a sink takes.
+        drawn: put draws of moderate size in the place of what the linear layers give, so that neither weights of zero
+            nor large activations, whose pattern is a choice, hide what depends on what.
 
     Raises:
         UnsupportedModelError: some head has no query, key or value of its own.
@@ -54,8 +58,8 @@ def probe(
     places = {module: name for name, module in attention.named_modules() if is_linear(module) or module in norms}
     for apart in (output, *gates):
         places.pop(apart, None)
-    still = _dependence(model, places, output, heads, differ=False)
-    moving = _dependence(model, places, output, heads, differ=True)
+    still = _dependence(model, places, output, heads, differ=False, drawn=drawn, draws=draws)
+    moving = _dependence(model, places, output, heads, differ=True, drawn=drawn, draws=draws)
     found: list[HeadFeatures] = []
     for (value, value_and_gate), (value_and_key, everything) in zip(still, moving, strict=True):
         key = _without(value_and_key, value)
@@ -82,47 +86,70 @@ def _without(features: Features, *others: Features) -> Features:
 
 
 def _dependence(
-    model: nn.Module, places: Mapping[nn.Module, str], output: nn.Module, heads: int, differ: bool
+    model: nn.Module,
+    places: Mapping[nn.Module, str],
+    output: nn.Module,
+    heads: int,
+    differ: bool,
+    drawn: bool,
+    draws: int,
 ) -> list[tuple[Features, Features]]:
     """For each head, what its z at the second of two tokens depends on at the first and at the second."""
-    seen: list[tuple[dict[str, set[int]], dict[str, set[int]]]] = [({}, {}) for _ in range(heads)]
+    seen: list[dict[str, Tensor]] = [{} for _ in range(heads)]
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 2))
-    for _ in range(DRAWS):
+    for _ in range(draws):
         ids = torch.randint(vocabulary, (1, 2), generator=generator).to(device)
-        with _cut(places, output, differ) as (cuts, zs), torch.enable_grad():
+        with _cut(places, output, differ, generator if drawn else None) as (cuts, zs), torch.enable_grad():
             model(input_ids=ids, use_cache=False)
         # The last run, where there are several: a model that loops over its layers may keep gradients of that alone.
-        for head, own in enumerate(zs[-1].view(2, heads, -1)[1]):
+        z = zs[-1].reshape(2, heads, -1)[1]
+        # In half precision what cancels leaves more; where tokens differ nothing has to cancel.
+        floor_of = 1e-5 if differ else max(1e-5, 4 * torch.finfo(z.dtype).eps * (z.dtype.itemsize < 4))
+        for head, own in enumerate(z):
             cotangent = torch.randn(len(own), generator=generator, dtype=torch.float64).to(own)
+            if drawn:
+                cotangent = cotangent.sign()
             if not differ:  # a sink takes weight from all tokens alike, which moves z along itself
                 cotangent = cotangent - own.detach() * (cotangent @ own.detach()) / (own.detach() @ own.detach())
             grads = torch.autograd.grad(own @ cotangent, list(cuts.values()), retain_graph=True, allow_unused=True)
             flat = {name: grad.reshape(2, -1).abs() for name, grad in zip(cuts, grads, strict=True) if grad is not None}
             # What cancels but for rounding is no dependence.
-            floor = 1e-5 * max(float(one.max()) for one in flat.values())
+            floor = floor_of * max((float(one.max()) for one in flat.values()), default=0.0)
             for name, rows in flat.items():
-                for at, row in zip(seen[head], rows, strict=True):
-                    at.setdefault(name, set()).update((row > floor).nonzero().flatten().tolist())
-    return [(_frozen(first), _frozen(last)) for first, last in seen]
+                moves = rows > floor
+                seen[head][name] = seen[head][name] | moves if name in seen[head] else moves
+    return [(_features(one, 0), _features(one, 1)) for one in seen]
 
 
-def _frozen(features: Mapping[str, set[int]]) -> Features:
-    return {name: frozenset(one) for name, one in features.items() if one}
+def _moderate(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Numbers of random sign whose size is between 0.25 and 0.75."""
+    size = 0.25 + 0.5 * torch.rand(shape, generator=generator)
+    return size * (2 * torch.randint(2, shape, generator=generator) - 1)
+
+
+def _features(moves: Mapping[str, Tensor], token: int) -> Features:
+    features = {name: frozenset(both[token].nonzero().flatten().tolist()) for name, both in moves.items()}
+    return {name: one for name, one in features.items() if one}
 
 
 @contextmanager
 def _cut(
-    places: Mapping[nn.Module, str], output: nn.Module, differ: bool
+    places: Mapping[nn.Module, str], output: nn.Module, differ: bool, generator: torch.Generator | None
 ) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
-    """Cuts the graph behind each of `places`, giving both tokens the features of the first or their own; keeps z."""
+    """Cuts the graph behind each of `places`, giving both tokens the features of the first or their own; keeps z.
+
+    The features are drawn by `generator`, if there is one.
+    """
     cuts: dict[str, Tensor] = {}
     zs: list[Tensor] = []
 
     def cut(name: str) -> Any:
         def hook(module: nn.Module, args: Any, result: Tensor) -> Tensor:
             own = result.detach().reshape(2, -1)
+            if generator is not None:
+                own = _moderate(own.shape, generator).to(own)
             cuts[name] = (own if differ else own[:1].expand(2, -1)).clone().requires_grad_()
             return cuts[name].view(result.shape)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from freeze_core.attention.classes import parameters_of
+from freeze_core.attention.classes import parameters_of, runs_library_code
 from freeze_core.attention.layout import Layout
 from freeze_core.attention.modules import SHARED, Found, attention_modules, layer_count
-from freeze_core.attention.probed import probed_layouts
-from freeze_core.attention.storages import layout_of, stores_projections
+from freeze_core.attention.probed import ProbeFailedError, probed_layouts
+from freeze_core.attention.storages import layout_of, reading_parts, refusal, stores_projections
 from freeze_core.errors import CircuitFreezeError, UnsupportedModelError
 from freeze_core.freezing.replaced import patches_on
 from freeze_core.ordinary import ordinary_tensors
@@ -178,7 +178,9 @@ def _reasons(found: list[Found], refused: Mapping[int, str]) -> str:
 
 
 def _sites(
-    found: list[Found], architecture: ModelArchitecture | None, probed: Mapping[nn.Module, Layout | str]
+    found: list[Found],
+    architecture: ModelArchitecture | None,
+    probed: Mapping[nn.Module, Layout | UnsupportedModelError],
 ) -> tuple[dict[int, AttentionSite], dict[int, str]]:
     """The sites among the attention modules of one kind in one stack, and why others are none."""
     by_layer: dict[int, AttentionSite] = {}
@@ -213,10 +215,22 @@ def _with_readers(site: AttentionSite, readers: Sequence[nn.Module]) -> Attentio
     return replace(site, layout=replace(site.layout, unshared=replace(unshared, readers=own) if known else None))
 
 
-def _probed(model: nn.Module, found: list[Found]) -> Mapping[nn.Module, Layout | str]:
-    """What probing shows of the attention modules that neither tables nor names know; most models have none."""
-    unknown = [one.attention for one in found if not one.known and _live(one.attention) is None]
-    return probed_layouts(model, list(dict.fromkeys(unknown)))
+def _probed(model: nn.Module, found: list[Found]) -> Mapping[nn.Module, Layout | UnsupportedModelError]:
+    """What probing shows of the attention modules whose code is not transformers' own; most models have none."""
+    hints: dict[nn.Module, Layout | str] = {}
+    checked: dict[type, bool] = {}
+    for one in found:
+        attention = one.attention
+        if _live(attention) is not None or getattr(attention, SHARED, False) or refusal(attention):
+            continue
+        if not one.known:
+            hints[attention] = ""
+        elif not all(runs_library_code(part, checked) for part in reading_parts(attention)):
+            try:
+                hints[attention] = layout_of(attention, None)
+            except UnsupportedModelError as error:
+                hints[attention] = str(error)
+    return probed_layouts(model, list(hints), hints) if hints else {}
 
 
 def _live(attention: nn.Module) -> AttentionSite | None:
@@ -226,13 +240,15 @@ def _live(attention: nn.Module) -> AttentionSite | None:
 
 
 def _site(
-    found: Found, architecture: ModelArchitecture | None, probed: Mapping[nn.Module, Layout | str]
+    found: Found, architecture: ModelArchitecture | None, probed: Mapping[nn.Module, Layout | UnsupportedModelError]
 ) -> AttentionSite:
     live, layout = _live(found.attention), probed.get(found.attention)
     if getattr(found.attention, SHARED, False):
         raise UnsupportedModelError("its keys and values are an earlier layer's")
-    if isinstance(layout, str):
-        raise UnsupportedModelError(layout)
+    if isinstance(layout, UnsupportedModelError):
+        if architecture is None or not found.known or not isinstance(layout, ProbeFailedError):
+            raise layout
+        layout = None  # nothing contradicts what was stated
     known = live.layout if live else layout
     if known and architecture not in (None, known.architecture):
         raise UnsupportedModelError(

@@ -24,6 +24,7 @@ from freeze_core.vocabulary import ModelArchitecture, Role
 
 __all__ = [
     "layout_of",
+    "reading_parts",
     "refusal",
     "stores_projections",
     "unshared_projections",
@@ -35,6 +36,13 @@ __all__ = [
 def stores_projections(attention: nn.Module) -> bool:
     """Whether a module looks like attention with projections that can be frozen."""
     return bool(attention._modules and (_fused(attention) or _separate(attention) or _is_latent(attention)))
+
+
+def reading_parts(attention: nn.Module) -> list[nn.Module]:
+    """The attention module and those parts of it that do more than project: their code says whose a feature is."""
+    core = _core(attention, _separate(attention))
+    parts = [part for module in {attention, core} for name, part in module._modules.items() if name not in _PROJECTIONS]
+    return [attention, core, *(part for part in parts if part is not None)]
 
 
 def refusal(attention: nn.Module) -> str | None:
@@ -65,6 +73,14 @@ def layout_of(attention: nn.Module, architecture: ModelArchitecture | None) -> L
     if separate:
         return _separate_layout(attention, separate)
     return _latent_layout(attention)
+
+
+_PROJECTIONS = {
+    *(path.rpartition(".")[2] for entry in SEPARATE for path in (*entry[:3], *entry.outputs)),
+    *(name for entry in FUSED.values() for name in (entry.projection, entry.output)),
+    *(*LATENT.queries, LATENT.unpacked, LATENT.compressed, LATENT.output),
+}
+"""Names of linear layers, whose own class (quantised, adapted) is no reason to doubt which head reads a feature."""
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:

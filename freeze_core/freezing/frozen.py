@@ -14,6 +14,7 @@ from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import differentiated, straight_through
 from freeze_core.freezing.held import Held
+from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.places import Place
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.tracking import PassTracker, tracker_of
@@ -54,11 +55,15 @@ class FrozenProjection(ReplacedForward):
         self.storage = wiring.storage
         self.edits = wiring.edits[name]
         self.source = wiring.storage.sources.get(name)
-        self.runs = 0
+        # The attention counts anew whenever it runs: what runs otherwise finds that it has run already.
+        self.runs = 1
         self.sparing = False
         roles = {role for role, parts in shared.features.items() if any(part.module == name for part in parts)}
         self.reads_encoder = attention.site.kind == "cross" and not roles & {"q"}
         self._owner = attention.site.name
+        # Only these need what the attention's own forward does; values are frozen without it.
+        needs_attention = attention.wiring.spares_the_circuit or attention.wiring.tells_runs_apart
+        self._attention = attention if needs_attention else None
         self._width = shared.widths[name]
         # Repeated heads of several roles are not one stretch again; there a projection's output must be gathered.
         self._shard = wiring.shards[name] if self.source is None or len(roles) == 1 else None
@@ -82,6 +87,8 @@ class FrozenProjection(ReplacedForward):
             shape = x.shape
             x = x.flatten(1, -2)
         running = self._tracker.current
+        if self._attention is not None and self.runs:
+            self._attention.refuse_bypass(self.name, running)
         if running and self.reads_encoder:
             running = running.encoder
         if running and shape[0] != running.rows and running.turned(shape):
@@ -182,6 +189,29 @@ class FrozenAttention(Held):
             if one.runs != 1 and (one.runs or not self._reads_cache(one)):
                 raise FreezeNotInForceError(self._miscounted(one))
         return output
+
+    def refuse_bypass(self, projection: str, running: Pass | None) -> None:
+        """Raises `FreezeNotInForceError` where a projection runs while this does not, and what this does is needed.
+
+        That is where the attention's class is called with the module, or a forward that was taken from it earlier.
+        Values are held all the same; the second run for a gradient, and the count of runs in a pass, are not had.
+        """
+        again = 0
+        if running:
+            key = f"{self.site.name}.{projection}"
+            again = running.runs.get(key, 0)
+            running.runs[key] = again + 1
+        if self.wiring.spares_the_circuit and torch.is_grad_enabled():
+            needed = "backward_mode='circuit_ste' runs the attention twice for its gradient"
+        elif self.wiring.tells_runs_apart and again:
+            needed = f"{projection} ran {again + 1} times in this pass, so that each run has values of its own"
+        else:
+            return
+        raise FreezeNotInForceError(
+            f"{projection} of {self.site.name} ran outside of its module's own call, as by "
+            f"{type(self.module).__name__}.forward(module, ...) or a forward that was taken from the module before the "
+            f"freeze, and {needed}: call the module itself"
+        )
 
     def _miscounted(self, one: FrozenProjection | FrozenOutput) -> str:
         if one.runs:

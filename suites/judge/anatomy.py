@@ -190,9 +190,24 @@ KNOWN_TYPES = ("gpt2", "opt", "llama", "mistral", "qwen2", "phi3", "falcon")
 
 
 def is_known(model: PreTrainedModel) -> bool:
-    """Whether the judge knows by heart where the family keeps queries, keys and values."""
+    """Whether the judge knows by heart where the family keeps queries, keys and values, and its attention is its own.
+
+    A class that is merely called as one of the family's, or that has a forward of its own, is found out like any other.
+    """
     config = config_of(model)
-    return config.model_type in KNOWN_TYPES and not getattr(config, "alibi", False)
+    if config.model_type not in KNOWN_TYPES or getattr(config, "alibi", False):
+        return False
+    own = [module for module in model.modules() if _runs_family_code(type(module))]
+    return len(own) == config.num_hidden_layers
+
+
+def _runs_family_code(cls: type) -> bool:
+    family: Any = next((base for base in cls.__mro__ if base.__name__ in FAMILIES), None)
+    return (
+        family is not None
+        and family.__module__.startswith("transformers.models.")
+        and cast(Any, cls).forward is family.forward
+    )
 
 
 def are_plain(site: Site) -> bool:

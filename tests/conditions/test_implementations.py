@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from freeze_core.attention.sites import find_sites
 from pytest_circuitfreeze.models import tiny_model
 
 SCOPES = ("group", "head")
@@ -70,6 +71,8 @@ def registered() -> Iterator[list[str]]:
 def test_a_function_that_a_user_registered(registered: list[str], name: str, scope: str) -> None:
     config, wanted = plain(name, "mean", kv_scope=scope)
     model = tiny_model(name, attn="of_a_user")
+    find_sites(model)  # a probe of which heads the function reads runs it, too
+    registered.clear()
     agrees(frozen_logits(model, config), logits(model), wanted)
     assert len(registered) == 2 * 3, "one call a layer in each of the two passes"
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 
-from freeze_core.attention import families
+from freeze_core.attention import families, probed, sites
 from freeze_core.attention.probe import probe
 from freeze_core.attention.sites import find_sites
+from freeze_core.attention.storages import layout_of
 from pytest_circuitfreeze.models import TINY, tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
@@ -67,6 +68,16 @@ def agree(model):
 @pytest.mark.parametrize("name", TINY)
 def test_the_tables_agree_with_the_probe(name):
     assert agree(tiny_model(name, attn="eager"))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_class_that_is_not_trusted_is_found_to_be_what_the_tables_say(name, monkeypatch):
+    """Heads that get keys and values of their own included."""
+    monkeypatch.setattr(sites, "runs_library_code", lambda module, checked: False)
+    for site in find_sites(tiny_model(name)).by_layer.values():
+        facts = probed._KNOWN[site.attention].facts
+        assert facts.named
+        assert facts.per_head == (layout_of(site.attention, None).unshared is not None)
 
 
 @pytest.mark.parametrize("model_type", [*FUSED_TYPES, *ODD_TYPES])

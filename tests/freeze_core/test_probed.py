@@ -166,7 +166,7 @@ def test_what_probing_does_not_tell_is_refused_by_name(attention):
 
 
 def test_a_model_that_does_not_run_on_tokens_is_refused_by_name():
-    layers = Model(OddOrder).layers
+    layers = Model(type("New", (Turned,), {})).layers  # what they hand to their attention is not known
     with pytest.raises(UnsupportedModelError, match="does not run on two tokens alone"):
         FREEZER.freeze_circuits(nn.Sequential(layers), InterventionConfig())
 

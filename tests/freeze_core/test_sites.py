@@ -17,6 +17,7 @@ from freeze_core import (
     UnsupportedModelError,
 )
 from freeze_core.attention.sites import find_sites
+from freeze_core.attention.storages import layout_of
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
@@ -106,7 +107,7 @@ class Bare(nn.Module):
 
 
 class Gated(nn.Module):
-    """Three projections with the usual names, and something unknown between them and the attention."""
+    """Attention with the usual names, and something unknown between its projections and the heads."""
 
     head_dim = 4
 
@@ -116,7 +117,17 @@ class Gated(nn.Module):
         self.k_conv1d = nn.Conv1d(8, 8, 1)
 
     def forward(self, x):
-        return self.o_proj(self.q_proj(x) + self.k_proj(x) + self.v_proj(x))
+        q, k, v = (self.heads(role, x) for role in "qkv")
+        k, v = (one.repeat_interleave(2 // one.shape[1], dim=1) for one in (k, v))
+        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(z.transpose(1, 2).flatten(2))
+
+    def heads(self, role, x):
+        """A projection's output `[batch, head, token, feature]`, normed over all heads or each."""
+        features, norm = getattr(self, f"{role}_proj")(x), getattr(self, f"{role}_norm", nn.Identity())
+        over_all = getattr(norm, "normalized_shape", (4,)) == (8,)
+        features = norm(features).unflatten(-1, (-1, 4)) if over_all else norm(features.unflatten(-1, (-1, 4)))
+        return features.transpose(1, 2)
 
 
 class Layered(nn.Module):
@@ -224,19 +235,23 @@ def test_an_output_gate_inside_the_query_projection_is_refused():
             del self.k_conv1d
             self.q_proj = nn.Linear(8, 16)
 
-    assert "q_proj holds more than queries" in refusal(Layered(WideQuery()))
+    with pytest.raises(UnsupportedModelError, match="q_proj holds more than queries"):
+        layout_of(WideQuery(), None)
 
 
 def test_attention_without_an_output_projection_is_refused():
     attention = plain()
     del attention.o_proj
-    assert "no output projection: it has none of attn_sub_norm, o_proj" in refusal(Layered(attention))
+    with pytest.raises(UnsupportedModelError, match="no output projection: it has none of attn_sub_norm, o_proj"):
+        layout_of(attention, None)
+    assert "by its names: no output projection" in refusal(Layered(attention))
 
 
 def test_a_size_of_heads_that_is_none_is_refused():
     attention = plain()
     attention.head_dim = 0
     assert "does not say how large a head is" in refusal(Layered(attention))
+    assert "does not say how many heads it has" in refusal(Layered(attention))
 
 
 def test_readers_that_are_of_no_kind_read_the_same_layer():
