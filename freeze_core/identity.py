@@ -59,10 +59,11 @@ def model_identity(sites: Sites) -> str:
     It is a chain: the hash of the stack of layers, then that of each module around it up to the model itself, as far as
     that has further weights. A model that is entered by its base model has the first part of the whole model's chain.
 
-    Weights are parameters and persistent buffers, in their order and in the dtype and storage that they are in. Another
-    dtype, quantisation, or a fused storage is another model: its activations differ, by rounding at least. Adapters of
-    PEFT count if they are in effect: a disabled or inactive one leaves the identity alone, a merged one is part of the
-    weight. Names, devices, offloading, `requires_grad` and training mode do not count.
+    Weights are parameters and persistent buffers, in their order and in the dtype and storage that they are in; the
+    class of each attention counts, too. Another dtype, quantisation, or a fused storage is another model: its
+    activations differ, by rounding at least. Adapters of PEFT count if they are in effect: a disabled or inactive one
+    leaves the identity alone, a merged one is part of the weight. Names, devices, offloading, `requires_grad` and
+    training mode do not count.
 
     Raises:
         InterventionError: a weight has no values.
@@ -72,7 +73,9 @@ def model_identity(sites: Sites) -> str:
         found = checksums(sites.model, spans)
         parts = sites.stack_name.split(".") if sites.stack_name else []
         around = [sites.model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1)]
-        hashes = [_short_hash(found[slice(*spans[module])]) for module in around]
+        # fully_shard makes a subclass of each module that it is called with.
+        classes = [type(site.attention).__name__.removeprefix("FSDP") for _, site in sorted(sites.by_layer.items())]
+        hashes = [_short_hash([*classes, *found[slice(*spans[module])]]) for module in around]
         chain = [one for number, one in enumerate(hashes) if one not in hashes[:number]]
         _IDENTITIES[sites] = PREFIX + "/".join(chain)
     return _IDENTITIES[sites]
