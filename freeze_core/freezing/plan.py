@@ -179,8 +179,8 @@ def _check_statistics(statistics: ActivationStatistics, sites: Sites, attention:
         )
     if not is_same_model(statistics.identity, sites, "statistics"):
         raise InterventionError(
-            f"statistics={shown(statistics)}: of another model ({statistics.identity}, not {model_identity(sites)}), or "
-            "of this one with other weights, another dtype or other adapters; calibrate this one"
+            f"statistics={shown(statistics)}: of another model ({statistics.identity}, not {model_identity(sites)}), "
+            "or of this one with other weights, another dtype or other adapters; calibrate this one"
         )
 
 

@@ -14,7 +14,6 @@ from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
-from freeze_core.inputs import vocabulary_size
 from freeze_core.scoring.attribution import attribution
 from freeze_core.scoring.batches import batches_of
 from freeze_core.scoring.checkpoint import Checkpoint
@@ -162,7 +161,7 @@ def score_heads(
         refuse_spread(model, processes, checkpoint is not None)
         file = None if checkpoint is None else Checkpoint(checkpoint)
         batches = batches_of(model, inputs, positions)
-        measure = metric_of(metric, targets, batches, vocabulary_size(model))
+        measure = metric_of(metric, targets, batches, model)
         sweep = Sweep(model, sites, batches, measure, wanted, names, progress)
         with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
             if method == "screened":

@@ -16,7 +16,6 @@ from freeze_core.extras import extra
 from freeze_core.files import read_file, write_file
 from freeze_core.freezing.install import FrozenCircuits, is_frozen
 from freeze_core.identity import is_same_model, model_identity
-from freeze_core.inputs import vocabulary_size
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.statistics import digest_of
 from freeze_core.studies.intervals import Resampling
@@ -185,7 +184,7 @@ class InterventionVector:
                 raise InterventionError(
                     f"prompt {number} of prompts is one that the vector was found on: judge it on others"
                 )
-        measure = metric_of(metric, targets, batches, vocabulary_size(model))
+        measure = metric_of(metric, targets, batches, model)
         return effects_of(model, site, self.vector, batches, measure, several, where, seed, self.resampling, progress)
 
     def _site(self, model: nn.Module) -> ResidualSite:
