@@ -109,6 +109,9 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
         for layer in sorted({int(name.split(".")[0]) for name in tensors}):
             mean, std = ({role: tensors[f"{layer}.{role}.{name}"] for role in ROLES} for name in ("mean", "std"))
             layers[layer] = LayerStatistics(mean, std)
+        for name, values in tensors.items():
+            if not bool(values.isfinite().all()) or (name.endswith("std") and bool((values < 0).any())):
+                raise ValueError(f"{name} has values that no calibration gives")
         return cls(layers, int(facts["tokens"]), facts["identity"], facts["attention"])
 
     def save(self, path: str | PathLike[str]) -> None:
