@@ -15,7 +15,7 @@ import torch
 from plain_freeze import FREEZER, IDS
 from test_offloading import OFFLOADS
 
-from freeze_core import InterventionConfig, InterventionError
+from freeze_core import InterventionConfig, InterventionError, score_heads
 from freeze_core.attention.sites import find_sites
 from freeze_core.identity import model_identity
 from pytest_circuitfreeze.models import tiny_model
@@ -51,6 +51,14 @@ def test_an_edit_of_offloaded_weights_makes_another_model(tmp_path: Path) -> Non
     hook: Any = model.model.layers[1].mlp.up_proj._hf_hook
     hook.weights_map["weight"][3, 5] += 1
     assert identity(model) != before
+
+
+def test_a_checkpoint_of_another_offloaded_model_is_refused(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"layers": [1], "circuits": ["ov"], "progress": False, "checkpoint": tmp_path / "sweep"}
+    for place in ("one", "again"):
+        score_heads(OFFLOADS["disk"](tiny_model("gpt2"), tmp_path / place), IDS, "loss", **asked)
+    with pytest.raises(InterventionError, match="there and here: model's parameters"):
+        score_heads(OFFLOADS["disk"](tiny_model("gpt2", seed=1), tmp_path / "other"), IDS, "loss", **asked)
 
 
 def test_adapters_count_while_they_are_in_effect() -> None:
