@@ -41,7 +41,7 @@ def saved(tmp_path_factory):
     statistics.save(folder / "statistics")
     InterventionConfig(freeze_type="mean", statistics=statistics).save(folder / "config")
     InterventionConfig(freeze_type="reference", reference=FREEZER.record(model, IDS)).save(folder / "recording")
-    few = {"progress": False, "resamples": 99}
+    few = {"progress": False, "resamples": 100}
     run_circuit_ablation_study(model, IDS, [0], [1], circuits=["ov"], **few).save(folder / "ablation")
     patch_activations(model, IDS, IDS + 1, "logit_difference", targets=(3, 4), layers=[1], circuits=["z"], **few).save(
         folder / "patching"
@@ -99,7 +99,7 @@ DAMAGES = {
     "the digest": lambda raw: with_bytes(raw, raw.index(DIGEST.encode()) + 12, lambda byte: ord("0") + (byte + 1) % 2),
     "the word before the digest": lambda raw: raw.replace(DIGEST.encode(), DIGEST.upper().encode()),
     "a nan": nan_in_the_middle,
-    "a number": lambda tensor: tensor.mul_(1 + 1e-9) if tensor.dtype == torch.float64 else tensor.add_(1e-3),
+    "a number": lambda tensor: tensor.add_(1e-6 if tensor.dtype == torch.float64 else 1e-3),
     "a shape": lambda tensor: tensor.reshape(1, *tensor.shape),
     "a dtype": lambda tensor: tensor.half(),
 }

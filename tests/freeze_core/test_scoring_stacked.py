@@ -21,6 +21,8 @@ IDS = torch.arange(14).view(2, 7) * 5 % 97
 def hooks_stand_in_for_a_models_own_code(monkeypatch):
     """What a pass shows is looked at in code of torch and transformers alone; hooks imitate that, and count passes."""
     monkeypatch.setattr(passes, "foreign_code", lambda model: None)
+
+
 CIRCUITS = ("qk", "ov", "z")
 
 
