@@ -15,8 +15,9 @@ from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.plan import resolve
+from freeze_core.identity import model_identity
 from freeze_core.recording import record
-from freeze_core.statistics import ActivationStatistics, LayerStatistics, model_identity
+from freeze_core.statistics import ActivationStatistics, LayerStatistics
 from freeze_core.vocabulary import ROLES, Role
 
 __all__ = ["calibrate"]

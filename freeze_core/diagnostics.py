@@ -18,6 +18,7 @@ from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
 from freeze_core.freezing.install import install, is_frozen
 from freeze_core.freezing.plan import LayerFreeze, assign, resolve
 from freeze_core.inputs import logits_of, model_arguments, run
+from freeze_core.scoring.generators import Generators
 from freeze_core.vocabulary import BackwardMode
 
 __all__ = ["gradient_behavior", "gradient_table", "intervention_effect"]
@@ -108,11 +109,23 @@ def intervention_effect(
     if is_frozen(model_baseline):
         raise InterventionError("model_baseline is frozen: remove its freeze, or pass an unfrozen copy of the model")
     sites = find_sites(model_intervened, attention=config.attention)
-    with torch.no_grad():
-        clean, before = _outcome(model_baseline, baseline_sites, test_input)
-        with _frozen(sites, config):
-            chosen = {layer: _reading_frozen(site) for layer, site in sites.by_layer.items()}
-            frozen, after = _outcome(model_intervened, sites, test_input)
+    if model_baseline.training != model_intervened.training:
+        raise InterventionError(
+            f"model_baseline.training={model_baseline.training} and model_intervened.training="
+            f"{model_intervened.training}: dropout would differ, too; put both in the same mode, by eval() say"
+        )
+    # Both passes draw the same dropout, so that what differs is what the freeze changes.
+    generators = Generators(nn.ModuleList([model_baseline, model_intervened]))
+    start = generators.states()
+    try:
+        with torch.no_grad():
+            clean, before = _outcome(model_baseline, baseline_sites, test_input)
+            generators.put(start)
+            with _frozen(sites, config):
+                chosen = {layer: _reading_frozen(site) for layer, site in sites.by_layer.items()}
+                frozen, after = _outcome(model_intervened, sites, test_input)
+    finally:
+        generators.put(start)
     if frozen.shape != clean.shape or any(
         before[layer].shape != z.shape for layer, z in after.items() if layer in before
     ):

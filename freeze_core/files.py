@@ -1,7 +1,12 @@
-"""Files of tensors and facts: safetensors, so that no pickle is ever read, and written whole or not at all."""
+"""Files of tensors and facts: safetensors, so that no pickle is ever read, and written whole or not at all.
+
+Behind the kind in the `format` of a file stands a digest of all that is in it, so that a file that was damaged is not
+read as another one. Files of earlier versions have none, and are read without.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -17,6 +23,9 @@ from torch import Tensor
 from freeze_core.errors import InterventionError
 
 __all__ = ["parsed", "read_file", "write_file"]
+
+DIGEST = " sha256:"
+"""What stands between kind and digest in the format of a file."""
 
 
 def write_file(path: str | PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
@@ -26,7 +35,7 @@ def write_file(path: str | PathLike[str], kind: str, tensors: Mapping[str, Tenso
         kind: what it is, with the version of its format.
     """
     apart = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    content = save(apart, {"format": kind, **facts})
+    content = save(apart, {**facts, "format": f"{kind}{DIGEST}{_digest(apart, facts)}"})
     target = Path(path).resolve()  # what a link leads to, and not the link, is replaced
     part = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
@@ -46,7 +55,7 @@ def read_file(path: str | PathLike[str], kind: str, what: str) -> tuple[dict[str
         what: what a user calls it, for errors.
 
     Raises:
-        InterventionError: it is not there, or of no such kind.
+        InterventionError: it is not there, of no such kind, or damaged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -54,9 +63,26 @@ def read_file(path: str | PathLike[str], kind: str, what: str) -> tuple[dict[str
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
         raise InterventionError(f"{what} of {path}: cannot be read as safetensors ({error})") from error
-    if facts.get("format") != kind:
+    found, _, digest = facts.get("format", "None").partition(DIGEST)
+    if found != kind:
         raise InterventionError(f"{what} of {path}: format {facts.get('format')!r}, must be {kind!r}")
+    if facts["format"] != kind and digest != _digest(tensors, facts):
+        raise InterventionError(
+            f"{what} of {path}: the file is damaged, or was changed by other software: its values are not those that "
+            "were saved; restore a copy, or make and save it anew"
+        )
     return tensors, facts
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """A hash of names, dtypes, shapes and bits of all tensors, and of all facts but the format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    told = {name: fact for name, fact in facts.items() if name != "format"}
+    digest.update(json.dumps(told, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def parsed(text: str) -> Any:

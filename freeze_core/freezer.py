@@ -211,6 +211,8 @@ class AttentionCircuitFreezer:
     ) -> dict[str, Any]:
         """How far the freeze moves the logits.
 
+        Both passes draw the same dropout, and torch's generators are put back afterwards.
+
         Args:
             model_baseline: unfrozen; may be the same object as `model_intervened` if that is unfrozen too.
             model_intervened: frozen with `config` already, or frozen with it for this call.

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +14,7 @@ from freeze_core.errors import InterventionError
 from freeze_core.files import read_file, write_file
 from freeze_core.vocabulary import ROLES, Role
 
-if TYPE_CHECKING:
-    from freeze_core.attention.sites import Sites
-
-__all__ = ["ActivationStatistics", "LayerStatistics", "digest_of", "model_identity"]
+__all__ = ["ActivationStatistics", "LayerStatistics", "digest_of"]
 
 FORMAT = "circuitfreeze-statistics-1"
 
@@ -65,7 +61,7 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
     Args:
         layers: the statistics.
         tokens: over how many real tokens.
-        identity: what the model is called, see `model_identity`.
+        identity: what the model is called, see `freeze_core.identity`.
         attention: whose they are: `self`, `cross` or `encoder`.
     """
 
@@ -113,6 +109,9 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
         for layer in sorted({int(name.split(".")[0]) for name in tensors}):
             mean, std = ({role: tensors[f"{layer}.{role}.{name}"] for role in ROLES} for name in ("mean", "std"))
             layers[layer] = LayerStatistics(mean, std)
+        for name, values in tensors.items():
+            if not bool(values.isfinite().all()) or (name.endswith("std") and bool((values < 0).any())):
+                raise ValueError(f"{name} has values that no calibration gives")
         return cls(layers, int(facts["tokens"]), facts["identity"], facts["attention"])
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -131,18 +130,3 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
             return cls.of(tensors, facts)
         except (KeyError, ValueError) as error:
             raise InterventionError(f"statistics of {path}: not what save writes, {error} is amiss") from error
-
-
-def model_identity(sites: Sites) -> str:
-    """A short hash of what the attention layers are: names, shapes, the first and last values of each weight."""
-    digest = hashlib.sha256()
-    for layer, site in sorted(sites.by_layer.items()):
-        digest.update(f"{layer} {type(site.attention).__name__}".encode())
-        for name, parameter in site.attention.named_parameters():
-            digest.update(f"{name} {list(parameter.shape)}".encode())
-            if parameter.is_meta:  # offloaded: its values are not here
-                continue
-            values = parameter.detach().flatten()
-            sample = torch.cat([values[:4], values[-4:]]).to("cpu", torch.float32)
-            digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -13,8 +13,9 @@ from freeze_core.attention.layout import Part, Storage
 from freeze_core.attention.sites import AttentionSite, Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
+from freeze_core.identity import is_same_model, model_identity
 from freeze_core.ordinary import ordinary_tensors
-from freeze_core.statistics import ActivationStatistics, LayerStatistics, digest_of, model_identity
+from freeze_core.statistics import ActivationStatistics, LayerStatistics, digest_of
 from freeze_core.vocabulary import ROLES, BackwardMode, CircuitType, FreezeType, KVScope, Role
 
 __all__ = [
@@ -175,16 +176,15 @@ def _of_layer(field: str, values: Mapping[int, _T], layer: int) -> _T:
 
 
 def _check_statistics(statistics: ActivationStatistics, sites: Sites, attention: str) -> None:
-    identity = model_identity(sites)
     if statistics.attention != attention:
         raise InterventionError(
             f"statistics={shown(statistics)}: of {statistics.attention} attention, and attention={attention!r} is to "
             f"be frozen: calibrate with attention={attention!r}"
         )
-    if statistics.identity != identity:
+    if not is_same_model(statistics.identity, sites, "statistics"):
         raise InterventionError(
-            f"statistics={shown(statistics)}: of another model ({statistics.identity}, not {identity}); "
-            "calibrate this one"
+            f"statistics={shown(statistics)}: of another model ({statistics.identity}, not {model_identity(sites)}), "
+            "or of this one with other weights, another dtype or other adapters; calibrate this one"
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -14,7 +15,7 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.pass_arguments import find_cache
 from freeze_core.inputs import model_arguments
 
-__all__ = ["IGNORED", "Batch", "batches_of"]
+__all__ = ["IGNORED", "Batch", "batches_of", "copied"]
 
 IGNORED = -100
 """The label of a position that has no target, as in transformers."""
@@ -25,13 +26,19 @@ class Batch:
     """One batch.
 
     Args:
-        given: as the user gave it.
-        arguments: what the model is called with.
+        given: a copy of what the user gave.
+        arguments: a copy of what the model is called with.
         rows, columns: of the logits.
         positions: the columns of each row that the metric is handed, `[row, position]`.
         everywhere: whether they are all columns.
-        real: which of them are not padding, `[row, position]` bool.
-        labels: the next token at each of them `[row, position]`, `IGNORED` where there is none; `None` if not told.
+        mask: which tokens are not padding, `[row, column]` bool.
+        real: which of the positions are not padding, `[row, position]` bool.
+        tokens: the labels as they were given, the tokens where none were, `[row, column]`, `IGNORED` at padding; `None`
+            where neither are known.
+        labels_given: whether they were given.
+        decodes: whether the model is an encoder and a decoder.
+        labels: the token that each position is to predict `[row, position]`, `IGNORED` where there is none; `None` if
+            not known. Until `freeze_core.scoring.labels` has asked the model it is the next one, of a decoder alone.
     """
 
     given: Tensor | Mapping[str, Any]
@@ -40,8 +47,27 @@ class Batch:
     columns: int
     positions: Tensor
     everywhere: bool
+    mask: Tensor
     real: Tensor
+    tokens: Tensor | None
+    labels_given: bool
+    decodes: bool
     labels: Tensor | None
+
+    @property
+    def own_labels(self) -> Tensor | None:
+        """At each position the label of its own `[row, position]`."""
+        return None if self.tokens is None else self.tokens.gather(1, self.positions)
+
+    @property
+    def next_labels(self) -> Tensor | None:
+        """At each position the label of the next column `[row, position]`."""
+        if self.tokens is None:
+            return None
+        nothing = torch.full((len(self.tokens), 1), IGNORED)
+        following = torch.cat([self.tokens[:, 1:], nothing], dim=1)
+        # Behind padding there is no next token, whatever stands there.
+        return following.masked_fill(~self.mask, IGNORED).gather(1, self.positions)
 
     def at_positions(self, values: Tensor) -> Tensor:
         """Of `values` `[row, column, ...]` those of the positions, `[row, position, ...]`."""
@@ -59,14 +85,31 @@ class Batch:
             name: torch.cat([value] * count) if isinstance(value, Tensor) else value
             for name, value in self.arguments.items()
         }
-        positions, real = (torch.cat([one] * count) for one in (self.positions, self.real))
-        labels = None if self.labels is None else torch.cat([self.labels] * count)
         rows = self.rows * count
-        return replace(self, arguments=arguments, rows=rows, positions=positions, real=real, labels=labels)
+        made = {
+            name: torch.cat([value] * count)
+            for name in ("positions", "mask", "real", "tokens", "labels")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, arguments=arguments, rows=rows, **made)
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The row and the column of each position, as an index of values on `device`."""
         return torch.arange(self.rows, device=device)[:, None], self.positions.to(device)
+
+
+def copied(value: Any) -> Any:
+    """A value of the same type with tensors of its own: what writes to it, a metric or a hook say, changes no other."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list) or type(value) is tuple:
+        return type(value)(copied(one) for one in value)
+    if isinstance(value, MutableMapping):
+        whole = copy(value)
+        for name in value:
+            whole[name] = copied(value[name])
+        return whole
+    return {name: copied(value[name]) for name in value} if isinstance(value, Mapping) else value
 
 
 def batches_of(model: nn.Module, inputs: object, positions: object) -> list[Batch]:
@@ -100,27 +143,34 @@ def _check_positions(positions: object) -> None:
 
 
 def _batch(model: nn.Module, given: Any, positions: Any) -> Batch:
-    arguments = model_arguments(model, given)
-    if find_cache(arguments, type(model).__name__) is not None:
+    if find_cache(model_arguments(model, given), type(model).__name__) is not None:
         raise InterventionError("inputs hold a cache, which every pass would fill further: give whole sequences")
+    given = copied(given)
+    arguments = copied(model_arguments(model, given))
     decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     tokens = _tokens(arguments, decodes)
     rows, columns = tokens.shape[:2]
     mask = _mask(arguments, decodes, rows, columns)
-    labels = _labels(arguments, decodes, tokens, mask)
+    told = _told(arguments, decodes, tokens, mask)
+    labels_given = arguments.get("labels") is not None
     if not decodes:  # they would have the model take a loss of its own, of all positions
         arguments.pop("labels", None)
     chosen = _positions(positions, mask)
-    return Batch(
+    batch = Batch(
         given,
         arguments,
         rows,
         columns,
         chosen,
         positions == "all",
+        mask,
         mask.gather(1, chosen),
-        None if labels is None else labels.gather(1, chosen),
+        told,
+        labels_given,
+        decodes,
+        None,
     )
+    return replace(batch, labels=batch.own_labels if decodes else batch.next_labels)
 
 
 def _tokens(arguments: Mapping[str, Any], decodes: bool) -> Tensor:
@@ -148,21 +198,16 @@ def _mask(arguments: Mapping[str, Any], decodes: bool, rows: int, columns: int) 
     return real
 
 
-def _labels(arguments: Mapping[str, Any], decodes: bool, tokens: Tensor, mask: Tensor) -> Tensor | None:
-    """The token that each position is to predict `[row, column]`: of a decoder alone, the next one. None of padding."""
+def _told(arguments: Mapping[str, Any], decodes: bool, tokens: Tensor, mask: Tensor) -> Tensor | None:
+    """The labels, or the tokens of a decoder that none were given with, `[row, column]`; none of padding."""
     given = arguments.get("labels")
     if given is not None and (not isinstance(given, Tensor) or given.shape != mask.shape):
         shape = list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise InterventionError(f"labels is {shape}: must be {list(mask.shape)} [batch, token]")
-    if decodes:  # its inputs are the labels, shifted to the right
-        return None if given is None else given.detach().cpu().long().masked_fill(~mask, IGNORED)
-    if given is None and (tokens.is_floating_point() or tokens.dim() > 2):
-        return None
-    labels = (tokens if given is None else given).detach().cpu().long()
-    nothing = torch.full((len(labels), 1), IGNORED)
-    following = torch.cat([labels[:, 1:], nothing], dim=1)
-    beyond = torch.zeros(len(mask), 1, dtype=torch.bool)
-    return following.masked_fill(~(mask & torch.cat([mask[:, 1:], beyond], dim=1)), IGNORED)
+    if given is None and (decodes or tokens.is_floating_point() or tokens.dim() > 2):
+        return None  # the inputs of such a decoder are the labels, shifted to the right
+    told = tokens if given is None else given
+    return told.detach().cpu().long().masked_fill(~mask, IGNORED)
 
 
 def _positions(positions: Any, mask: Tensor) -> Tensor:

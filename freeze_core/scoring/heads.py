@@ -14,7 +14,6 @@ from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
-from freeze_core.inputs import vocabulary_size
 from freeze_core.scoring.attribution import attribution
 from freeze_core.scoring.batches import batches_of
 from freeze_core.scoring.checkpoint import Checkpoint
@@ -67,9 +66,11 @@ def score_heads(
     the layers before it gave, and what follows the last attention runs at `positions` only. Behind their layer its
     freezes go on together, as rows of one pass, of 256 tokens at most, so that it takes the memory of a batch of so
     many; not where a batch has over 85 tokens, rows are not apart, or anything is drawn. Where layers hand on more than
-    they give (keys and values of an earlier layer, layers run again), each pass is a whole one. The model runs as it
-    is, in its own mode, without gradients; all passes over a batch draw the same dropout, and torch's generators are
-    put back afterwards.
+    they give (keys and values of an earlier layer, layers run again), each pass is a whole one. So it is where the
+    model runs code that is not of torch, transformers, PEFT, accelerate or a library of quantisation (hooks, replaced
+    forwards, classes of your own): what the clean pass shows of that need not hold for other passes. The model runs as
+    it is, in its own mode, without gradients; all passes over a batch draw the same dropout, and torch's generators
+    are put back afterwards.
 
     That is `exact`. `attribution` estimates all of it from the clean pass and its gradient, and one pass for each set
     of activations that some head has frozen (one a circuit under `head`): what a freeze does to the z of its layer,
@@ -90,7 +91,10 @@ def score_heads(
             `loss` (cross-entropy of the next token, or of the row's target), `kl` (divergence of the frozen
             distribution from the clean one, in nats), `probability` (of the row's target), `logit_difference` (of the
             row's first target over its second); or a callable `metric(logits)` or `metric(logits, inputs)` that gives
-            one number a row for logits `[row, position, word]` and a batch as it was given.
+            one number a row for logits `[row, position, word]` and a batch as it was given. What it is handed are
+            copies, which it may write to. It must not run `model`. For `loss` the labels among the inputs, or else the
+            tokens, are compared as in the model's own loss, with the logits of the position before or, in a masked
+            language model, with those of their own; one row is run with labels to see which.
         method: `exact`, `attribution` or `screened`. The latter two need a metric that can be differentiated, and for
             `kl`, which is least in the clean pass, `ig_steps`.
         circuits: `qk`, `ov`, `both`, `q`, `k`, `v`, or `z`, the whole head.
@@ -162,7 +166,7 @@ def score_heads(
         refuse_spread(model, processes, checkpoint is not None)
         file = None if checkpoint is None else Checkpoint(checkpoint)
         batches = batches_of(model, inputs, positions)
-        measure = metric_of(metric, targets, batches, vocabulary_size(model))
+        measure = metric_of(metric, targets, batches, model)
         sweep = Sweep(model, sites, batches, measure, wanted, names, progress)
         with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
             if method == "screened":

@@ -7,20 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from freeze_core.errors import InterventionError, shown
-from freeze_core.scoring.batches import IGNORED, Batch
+from freeze_core.inputs import vocabulary_size
+from freeze_core.scoring.batches import IGNORED, Batch, copied
+from freeze_core.scoring.labels import labels_of
 
 __all__ = ["Metric", "log_probabilities", "metric_of"]
 
 
 class Situation(NamedTuple):
-    """What a metric may know besides the logits: the batch, its rows' targets, and the logits of the clean pass."""
+    """What a metric may know besides the logits: the batch, its targets or labels, and the logits of the clean pass."""
 
     batch: Batch
     targets: Tensor | None
+    labels: Tensor | None
     clean: Tensor
 
 
@@ -29,6 +32,7 @@ class Metric:
 
     Args:
         targets: of each batch `[row, target]`.
+        labels: of each batch `[row, position]`, as the model's own loss has them; for `loss` without targets.
         qualified_name: with the module that it is from, where it is the user's own.
     """
 
@@ -38,11 +42,13 @@ class Metric:
         compute: Callable[[Tensor, Situation], Any],
         targets: Sequence[Tensor | None],
         qualified_name: str = "",
+        labels: Sequence[Tensor | None] = (),
     ):
         self.name = name
         self.targets = targets
         self.qualified_name = qualified_name or name
         self._compute = compute
+        self._labels = labels or [None] * len(targets)
 
     def rows(self, number: int, batch: Batch, logits: Tensor, clean: Tensor, what: str) -> Tensor:
         """The metric of batch `number`, `[row]` in float64 on the CPU, for `logits` `[row, position, word]`.
@@ -54,7 +60,9 @@ class Metric:
 
     def values(self, number: int, batch: Batch, logits: Tensor, clean: Tensor, what: str) -> Tensor:
         """The same with its gradient, as far as the metric has one."""
-        given = self._compute(logits, Situation(batch, self.targets[number], clean))
+        if logits.untyped_storage().data_ptr() == clean.untyped_storage().data_ptr():
+            logits = logits.clone()  # a metric that writes to its logits must not write to those of the clean pass
+        given = self._compute(logits, Situation(batch, self.targets[number], self._labels[number], clean))
         try:
             value = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -72,12 +80,12 @@ class Metric:
         return rows
 
 
-def metric_of(metric: object, targets: object, batches: Sequence[Batch], words: int | None) -> Metric:
+def metric_of(metric: object, targets: object, batches: Sequence[Batch], model: nn.Module) -> Metric:
     """The metric that is asked for: a built-in one by its name, or a callable.
 
     Args:
         targets: what a built-in metric is about: see `score_heads`.
-        words: in the vocabulary, if that is known.
+        model: that it is taken of: its own loss tells whether labels are those of the next position.
 
     Raises:
         InterventionError: no such metric, targets that it does not take, or a position that it has no target for.
@@ -93,14 +101,17 @@ def metric_of(metric: object, targets: object, batches: Sequence[Batch], words: 
         raise InterventionError(f"metric={shown(metric)}: must be a callable or one of {', '.join(BUILT_IN)}")
     compute, width = BUILT_IN[metric]
     if targets is None and metric == "loss":
-        _check_labels(batches)
-        return Metric(metric, compute, [None] * len(batches))
+        if not any(batch.labels_given for batch in batches):  # the next tokens, or the model is refused
+            _check_labels([batch.labels for batch in batches])
+        labels = labels_of(model, batches)
+        _check_labels(labels)
+        return Metric(metric, compute, [None] * len(batches), labels=labels)
     if (targets is None) != (width == 0):
         needed = {0: "None", 1: "a word's id, or one a row", 2: "two words' ids (for, against), or two a row"}[width]
         raise InterventionError(f"targets={shown(targets)}: metric={metric!r} takes {needed}")
     if targets is None:
         return Metric(metric, compute, [None] * len(batches))
-    return Metric(metric, compute, _split(targets, width, batches, words))
+    return Metric(metric, compute, _split(targets, width, batches, vocabulary_size(model)))
 
 
 def _called(metric: Callable[..., Any]) -> Callable[[Tensor, Situation], Any]:
@@ -111,18 +122,18 @@ def _called(metric: Callable[..., Any]) -> Callable[[Tensor, Situation], Any]:
         parameters = []
     placed = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     if len(placed) > 1 and (placed[1].name == "inputs" or placed[1].default is inspect.Parameter.empty):
-        return lambda logits, situation: metric(logits, situation.batch.given)
+        return lambda logits, situation: metric(logits, copied(situation.batch.given))
     return lambda logits, situation: metric(logits)
 
 
-def _check_labels(batches: Sequence[Batch]) -> None:
-    for number, batch in enumerate(batches):
-        if batch.labels is None:
+def _check_labels(labels: Sequence[Tensor | None]) -> None:
+    for number, one in enumerate(labels):
+        if one is None:
             raise InterventionError(
                 f"batch {number} does not tell the next tokens that metric='loss' is of: give labels among the "
-                "arguments (those of a decoder alone are shifted here, as transformers does), or targets="
+                "arguments (they are shifted here if the model's own loss shifts them), or targets="
             )
-        without = (batch.labels == IGNORED).all(1)
+        without = (one == IGNORED).all(1)
         if bool(without.any()):
             raise InterventionError(
                 f"row {int(without.nonzero()[0])} of batch {number} has no next token at its positions (the last "
@@ -188,8 +199,8 @@ def _loss(logits: Tensor, situation: Situation) -> Tensor:
     if situation.targets is not None:
         found = _at_targets(log_probabilities(logits), situation.targets)
         return _mean(-found[..., 0], _real(batch))
-    assert batch.labels is not None
-    labels = batch.labels.to(logits.device)
+    assert situation.labels is not None
+    labels = situation.labels.to(logits.device)
     exact = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return _mean(losses.view(labels.shape), labels != IGNORED)

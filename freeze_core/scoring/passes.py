@@ -15,8 +15,9 @@ from freeze_core.errors import InterventionError
 from freeze_core.freezing.install import install
 from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.inputs import logits_of, run
-from freeze_core.scoring.batches import Batch
+from freeze_core.scoring.batches import Batch, copied
 from freeze_core.scoring.generators import Generators
+from freeze_core.scoring.known_code import foreign_code
 from freeze_core.scoring.prefix import FAULTS, CachedLayers, close, layers_of
 from freeze_core.scoring.remembered import remembering
 from freeze_core.scoring.stacked import Stacked, Under, stacks, written
@@ -40,6 +41,7 @@ class Passes:
         self.batch = batch
         self._generators = generators
         self._start = generators.states()
+        self._cached = CachedLayers([], generators)
         self._layers: CachedLayers | None = None
         self._tail: Tail | None = None
         self._stacked: Stacked | None = None
@@ -55,8 +57,10 @@ class Passes:
         Args:
             freezes: how many the sweep has of each layer; empty if no pass is to follow.
         """
-        layers = [] if _compiled(self._model) else layers_of(self._model, self._sites)
+        whole = _compiled(self._model) or foreign_code(self._model)
+        layers = [] if whole else layers_of(self._model, self._sites)
         cached, tail = CachedLayers(layers, self._generators), self._tail_of(layers)
+        self._cached = cached
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(cached.attached())
             if tail:
@@ -69,6 +73,7 @@ class Passes:
             stack.callback(self._generators.put, self._generators.states())
             if layers and freezes:
                 self._shorten(cached, tail)
+                cached.shares_work = self._layers is not None
                 if keeps_nothing:
                     self._stack(freezes)
             yield
@@ -145,7 +150,8 @@ class Passes:
 
     def _logits(self, batch: Batch | None = None) -> Tensor:
         self._generators.put(self._start)
-        return logits_of(run(self._model, (batch or self.batch).arguments))
+        with self._cached.own_pass():
+            return logits_of(run(self._model, copied((batch or self.batch).arguments)))
 
     def _at_positions(self, logits: Tensor) -> Tensor:
         """Of logits of all columns those at the positions."""

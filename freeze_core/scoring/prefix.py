@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.attention.sites import Sites
-from freeze_core.errors import CircuitFreezeError
+from freeze_core.errors import CircuitFreezeError, InterventionError
 from freeze_core.freezing.replaced import ReplacedForward
 from freeze_core.scoring.generators import Generators
 
@@ -50,8 +50,9 @@ def close(found: Tensor, expected: Tensor, bound: float) -> bool:
 class CachedLayer(ReplacedForward):
     """Stands in for the forward of a layer: runs it, or gives what it gave before."""
 
-    def __init__(self, module: nn.Module, generators: Generators) -> None:
+    def __init__(self, module: nn.Module, generators: Generators, owner: CachedLayers) -> None:
         super().__init__(module)
+        self._owner = owner
         self._generators = generators
         self.output: Any = None
         self._after: list[Tensor] | None = None
@@ -62,6 +63,12 @@ class CachedLayer(ReplacedForward):
         self.copies: Sequence[Any] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._owner.shares_work and not self._owner.in_pass:
+            raise InterventionError(
+                "the model that is scored was run by something else during the sweep, the metric say, while parts of "
+                "it give what they gave before: compute what the metric needs of the model beforehand, or give the "
+                "metric a copy of the model"
+            )
         if self.doing == "give":
             return self._give()
         if self.doing == "stand":
@@ -102,7 +109,9 @@ class CachedLayers:
     """The layers of one model during the sweep over one batch."""
 
     def __init__(self, layers: Sequence[nn.Module], generators: Generators) -> None:
-        self._layers = [CachedLayer(layer, generators) for layer in layers]
+        self.shares_work = False
+        self.in_pass = False
+        self._layers = [CachedLayer(layer, generators, self) for layer in layers]
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -115,6 +124,15 @@ class CachedLayers:
                 layer.attach()
                 stack.callback(layer.detach)
             yield
+
+    @contextmanager
+    def own_pass(self) -> Iterator[None]:
+        """A pass of the sweep runs: in no other one may the layers stand in for themselves."""
+        self.in_pass = True
+        try:
+            yield
+        finally:
+            self.in_pass = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:

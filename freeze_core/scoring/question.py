@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from freeze_core.identity import checksums
 from freeze_core.scoring.batches import Batch
 
 if TYPE_CHECKING:
@@ -69,8 +70,10 @@ def _type_name(value: object) -> str:
 
 
 def _parameters(model: nn.Module) -> str:
-    """A hash of all parameters and buffers; of those whose values are not here, of their shapes."""
-    return _hashed([*model.named_parameters(), *model.named_buffers()])
+    """A hash of all parameters and buffers, and of the checksums of all where some were offloaded."""
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    values = [*model.named_parameters(), *model.named_buffers()]
+    return _hashed([*values, *checksums(model)] if offloaded else values)
 
 
 def _freeze(one: Intervention) -> tuple[object, ...]:

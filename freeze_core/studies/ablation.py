@@ -16,7 +16,7 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import install, is_frozen
 from freeze_core.freezing.plan import LayerFreeze, resolve
 from freeze_core.inputs import logits_of, run
-from freeze_core.scoring.batches import IGNORED, Batch
+from freeze_core.scoring.batches import IGNORED, Batch, copied
 from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.studies.checks import check_batch_size, check_progress, heads_by_layer
@@ -165,7 +165,7 @@ def _refuse_infinite(measured: Mapping[str, Sums]) -> None:
 
 def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        logits = logits_of(run(model, batch.arguments))
+        logits = logits_of(run(model, copied(batch.arguments)))
     if logits.shape[:2] != (batch.rows, batch.columns):
         raise InterventionError(
             f"{type(model).__name__} gave logits {list(logits.shape)} for a batch of {[batch.rows, batch.columns]} "

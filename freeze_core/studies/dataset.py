@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError, shown
 from freeze_core.scoring.batches import IGNORED, Batch, batches_of
+from freeze_core.scoring.labels import with_labels
 
 __all__ = ["batches_in", "sequences", "tokens_of"]
 
@@ -24,7 +25,7 @@ def sequences(model: nn.Module, dataset: object, tokenizer: Any, batch_size: int
     Raises:
         InterventionError: no sequence, one with nothing to predict, or texts that cannot be made tokens.
     """
-    batches = batches_in(model, dataset, tokenizer, batch_size, name="dataset", least=2)
+    batches = with_labels(model, batches_in(model, dataset, tokenizer, batch_size, name="dataset", least=2))
     for number, batch in enumerate(batches):
         if batch.labels is None:
             raise InterventionError(f"batch {number} of dataset has no next tokens: give input_ids, or labels with it")

@@ -15,7 +15,6 @@ from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.plan import LayerFreeze, refuse_dependent, resolve
-from freeze_core.inputs import vocabulary_size
 from freeze_core.recording import record
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.generators import Generators
@@ -129,7 +128,7 @@ def measure_faithfulness(
         batches, others = [pair.clean for pair in pairs], [pair.corrupted for pair in pairs]
     else:
         batches, others = prompts(model, inputs, tokenizer, batch_size, positions, "inputs"), []
-    measure = metric_of(metric, targets, batches, vocabulary_size(model))
+    measure = metric_of(metric, targets, batches, model)
     question = _Question(model, sites, config, name, sets, measure)
     question.refuse_dependent()
     origin = origin_of(model, sites, [*batches, *others])  # first, so that nothing that was measured is lost

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.attention.sites import Sites
+from freeze_core.identity import model_identity
 from freeze_core.scoring.batches import Batch
-from freeze_core.statistics import digest_of, model_identity
+from freeze_core.statistics import digest_of
 
 __all__ = ["origin_of"]
 
 
 def origin_of(model: nn.Module, sites: Sites, batches: Sequence[Batch]) -> dict[str, str]:
-    """The model (class, dtype, a hash of its attention), a hash of the data, and the versions of what ran."""
+    """The model (class, dtype, a hash of its weights), a hash of the data, and the versions of what ran."""
     given = [
         (name, values)
         for batch in batches

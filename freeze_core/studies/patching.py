@@ -12,7 +12,6 @@ from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
-from freeze_core.inputs import vocabulary_size
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.studies.checks import check_batch_size, check_choice, check_progress
@@ -116,7 +115,7 @@ def patch_activations(
     columns = sorted({pair.clean.columns for pair in pairs})
     if by == "position" and len(columns) > 1:
         raise InterventionError(f"clean has batches of {columns} columns: must all have as many with by='position'")
-    measure = metric_of(metric, targets, [pair.clean for pair in pairs], vocabulary_size(model))
+    measure = metric_of(metric, targets, [pair.clean for pair in pairs], model)
     sweep = PatchSweep(model, sites, measure, configs, by, direction == "denoising", pairs, progress)
     patches = sweep.patches()
     origin = origin_of(model, sites, [batch for pair in pairs for batch in pair])  # before anything can be lost

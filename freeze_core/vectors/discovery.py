@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.values import accumulation_dtype
-from freeze_core.inputs import vocabulary_size
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.studies.intervals import Resampling
@@ -64,7 +63,7 @@ class Question:
     targets: Any
     metric_positions: str | Sequence[int]
     positions: Positions
-    words: int | None
+    model: nn.Module
 
     def of(self, rows: Tensor) -> tuple[list[Batch], Metric]:
         """The batches of these prompts alone, and the metric of them.
@@ -73,7 +72,7 @@ class Question:
             InterventionError: a metric, targets or positions that cannot be served.
         """
         batches = self.prompts.batches(rows.tolist(), self.metric_positions)
-        return batches, metric_of(self.metric, self._targets(rows), batches, self.words)
+        return batches, metric_of(self.metric, self._targets(rows), batches, self.model)
 
     def _targets(self, rows: Tensor) -> Any:
         """The targets of these prompts, where each has its own."""
@@ -140,7 +139,7 @@ def discover(
     _refuse_repeated(batches)
     question = None
     if metric is not None:
-        question = Question(kinds[1], metric, targets, metric_positions, where, vocabulary_size(model))
+        question = Question(kinds[1], metric, targets, metric_positions, where, model)
         for rows in (found.negative, apart.negative):
             question.of(rows)  # which refuses what cannot be served, before anything is run
             check_reached(where, kinds[1], rows.tolist())

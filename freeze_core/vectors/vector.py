@@ -15,9 +15,9 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.extras import extra
 from freeze_core.files import read_file, write_file
 from freeze_core.freezing.install import FrozenCircuits, is_frozen
-from freeze_core.inputs import vocabulary_size
+from freeze_core.identity import is_same_model, model_identity
 from freeze_core.scoring.metrics import metric_of
-from freeze_core.statistics import digest_of, model_identity
+from freeze_core.statistics import digest_of
 from freeze_core.studies.intervals import Resampling
 from freeze_core.vectors.arguments import check_columns, check_reached, check_running, checked_strengths
 from freeze_core.vectors.effects import SteeringEffects, effects_of
@@ -184,7 +184,7 @@ class InterventionVector:
                 raise InterventionError(
                     f"prompt {number} of prompts is one that the vector was found on: judge it on others"
                 )
-        measure = metric_of(metric, targets, batches, vocabulary_size(model))
+        measure = metric_of(metric, targets, batches, model)
         return effects_of(model, site, self.vector, batches, measure, several, where, seed, self.resampling, progress)
 
     def _site(self, model: nn.Module) -> ResidualSite:
@@ -195,10 +195,10 @@ class InterventionVector:
                 f"the vector has {len(self.vector)} features, and the stream of {type(model).__name__} {site.hidden}: "
                 "apply it to the model that it was found in"
             )
-        identity = model_identity(site.sites)
-        if identity != self.origin["identity"]:
+        if not is_same_model(self.origin["identity"], site.sites, "the vector"):
             raise InterventionError(
-                f"the vector is of another model ({self.origin['model']}, {self.origin['identity']}, not {identity}): "
+                f"the vector is of another model ({self.origin['model']}, {self.origin['identity']}, not "
+                f"{model_identity(site.sites)}), or of this one with other weights, another dtype or other adapters: "
                 "find one in this model"
             )
         return site

@@ -18,7 +18,7 @@ from transformers import Cache
 
 from freeze_core import InterventionConfig, InterventionError
 from freeze_core.attention.sites import find_sites
-from freeze_core.statistics import model_identity
+from freeze_core.identity import is_same_model
 from pytest_circuitfreeze.adapters.places import Layer, layers, unknown
 
 CIRCUITS = {"qk": "qk", "ov": "v", "both": "qkv", "q": "q", "k": "k", "v": "v"}
@@ -134,7 +134,7 @@ class Arithmetic:
 
     def refuse_foreign_statistics(self, model: nn.Module, configs: list[InterventionConfig]) -> None:
         for statistics in (config.statistics for config in configs):
-            if statistics is not None and statistics.identity != model_identity(find_sites(model)):
+            if statistics is not None and not is_same_model(statistics.identity, find_sites(model), "statistics"):
                 raise InterventionError("statistics are of another model: calibrate this one")
 
     def in_layer(self, config: InterventionConfig, layer: Layer) -> bool:

@@ -116,7 +116,8 @@ def test_a_callable_is_handed_the_batch_if_it_asks_for_it():
         return scale * logits[:, 0, 0]
 
     one = score_heads(model, PADDED, of_both, positions=[0], layers=[0], progress=False)
-    assert all(inputs is PADDED for inputs in handed)
+    assert all(inputs.keys() == PADDED.keys() for inputs in handed)
+    assert all(torch.equal(inputs[name], PADDED[name]) for inputs in handed for name in PADDED)
     two = score_heads(model, PADDED, with_an_option, positions=[0], layers=[0], progress=False)
     torch.testing.assert_close(two.scores["ov"], 2 * one.scores["ov"], equal_nan=True)
     assert one.scores["ov"][1:].isnan().all()
