@@ -305,9 +305,8 @@ class PassTracker(ReplacedPass):
         given = self.composite.given if self.composite else []
 
         def again(*args: Any, **kwargs: Any) -> Any:
-            standing = standing_in(self.module)
             # The same freeze may have been removed and installed anew meanwhile.
-            tracker = standing if not self._in_force and isinstance(standing, PassTracker) else self
+            tracker = self if self._in_force else standing_in(self.module, PassTracker) or self
             if tracker._wiring() != wiring:
                 raise FreezeNotInForceError(
                     "gradient checkpointing runs a layer again under other freezes than it first ran under: call "
