@@ -229,7 +229,10 @@ def test_parameters_that_learn_nothing_before_the_freeze_do_not_hide_it(reentran
         loss.backward()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.*should not be instantiated")
+# All from inside torch's own compiler.
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning", "ignore:.*should not be instantiated", "ignore:The .grad attribute"
+)
 @pytest.mark.parametrize(("training", "reentrant"), [(True, True), (True, False), (False, True)])
 def test_a_compiled_layer_runs_again_under_its_own_freeze(training, reentrant, expected):
     torch.compiler.reset()
