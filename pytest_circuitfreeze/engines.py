@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
@@ -14,8 +14,7 @@ from pytest_circuitfreeze.origins import remembered
 if TYPE_CHECKING:
     import torch
 
-    from freeze_core import AttentionCircuitFreezer, InterventionConfig
-    from freeze_core.freezing.install import FrozenCircuits
+    from freeze_core import InterventionConfig
 
 GROUP = "circuitfreeze.engines"
 
@@ -52,27 +51,6 @@ class Engine(Protocol):
         """A context manager that yields a callable with the model's own call signature, frozen as asked."""
 
 
-class _Block:
-    """A freeze of ``model`` in place; a block whose end was refused can be ended again."""
-
-    def __init__(
-        self,
-        freezer: AttentionCircuitFreezer,
-        model: torch.nn.Module,
-        config: InterventionConfig | Sequence[InterventionConfig],
-    ) -> None:
-        self._freezer, self._model, self._config = freezer, model, config
-        self._frozen: FrozenCircuits | None = None
-
-    def __enter__(self) -> torch.nn.Module:
-        self._frozen = self._freezer.freeze_circuits(self._model, self._config)
-        return self._model
-
-    def __exit__(self, *error: Any) -> None:
-        if self._frozen is not None:
-            self._frozen.__exit__(*error)
-
-
 class FreezeCore:
     """The built-in engine: ``freeze_core.AttentionCircuitFreezer`` on the model itself."""
 
@@ -83,11 +61,13 @@ class FreezeCore:
 
         self._freezer = AttentionCircuitFreezer()
 
+    @contextmanager
     def freeze(
         self, model: torch.nn.Module, config: InterventionConfig | Sequence[InterventionConfig]
-    ) -> AbstractContextManager[torch.nn.Module]:
+    ) -> Iterator[torch.nn.Module]:
         """Freezes ``model`` in place for the length of the block and yields it."""
-        return _Block(self._freezer, model, config)
+        with self._freezer.freeze_circuits(model, config):
+            yield model
 
     def refuses(self, model: torch.nn.Module) -> str | None:
         """Why a model cannot be served at all."""

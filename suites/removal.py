@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -190,20 +191,22 @@ def check_nesting_is_a_list(
 def _end_beneath_wrappers(engine: Engine, model: PreTrainedModel, config: InterventionConfig) -> None:
     """Freezes the model, ends that while the forward of each module is wrapped, and takes the wrappers off.
 
-    An engine that refuses to end with something on top of its own is ended again when that is off.
+    An engine that refuses to end with something on top of its own gives what is to be removed afterwards as the
+    attribute `frozen` of its error, or can be ended again.
     """
     context = engine.freeze(model, config)
     context.__enter__()
     undo = [_wrap_forward(module) for module in model.modules()]
-    refused = False
+    end_again: Callable[[], object] | None = None
     try:
         context.__exit__(None, None, None)
-    except Exception:
-        refused = True
+    except Exception as refusal:
+        frozen = getattr(refusal, "frozen", None)
+        end_again = partial(context.__exit__, None, None, None) if frozen is None else frozen.remove
     for take_off in undo:
         take_off()
-    if refused:
-        context.__exit__(None, None, None)
+    if end_again is not None:
+        end_again()
 
 
 def _wrap_forward(module: nn.Module) -> Callable[[], None]:
