@@ -17,8 +17,8 @@ from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
 from freeze_core.freezing.install import install, is_frozen
 from freeze_core.freezing.plan import LayerFreeze, assign, resolve
+from freeze_core.generators import Generators
 from freeze_core.inputs import logits_of, model_arguments, run
-from freeze_core.scoring.generators import Generators
 from freeze_core.vocabulary import BackwardMode
 
 __all__ = ["gradient_behavior", "gradient_table", "intervention_effect"]

@@ -20,6 +20,7 @@ from freeze_core.freezing.padding import UnknownMask, given_masks, prompt_of, se
 from freeze_core.freezing.pass_arguments import ForwardArguments
 from freeze_core.freezing.plan import resolve
 from freeze_core.freezing.replaced import standing_in
+from freeze_core.generators import Generators
 from freeze_core.inputs import model_arguments, run
 
 __all__ = ["hearing_patterns", "record", "under_eager"]
@@ -60,6 +61,8 @@ def record(
     arguments = model_arguments(model, inputs)
     passes: dict[nn.Module, list[_Masks]] = {module: [] for module in (sites.stack, sites.composite) if module}
     seen: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
+    generators = Generators(model)
+    start = generators.states()
     with ExitStack() as stack, torch.no_grad():
         # Compiled code does not call hooks that were registered after it was compiled, be it a layer's or the model's.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -75,7 +78,10 @@ def record(
             f"through {sites.stack_name or 'the stack of layers'}, on the inputs of one of them"
         )
     if pattern:
+        after = generators.states()
+        generators.put(start)  # in training mode both passes draw the same dropout
         _patterns(model, arguments, [sites.by_layer[layer] for layer in wanted], seen, device)
+        generators.put(after)
     activations = {layer: _activations(sites.by_layer[layer], seen, pattern) for layer in wanted}
     given = [mask for calls in passes.values() for call in calls for mask in call.own]
     mask = _copied("attention_mask", select_padding_mask(given, prompt_of(sites.stack)))
@@ -138,7 +144,9 @@ def _listening(
                     "to record"
                 )
             _refuse_shard(site, name, output, storage.widths[name])
-            outputs[name] = output.detach().flatten(1, -2).to(device or output.device)
+            # Hooks of others come later, and may write to it.
+            copy = len(module._forward_hooks) > 1
+            outputs[name] = output.detach().flatten(1, -2).to(device or output.device, copy=copy)
 
         return hook
 
@@ -157,7 +165,8 @@ def _listening(
 
     with ExitStack() as stack:
         for name, module in storage.modules.items():
-            stack.callback(module.register_forward_hook(keep(name)).remove)
+            # Before the hooks of others, since a freeze acts before them: it does not hold what they make of it.
+            stack.callback(module.register_forward_hook(keep(name), prepend=True).remove)
         stack.callback(_listening_to_z(site, keep_z))
         stack.callback(site.attention.register_forward_hook(split).remove)
         yield

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from freeze_core.generators import Generators
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.changes import apart, together
 from freeze_core.scoring.estimates import Estimates
-from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.metrics import Metric
 from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.sweep import Sweep

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from freeze_core.errors import InterventionError
+from freeze_core.generators import Generators
 from freeze_core.scoring.checkpoint import Checkpoint
-from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.ledger import Ledger
 from freeze_core.scoring.metrics import Metric
 from freeze_core.scoring.passes import Passes

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from freeze_core.errors import InterventionError
+from freeze_core.generators import Generators
 from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import IGNORED, Batch, copied
-from freeze_core.scoring.generators import Generators
 
 __all__ = ["labels_of", "with_labels"]
 

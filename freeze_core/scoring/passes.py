@@ -14,9 +14,9 @@ from freeze_core.attention.sites import Sites
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.install import install
 from freeze_core.freezing.plan import LayerFreeze
+from freeze_core.generators import Generators
 from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import Batch, copied
-from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.known_code import foreign_code
 from freeze_core.scoring.prefix import FAULTS, CachedLayers, close, layers_of
 from freeze_core.scoring.remembered import remembering

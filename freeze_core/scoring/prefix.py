@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from freeze_core.attention.sites import Sites
 from freeze_core.errors import CircuitFreezeError, InterventionError
 from freeze_core.freezing.replaced import ReplacedForward
-from freeze_core.scoring.generators import Generators
+from freeze_core.generators import Generators
 
 __all__ = ["FAULTS", "CachedLayers", "close", "layers_of"]
 

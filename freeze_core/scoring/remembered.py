@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.freezing.replaced import ReplacedForward
-from freeze_core.scoring.generators import Generators
+from freeze_core.generators import Generators
 
 __all__ = ["remembering"]
 

@@ -15,9 +15,9 @@ from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import install, is_frozen
 from freeze_core.freezing.plan import LayerFreeze, resolve
+from freeze_core.generators import Generators
 from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import IGNORED, Batch, copied
-from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.studies.checks import check_batch_size, check_progress, heads_by_layer
 from freeze_core.studies.dataset import sequences

@@ -15,9 +15,9 @@ from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.plan import LayerFreeze, refuse_dependent, resolve
+from freeze_core.generators import Generators
 from freeze_core.recording import record
 from freeze_core.scoring.batches import Batch
-from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.sweep import circuits_of

@@ -16,9 +16,9 @@ from freeze_core.attention.sites import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.freezing.padding import prompt_of
 from freeze_core.freezing.plan import resolve
+from freeze_core.generators import Generators
 from freeze_core.recording import record
 from freeze_core.scoring.batches import Batch
-from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.metrics import Metric
 from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.sweep import interventions

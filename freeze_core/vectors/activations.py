@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError
+from freeze_core.generators import Generators
 from freeze_core.inputs import run
 from freeze_core.scoring.batches import Batch
-from freeze_core.scoring.generators import Generators
 from freeze_core.vectors.sites import ResidualSite, stream_of
 
 __all__ = ["activations"]

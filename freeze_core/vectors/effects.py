@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from freeze_core.errors import InterventionError
 from freeze_core.extras import extra
+from freeze_core.generators import Generators
 from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import Batch
-from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.metrics import Metric
 from freeze_core.studies.intervals import Estimate, Resampling
 from freeze_core.studies.tables import unit_of

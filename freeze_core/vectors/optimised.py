@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError
+from freeze_core.generators import Generators
 from freeze_core.scoring.batches import Batch
-from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.metrics import Metric
 from freeze_core.vectors.effects import logits_at
 from freeze_core.vectors.positions import Positions

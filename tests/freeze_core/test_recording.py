@@ -187,3 +187,48 @@ def test_a_model_that_is_compiled_or_has_compiled_parts_is_recorded_as_the_plain
             for layer in one:
                 for name in ("q", "k", "v", "z", *(["pattern"] if pattern else [])):
                     assert torch.equal(getattr(one[layer], name), getattr(other[layer], name))
+
+
+@pytest.mark.parametrize("write", ["return", "in place"])
+def test_a_recording_holds_what_a_freeze_acts_on_before_hooks_of_others(ids, write):
+    model = tiny_model("llama")
+
+    def double(module, args, output):
+        if write == "in place":
+            output.data.mul_(2)
+            return None
+        return 2 * output
+
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        unhooked = FREEZER.record(model, ids)[1].q
+        handle = attention.q_proj.register_forward_hook(double)
+        clean = model(ids).logits
+        recording = FREEZER.record(model, ids)
+        assert torch.equal(recording[1].q, unhooked)
+        config = InterventionConfig([1], None, "q", "reference", reference=recording)
+        with FREEZER.freeze_circuits(model, config):
+            torch.testing.assert_close(model(ids).logits, clean)
+        handle.remove()
+
+
+def test_patterns_of_a_model_in_training_are_of_the_pass_that_is_recorded(ids):
+    model = tiny_model("gpt2").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    torch.manual_seed(3)
+    recording = FREEZER.record(model, ids, pattern=True)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    alone = FREEZER.record(model, ids)
+    assert torch.equal(torch.get_rng_state(), after)
+    for layer in alone:
+        assert torch.equal(alone[layer].q, recording[layer].q)
+    layer = recording[2]
+    scores = layer.q.transpose(1, 2) @ layer.k.transpose(1, 2).transpose(2, 3) / layer.q.shape[-1] ** 0.5
+    seen = torch.ones(scores.shape[-2:]).tril().bool()
+    pattern = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    kept = layer.pattern != 0  # dropout on the pattern leaves some out and scales the others
+    scale = (layer.pattern / pattern)[kept & seen]
+    torch.testing.assert_close(scale, scale[:1].expand_as(scale), rtol=1e-4, atol=0)

@@ -10,8 +10,8 @@ from one_by_one import one_by_one
 from running_twice import run_layers_twice
 
 from freeze_core import score_heads
+from freeze_core.generators import Generators
 from freeze_core.scoring import passes
-from freeze_core.scoring.generators import Generators
 from freeze_core.scoring.remembered import remembering
 from pytest_circuitfreeze.models import tiny_model
 
