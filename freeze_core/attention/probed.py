@@ -273,7 +273,7 @@ def _direct_call(attention: nn.Module, failure: str) -> _Call:
         raise ProbeFailedError(failure) from None
     linear = next((module for module in attention.modules() if is_linear(module)), None)
     weight: Any = getattr(linear, "weight", None)
-    if weight is None or weight.is_meta or not weight.is_floating_point():
+    if linear is None or weight.is_meta or not weight.is_floating_point():
         raise ProbeFailedError(failure)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 2, width_in(linear) or weight.shape[1], generator=generator)
@@ -489,7 +489,7 @@ def _repeated(source: Tensor, module: nn.Module, args: Any, output: Tensor) -> T
 
 def _said(storage: Storage, heads: int, paths: Mapping[nn.Module, str]) -> list[HeadFeatures]:
     """What a storage says of each query head, as a probe would find it."""
-    said = []
+    said: list[HeadFeatures] = []
     for head in range(heads):
         roles: dict[Role, dict[str, frozenset[int]]] = {}
         for role, parts in storage.features.items():
