@@ -28,9 +28,10 @@ from freeze_core.attention.layout import Layout, Part, Storage, plain_layout
 from freeze_core.attention.probe import HeadFeatures, is_linear, probe
 from freeze_core.attention.storages import unshared_projections, width_in
 from freeze_core.errors import UnsupportedModelError
+from freeze_core.freezing.replaced import standing_in
 from freeze_core.vocabulary import ModelArchitecture, Role
 
-__all__ = ["ProbeFailedError", "left_alone", "may_attend", "probed_layouts"]
+__all__ = ["ProbeFailedError", "is_covered", "left_alone", "may_attend", "probed_layouts", "was_probed"]
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 """What attention modules, or their configs, call the number of query heads."""
@@ -88,6 +89,19 @@ def may_attend(module: nn.Module) -> bool:
     return is_called_attention(module) and sum(map(is_linear, module.modules())) > 1
 
 
+def was_probed(attention: nn.Module) -> bool:
+    """Whether a probe has found the layout of this very module before."""
+    return attention in _KNOWN
+
+
+def is_covered(attention: nn.Module) -> bool:
+    """Whether projections of an attention are frozen; asked of one whose own forward is no freeze's any more.
+
+    A probe would run into the freeze. Whoever installs another one is told that something was put on top.
+    """
+    return any(standing_in(part) is not None for part in attention.modules())
+
+
 def probed_layouts(
     model: nn.Module, attentions: Sequence[nn.Module], hints: Hints
 ) -> dict[nn.Module, Layout | UnsupportedModelError]:
@@ -96,7 +110,7 @@ def probed_layouts(
     states: dict[nn.Module, tuple[Any, ...]] = {}
     for attention in attentions:
         states[attention] = _state(attention)
-        if attention not in _KNOWN or _KNOWN[attention].state != states[attention]:
+        if attention not in _KNOWN or (_KNOWN[attention].state != states[attention] and not is_covered(attention)):
             details = _details(attention)
             key = None if details is None else (*states[attention], *details)
             facts = None if key is None else _OF_CLASS.get(type(attention), {}).get(key)
@@ -273,7 +287,7 @@ def _direct_call(attention: nn.Module, failure: str) -> _Call:
         raise ProbeFailedError(failure) from None
     linear = next((module for module in attention.modules() if is_linear(module)), None)
     weight: Any = getattr(linear, "weight", None)
-    if weight is None or weight.is_meta or not weight.is_floating_point():
+    if linear is None or weight.is_meta or not weight.is_floating_point():
         raise ProbeFailedError(failure)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 2, width_in(linear) or weight.shape[1], generator=generator)
@@ -489,7 +503,7 @@ def _repeated(source: Tensor, module: nn.Module, args: Any, output: Tensor) -> T
 
 def _said(storage: Storage, heads: int, paths: Mapping[nn.Module, str]) -> list[HeadFeatures]:
     """What a storage says of each query head, as a probe would find it."""
-    said = []
+    said: list[HeadFeatures] = []
     for head in range(heads):
         roles: dict[Role, dict[str, frozenset[int]]] = {}
         for role, parts in storage.features.items():

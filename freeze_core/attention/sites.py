@@ -11,7 +11,7 @@ from torch import nn
 from freeze_core.attention.classes import parameters_of, runs_library_code
 from freeze_core.attention.layout import Layout
 from freeze_core.attention.modules import SHARED, Found, attention_modules, layer_count
-from freeze_core.attention.probed import ProbeFailedError, probed_layouts
+from freeze_core.attention.probed import ProbeFailedError, is_covered, probed_layouts, was_probed
 from freeze_core.attention.storages import layout_of, reading_parts, refusal, stores_projections
 from freeze_core.errors import CircuitFreezeError, UnsupportedModelError
 from freeze_core.freezing.replaced import patches_on
@@ -226,6 +226,8 @@ def _probed(model: nn.Module, found: list[Found]) -> Mapping[nn.Module, Layout |
         if not one.known:
             hints[attention] = ""
         elif not all(runs_library_code(part, checked) for part in reading_parts(attention)):
+            if is_covered(attention) and not was_probed(attention):
+                continue  # frozen as the tables say, before something was put on top
             try:
                 hints[attention] = layout_of(attention, None)
             except UnsupportedModelError as error:

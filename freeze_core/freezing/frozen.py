@@ -55,8 +55,7 @@ class FrozenProjection(ReplacedForward):
         self.storage = wiring.storage
         self.edits = wiring.edits[name]
         self.source = wiring.storage.sources.get(name)
-        # The attention counts anew whenever it runs: what runs otherwise finds that it has run already.
-        self.runs = 1
+        self.runs = 0
         self.sparing = False
         roles = {role for role, parts in shared.features.items() if any(part.module == name for part in parts)}
         self.reads_encoder = attention.site.kind == "cross" and not roles & {"q"}
@@ -87,7 +86,7 @@ class FrozenProjection(ReplacedForward):
             shape = x.shape
             x = x.flatten(1, -2)
         running = self._tracker.current
-        if self._attention is not None and self.runs:
+        if self._attention is not None and running and self._attention.path not in running.ran:
             self._attention.refuse_bypass(self.name, running)
         if running and self.reads_encoder:
             running = running.encoder
@@ -190,17 +189,15 @@ class FrozenAttention(Held):
                 raise FreezeNotInForceError(self._miscounted(one))
         return output
 
-    def refuse_bypass(self, projection: str, running: Pass | None) -> None:
-        """Raises `FreezeNotInForceError` where a projection runs while this does not, and what this does is needed.
+    def refuse_bypass(self, projection: str, running: Pass) -> None:
+        """Raises `FreezeNotInForceError` where a projection runs in a pass, this did not, and what this does is needed.
 
         That is where the attention's class is called with the module, or a forward that was taken from it earlier.
         Values are held all the same; the second run for a gradient, and the count of runs in a pass, are not had.
         """
-        again = 0
-        if running:
-            key = f"{self.site.name}.{projection}"
-            again = running.runs.get(key, 0)
-            running.runs[key] = again + 1
+        key = f"{self.site.name}.{projection}"
+        again = running.runs.get(key, 0)
+        running.runs[key] = again + 1
         if self.wiring.spares_the_circuit and torch.is_grad_enabled():
             needed = "backward_mode='circuit_ste' runs the attention twice for its gradient"
         elif self.wiring.tells_runs_apart and again:
