@@ -22,6 +22,9 @@ from pytest_circuitfreeze.models import tiny_model
 
 peft = pytest.importorskip("peft", reason="the extra 'conditions' is not installed")
 
+# peft asks for what newer versions of transformers call otherwise.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 WORKER = Path(__file__).with_name("identity_worker.py")
 
 
