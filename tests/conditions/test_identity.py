@@ -81,7 +81,7 @@ def test_adapters_count_while_they_are_in_effect() -> None:
     assert other not in (base, added)
     model.set_adapter("default")
     for module in model.modules():
-        if hasattr(module, "scaling"):
+        if hasattr(module, "adapter_layer_names"):
             module.scaling["default"] *= 2
     scaled = identity(model)
     assert scaled not in (base, added, other)
