@@ -88,7 +88,7 @@ def test_adapters_count_while_they_are_in_effect() -> None:
     model.merge_adapter()
     merged = identity(model)
     assert merged not in (base, added, other, scaled)
-    assert identity(model.merge_and_unload()) == merged
+    assert identity(model.unload()) == merged
 
 
 def test_an_adapter_that_was_taken_out_leaves_the_model_that_it_was_put_into() -> None:
