@@ -79,7 +79,7 @@ def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     told = {name: fact for name, fact in facts.items() if name != "format"}
     digest.update(json.dumps(told, sort_keys=True).encode())
     return digest.hexdigest()

@@ -189,10 +189,11 @@ def _adapters(module: nn.Module) -> tuple[list[str], list[str]]:
     layer: Any = module
     merged = getattr(layer, "merged_adapters", ())  # part of the weight
     active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name not in merged]
-    containers = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+    containers: list[Any] = [getattr(layer, name, None) for name in layer.adapter_layer_names]
     names = {name for one in containers if hasattr(one, "keys") for name in one.keys()}  # noqa: SIM118 - a module
-    scales = getattr(layer, "scaling", {})
-    return [f"scale {scales[name]}" for name in active if name in scales], sorted(names - set(active))
+    scales = getattr(layer, "scaling", None)
+    in_effect = [f"scale {scales[name]}" for name in active if isinstance(scales, Mapping) and name in scales]
+    return in_effect, sorted(names - set(active))
 
 
 def _gathered(module: nn.Module) -> AbstractContextManager[object]:

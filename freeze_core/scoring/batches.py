@@ -86,7 +86,7 @@ class Batch:
             for name, value in self.arguments.items()
         }
         rows = self.rows * count
-        made = {
+        made: dict[str, Any] = {
             name: torch.cat([value] * count)
             for name in ("positions", "mask", "real", "tokens", "labels")
             if (value := getattr(self, name)) is not None

@@ -80,8 +80,12 @@ def _is_known(function: Any) -> bool:
     return _package(getattr(function, "__module__", None) or type(function).__module__) in PACKAGES
 
 
+def _is_known_class(cls: Any) -> bool:
+    return _has_known_bases(cls)
+
+
 @lru_cache(maxsize=1024)
-def _is_known_class(cls: type) -> bool:
+def _has_known_bases(cls: type) -> bool:
     bases = {_package(base.__module__) for base in cls.__mro__}
     return bool(bases & set(PACKAGES)) and bases <= {*PACKAGES, *PYTHON}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -48,6 +50,11 @@ def masked_batch():
     return {"input_ids": ids.masked_fill(labels != -100, 4), "labels": labels}
 
 
+@torch.no_grad()
+def own_loss(model, **batch):
+    return float(model(**batch).loss)
+
+
 def in_place(logits, labels):
     return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1) / (
         labels != -100
@@ -62,9 +69,9 @@ def test_a_masked_model_is_scored_by_its_own_loss(name):
         model, batch, lambda logits: in_place(logits, batch["labels"]), circuits=["ov"], progress=False
     )
     torch.testing.assert_close(found.scores["ov"], expected.scores["ov"], rtol=1e-6, atol=1e-6)
-    assert found.clean == pytest.approx(float(model(**batch).loss), rel=1e-5)
+    assert found.clean == pytest.approx(own_loss(model, **batch), rel=1e-5)
     study = run_circuit_ablation_study(model, batch, [0], [1], circuits=["ov"], progress=False, resamples=100)
-    assert study.clean.perplexity.value == pytest.approx(float(model(**batch).loss.exp()), rel=1e-5)
+    assert study.clean.perplexity.value == pytest.approx(math.exp(own_loss(model, **batch)), rel=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["all", [2, 5], [5]])
@@ -94,7 +101,7 @@ def test_a_causal_model_shifts_labels(name, dtype):
     )
     assert torch.equal(without.scores["ov"].nan_to_num(), given.scores["ov"].nan_to_num())
     assert given.clean == pytest.approx(
-        float(model(ids, labels=ids).loss), rel=2e-2 if dtype == torch.bfloat16 else 1e-5
+        own_loss(model, input_ids=ids, labels=ids), rel=2e-2 if dtype == torch.bfloat16 else 1e-5
     )
 
 
@@ -107,7 +114,7 @@ def test_an_encoder_decoder_does_not_shift_labels():
     ids = torch.arange(14).view(2, 7) + 5
     batch = {"input_ids": ids, "labels": ids.flip(1)}
     found = score_heads(model, batch, "loss", circuits=["ov"], layers=[0], progress=False)
-    assert found.clean == pytest.approx(float(model(**batch).loss), rel=1e-5)
+    assert found.clean == pytest.approx(own_loss(model, **batch), rel=1e-5)
 
 
 class Renamed(transformers.BertForMaskedLM):
@@ -131,7 +138,7 @@ class Shifting(transformers.BertForMaskedLM):
 def test_the_loss_decides_and_not_the_name(cls):
     model, batch = random_weights(cls(transformers.BertConfig(**SMALL))), masked_batch()
     found = score_heads(model, batch, "loss", circuits=["ov"], layers=[0], progress=False)
-    assert found.clean == pytest.approx(float(model(**batch).loss), rel=1e-5)
+    assert found.clean == pytest.approx(own_loss(model, **batch), rel=1e-5)
 
 
 class Smoothed(transformers.BertForMaskedLM):

@@ -151,6 +151,7 @@ def test_a_mode_is_found():
         assert foreign_code(model) is None
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # newer versions rename it
 @pytest.mark.parametrize("change", ["checkpointing", "input gradients", "weight norm", "compiled"])
 def test_what_torch_and_transformers_put_on_a_model_is_known(change):
     model = tiny_model("llama")
