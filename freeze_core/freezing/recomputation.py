@@ -23,7 +23,8 @@ from freeze_core.errors import FreezeNotInForceError
 
 __all__ = ["checkpoints", "may_be_checkpointed"]
 
-APPLY = torch.autograd.Function.apply.__func__.__code__
+# A method of the class, which the type checker takes for a function of its own kind.
+APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 """What stands above the `forward` of every autograd function in the stack of calls."""
 
 

@@ -287,8 +287,9 @@ class PassTracker(ReplacedPass):
         began = running.differentiated if running else not torch.compiler.is_compiling()
         return may_be_checkpointed(began) and bool(self._guard_checkpoints(running))
 
-    # Not compiled: a compiled layer in what may be a reentrant checkpoint stops here and looks around.
-    @torch._disable_dynamo
+    # Not compiled: a compiled layer in what may be a reentrant checkpoint stops here and looks around. The public
+    # torch.compiler.disable would import all of torch._dynamo with this library.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _guard_checkpoints(self, running: Pass | None) -> bool:
         new = False
         for checkpoint, attribute in checkpoints(type(self.module).__name__):
