@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 RECORD = pytest.StashKey[CircuitRecord]()
 
 
-class UnusableModelError(pytest.fail.Exception):
+# The exception class of pytest.fail is an attribute of a function, which the type checker does not take for a class.
+class UnusableModelError(pytest.fail.Exception):  # type: ignore[name-defined, misc]
     """A model of `--circuitfreeze-model` that the suites cannot run: one error, which is not about any claim."""
 
     __module__ = "builtins"  # as pytest's own: messages start with the bare name

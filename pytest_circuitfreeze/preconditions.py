@@ -29,7 +29,7 @@ def unusable(model: nn.Module) -> str | None:
             f"it takes no input_ids (its forward takes {taken}), and the suites run token ids: pass a causal language "
             "model, or wrap it in a module that takes input_ids"
         )
-    adapter = getattr(model, "active_peft_config", None)
+    adapter: Any = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         return (
             f"it is tuned by {adapter.peft_type.value}, whose virtual tokens stand before each prompt, and the suites "
@@ -39,14 +39,10 @@ def unusable(model: nn.Module) -> str | None:
 
 
 def _frozen_modules(model: nn.Module) -> list[str]:
-    """The paths of the modules whose forward is an object of freeze_core's."""
-    found = []
-    for name, module in model.named_modules():
-        for slot in ("forward", "_old_forward"):  # accelerate's hooks move what they replace to the second
-            owner = getattr(vars(module).get(slot), "__self__", None)
-            if type(owner).__module__.startswith("freeze_core."):
-                found.append(name or "the model itself")
-    return found
+    """The paths of the modules that a freeze or a vector of freeze_core is on."""
+    from freeze_core.freezing.replaced import patches_on
+
+    return [name or "the model itself" for name, module in model.named_modules() if patches_on(module)]
 
 
 def _failing_pass(model: nn.Module) -> str | None:

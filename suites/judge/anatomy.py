@@ -198,7 +198,7 @@ def is_known(model: PreTrainedModel) -> bool:
     if config.model_type not in KNOWN_TYPES or getattr(config, "alibi", False):
         return False
     own = [module for module in model.modules() if _runs_family_code(type(module))]
-    return len(own) == config.num_hidden_layers
+    return len(own) == int(config.num_hidden_layers)
 
 
 def _runs_family_code(cls: type) -> bool:
