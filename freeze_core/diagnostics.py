@@ -11,6 +11,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from freeze_core.attention.shards import gathered_from
 from freeze_core.attention.sites import AttentionSite, Sites, find_sites
 from freeze_core.config import InterventionConfig, check_config
 from freeze_core.errors import InterventionError
@@ -95,8 +96,14 @@ def _whole(grad: Tensor | None) -> Tensor | None:
     return full() if full else grad
 
 
-def _of(grads: Mapping[Tensor, Tensor | None], activation: Tensor | None) -> Tensor | None:
-    return None if activation is None else grads.get(activation)
+def _gathered(
+    grads: Mapping[Tensor, Tensor | None], activation: Tensor | None, projection: FrozenProjection, width: int
+) -> Tensor | None:
+    """The gradient of what a projection gives, with the features of all processes."""
+    grad = None if activation is None else grads.get(activation)
+    if grad is None:
+        return None
+    return gathered_from(projection.module, 0, grad, width, f"the gradient of {projection.name}")
 
 
 def intervention_effect(
@@ -153,8 +160,9 @@ def _outcome(model: nn.Module, sites: Sites, test_input: Tensor) -> tuple[Tensor
 
     def keeper(site: AttentionSite) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0].shape[-1] == site.layout.z.numel():  # not a process's own stretch of it
-                zs[site.layer] = args[0].unflatten(-1, (site.heads, -1)).clone()
+            z = gathered_from(module, 1, args[0], site.layout.z.numel(), f"z of {site.name}")
+            if z.shape[-1] == site.layout.z.numel():
+                zs[site.layer] = z.unflatten(-1, (site.heads, -1)).clone()
 
         return keep
 
@@ -263,11 +271,12 @@ def _verdict(tap: _Tap, grads: Mapping[Tensor, Tensor | None]) -> dict[str, Any]
     `dx = dx'` elsewhere. Under `circuit_ste` both are of the run that spares the circuit, in which nothing stands
     between the two.
     """
-    dx, dx_after = _of(grads, tap.before), _of(grads, tap.after)
+    projection = tap.projection
+    dx = _gathered(grads, tap.before, projection, tap.site.layout.shared.widths[projection.name])
+    dx_after = _gathered(grads, tap.after, projection, projection.storage.widths[projection.name])
     rows = _rows(tap, grads)
     if dx is None or dx_after is None:
         return {"passed": dx is dx_after, "deviation": None, "bound": None, "heads": [], "rows": rows, "notes": []}
-    projection = tap.projection
     expected = dx_after.clone()
     exact = projection.source is None
     for edit in projection.edits:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.activations import LayerActivations, Recording
+from freeze_core.attention.shards import gathered_from, shard_of
 from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown, with_newer_versions
@@ -143,6 +144,7 @@ def _listening(
                     f"{name} of {site.name} runs several times before its attention does: there is no one activation "
                     "to record"
                 )
+            output = gathered_from(module, 0, output, storage.widths[name], f"{name} of {site.name}")
             _refuse_shard(site, name, output, storage.widths[name])
             # Hooks of others come later, and may write to it.
             copy = len(module._forward_hooks) > 1
@@ -151,7 +153,9 @@ def _listening(
         return hook
 
     def keep_z(given: Tensor) -> None:
-        _refuse_shard(site, "z", given, site.layout.z.numel())
+        width = site.layout.z.numel()
+        given = gathered_from(site.layout.output, 1, given, width, f"z of {site.name}")
+        _refuse_shard(site, "z", given, width)
         z = given.detach().unflatten(-1, (site.heads, -1))
         seen[site.layer, "z"].append(z.to(device or z.device, copy=True))
 
@@ -184,8 +188,9 @@ def _listening_to_z(site: AttentionSite, keep: Callable[[Tensor], None]) -> Call
 def _refuse_shard(site: AttentionSite, what: str, activation: Tensor, width: int) -> None:
     if activation.shape[-1] != width:
         raise UnsupportedModelError(
-            f"{what} of {site.name} has {activation.shape[-1]} features where {width} were expected: under tensor "
-            "parallelism a process sees its own heads only; record a model that is whole"
+            f"{what} of {site.name} has {activation.shape[-1]} features where {width} were expected: its heads are not "
+            "where they were found, and no DTensor weight says which of them this process has; record a model that is "
+            "not sharded"
         )
 
 
@@ -219,6 +224,11 @@ def hearing_patterns(
             by_head = [value for value in given if value.dim() == 4 and value.shape[1] == site.heads]
             if by_head:  # T5 gives the bias on its scores first
                 keep(site, by_head[-1])
+            elif shard_of(site.layout.output, 1, site.layout.z.numel()):
+                raise UnsupportedModelError(
+                    f"the patterns of {site.name} are sharded: under tensor parallelism a process forms those of its "
+                    "own heads only; use a model that is not sharded, or record without pattern=True"
+                )
 
         return hand_over
 

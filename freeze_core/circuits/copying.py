@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.activations import LayerActivations
+from freeze_core.attention.shards import unsharded
 from freeze_core.attention.sites import AttentionSite, Sites, find_sites
 from freeze_core.circuits.heads import Factored
 from freeze_core.circuits.linear import Affine, pulled_back, wide
@@ -76,11 +77,12 @@ def _scores(model: nn.Module, sites: Sites, chosen: Sequence[AttentionSite]) -> 
         words = _unembedded(model, flows, _streams(model, sites, flows))
         for site in chosen:
             inside = {one: flows[one] for one in layer_around(model, sites, site).modules() if one in flows}
-            for head in range(site.heads):
-                try:
-                    scores[site.layer, head] = _score(site, head, seen[site.layer], inside, words)
-                except UnsupportedModelError as error:
-                    reasons.append(str(error))
+            with unsharded(model, inside):
+                for head in range(site.heads):
+                    try:
+                        scores[site.layer, head] = _score(site, head, seen[site.layer], inside, words)
+                    except UnsupportedModelError as error:
+                        reasons.append(str(error))
     if reasons and bool(scores.isnan().all()):
         raise UnsupportedModelError(reasons[0])
     return scores
@@ -128,7 +130,7 @@ def _unembedded(model: nn.Module, flows: dict[nn.Module, Flow], streams: Sequenc
             "get_output_embeddings): there is no circuit from word to word"
         )
     like = flows[unembedding].taken[0]
-    with torch.no_grad():
+    with torch.no_grad(), unsharded(model, [embedding]):
         every = torch.arange(flows[unembedding].given.shape[-1], device=device_of(embedding))
         words = embedding(every[None])[0].to(like)
     norm = source_of(like, flows)
@@ -144,7 +146,8 @@ def _unembedded(model: nn.Module, flows: dict[nn.Module, Flow], streams: Sequenc
             "gives: something else comes between (a dense layer of the head, say, or a scale), so that W_U is not the "
             "unembedding alone"
         )
-    made = torch.cat([pulled_back(unembedding, like, some) for some in words.T.split(AT_ONCE)])
-    if norm is not None:
-        made = folded(norm, taken, Affine(made.T, made.new_zeros(len(made)))).weight.T
+    with unsharded(model, [unembedding, norm] if norm else [unembedding]):
+        made = torch.cat([pulled_back(unembedding, like, some) for some in words.T.split(AT_ONCE)])
+        if norm is not None:
+            made = folded(norm, taken, Affine(made.T, made.new_zeros(len(made)))).weight.T
     return wide(made.T)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from freeze_core.attention.shards import unsharded
 from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.circuits.bilinear import score_form
 from freeze_core.circuits.linear import Affine
@@ -225,7 +226,7 @@ def _maps(
         raise UnsupportedModelError(
             f"fold_norm=True: no norm in layer {site.layer} makes what {site.name} reads; use fold_norm=False"
         )
-    with undisturbed(model):
+    with undisturbed(model), unsharded(model, layer.modules()):
         maps = {role: _or_reason(partial(reading_map, site, head, role, flows, norms[role])) for role in READ}
         return maps | {"z": _or_reason(partial(writing_map, site, head, flows))}
 

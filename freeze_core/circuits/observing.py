@@ -84,7 +84,9 @@ def observed(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, 
 
 
 def _rows(value: Tensor) -> Tensor:
-    return value.detach().flatten(0, -2).clone()
+    # Of a DTensor this process's own part: what a module takes or gives when it is called by itself here.
+    own: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return own.detach().flatten(0, -2).clone()
 
 
 def source_of(taken: Tensor, flows: Mapping[nn.Module, Flow]) -> nn.Module | None:

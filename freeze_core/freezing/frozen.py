@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.shards import Shard
+from freeze_core.attention.shards import Shard, gathered, sharded_like
 from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import differentiated, straight_through
@@ -75,7 +75,8 @@ class FrozenProjection(ReplacedForward):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._tracker.follow() and self.sparing:
             raise _checkpointed_alone(self.name, self._owner)
-        x: Tensor = self.original(*args, **kwargs)
+        given: Tensor = self.original(*args, **kwargs)
+        x = given if type(given) is Tensor else gathered(given, self.label)
         shape, shard = x.shape, None
         if shape[-1] != self._width:
             shard = self._shard
@@ -102,6 +103,8 @@ class FrozenProjection(ReplacedForward):
         self.runs += 1
         if len(shape) > 3:
             frozen = frozen.view(shape)
+        if type(given) is not Tensor:
+            return sharded_like(frozen, given)
         return shard.own(frozen) if shard else frozen
 
 
@@ -134,8 +137,11 @@ class FrozenOutput(ReplacedForward):
         if self.sparing:
             self.spared = z
             return self.original(z, *args, **kwargs)
+        given = z
+        if type(given) is not Tensor:
+            z = gathered(given, self.label)
         if self.spared is not None:
-            z, self.spared = straight_through(self.spared, z), None
+            z, self.spared = straight_through(gathered(self.spared, self.label), z), None
         shard = None
         if z.shape[-1] != self._width:
             shard = self._shard
@@ -143,10 +149,12 @@ class FrozenOutput(ReplacedForward):
         frozen = z
         for edit in self.edits:
             frozen = edit.apply(z, frozen, self._tracker.current)
-        given = shard.own(frozen) if shard else frozen
+        projected = shard.own(frozen) if shard else frozen
         for listener in self.listeners:
-            listener(given)
-        return self.original(given, *args, **kwargs)
+            listener(projected)
+        if type(given) is not Tensor:
+            projected = sharded_like(projected, given)
+        return self.original(projected, *args, **kwargs)
 
 
 class FrozenAttention(Held):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from freeze_core.attention.shards import gathered, sharded_like
 from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.freezing.replaced import ReplacedForward
@@ -30,6 +31,8 @@ class Output(ReplacedForward):
         self.instead: Sequence[Tensor] = ()
 
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = z
+        z = gathered(given, f"z of {self._site.name}")
         width = self._site.layout.z.numel()
         if z.shape[-1] != width:
             raise UnsupportedModelError(
@@ -42,7 +45,7 @@ class Output(ReplacedForward):
             if not z.requires_grad:
                 z = z.detach().requires_grad_()
             self.z.append(z)
-        return self.original(z, *args, **kwargs)
+        return self.original(sharded_like(z, given), *args, **kwargs)
 
 
 class Attention(ReplacedForward):

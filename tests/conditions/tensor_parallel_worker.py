@@ -40,6 +40,7 @@ def main(folders: list[str]) -> None:
         whole_heads(folder, spread, whole, unfrozen)
         gradients(folder, spread, whole)
         sweeps(folder, spread, whole)
+        recordings(folder, spread, whole)
         refusals(folder, spread)
         if not torch.equal(logits(spread), unfrozen):
             raise AssertionError(f"{folder}: something of a freeze stayed behind")
@@ -93,13 +94,22 @@ def sweeps(folder: str, spread: Any, whole: Any) -> None:
         tell(f"{folder} sweep {positions} {scope}", tables[0], torch.zeros_like(tables[0]), tables[1], bound)
 
 
+def recordings(folder: str, spread: Any, whole: Any) -> None:
+    """The heads of all processes, where each has its own only."""
+    found, wanted = (
+        torch.cat([getattr(FREEZER.record(model, IDS)[0], role).flatten() for role in ("q", "k", "v", "z")])
+        for model in (spread, whole)
+    )
+    tell(f"{folder} recording", found, torch.zeros_like(found), wanted, 1e-5 * float(wanted.abs().max()))
+
+
 def strength_zero(config: InterventionConfig) -> InterventionConfig:
     """A freeze that leaves everything as it is."""
     return InterventionConfig(config.layer_indices, config.head_indices, strength=0.0)
 
 
 def refusals(folder: str, spread: Any) -> None:
-    """A recording holds all heads, and where a process has its own only there is none; passes are not shared out."""
+    """Passes are not shared out among processes that run each of them together; patterns of all heads are nowhere."""
     with pytest.raises(
         UnsupportedModelError, match=r"spread over the processes \[0, 1\], which run each pass together"
     ):
@@ -108,9 +118,7 @@ def refusals(folder: str, spread: Any) -> None:
         score_heads(spread, IDS, "kl", progress=False, checkpoint=f"{folder}.sweep")
     if "llama" in folder or "qwen" in folder:
         with pytest.raises(UnsupportedModelError, match="own heads only"):
-            FREEZER.record(spread, IDS)
-    else:
-        FREEZER.record(spread, IDS)
+            FREEZER.record(spread, IDS, pattern=True)
 
 
 if __name__ == "__main__":

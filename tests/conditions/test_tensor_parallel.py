@@ -20,7 +20,7 @@ from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
-CASES = 3 * 2 * 3 + 3 + 1 + 2 * 2
+CASES = 3 * 2 * 3 + 3 + 1 + 2 * 2 + 1
 """What the worker tells of each model."""
 
 
