@@ -12,7 +12,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig
 from freeze_core.attention.sites import find_sites
-from freeze_core.statistics import ActivationStatistics, model_identity
+from freeze_core.identity import model_identity
+from freeze_core.statistics import ActivationStatistics
 from pytest_circuitfreeze.suites.tolerance import nudged
 
 FREEZER = AttentionCircuitFreezer()

@@ -11,7 +11,7 @@ from steered import DEFAULT, LEFT, RIGHT, by_hand, logits, vector_of
 from torch import Tensor
 
 from freeze_core import InterventionError
-from freeze_core.statistics import model_identity
+from freeze_core.identity import model_identity
 from freeze_core.vectors.sites import find_residual
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
