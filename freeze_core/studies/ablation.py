@@ -20,7 +20,7 @@ from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import IGNORED, Batch, copied
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.studies.checks import check_batch_size, check_progress, heads_by_layer
-from freeze_core.studies.dataset import sequences
+from freeze_core.studies.dataset import batches_in, with_next_tokens
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.measures import Sums, sums
 from freeze_core.studies.origin import origin_of
@@ -89,10 +89,11 @@ def run_circuit_ablation_study(
     if chosen is not None and layers is not None:
         raise InterventionError(f"layers={shown(layers)}: must be None where heads are a dict from layer to heads")
     freezes = {name: _freezes(name, config, sites, chosen) for name in names}
-    batches = sequences(model, dataset, tokenizer, batch_size)
+    batches = batches_in(model, dataset, tokenizer, batch_size, name="dataset", least=2)
     if sum(batch.rows for batch in batches) < 2:
         raise InterventionError("dataset has one sequence: must have two at least, for intervals over sequences")
     origin = origin_of(model, sites, batches)  # first, so that nothing that was measured is lost
+    batches = with_next_tokens(model, batches)
     measured = _measured(model, sites, batches, freezes, progress)
     targets = torch.cat([(batch.labels != IGNORED).sum(1) for batch in batches if batch.labels is not None])
     return AblationStudy(config, measured, targets, origin, resampling, chosen)

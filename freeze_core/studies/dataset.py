@@ -12,20 +12,16 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.scoring.batches import IGNORED, Batch, batches_of
 from freeze_core.scoring.labels import with_labels
 
-__all__ = ["batches_in", "sequences", "tokens_of"]
+__all__ = ["batches_in", "tokens_of", "with_next_tokens"]
 
 
-def sequences(model: nn.Module, dataset: object, tokenizer: Any, batch_size: int) -> list[Batch]:
-    """The batches of a data set, each row of which is a sequence with a next token to predict.
-
-    Args:
-        dataset: token ids `[batch, token]`, a dict of model arguments, an iterable of either, or of texts.
-        tokenizer: of transformers; for texts, which are padded to the longest of `batch_size`.
+def with_next_tokens(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches with the labels that the model's own loss has; each row is a sequence with a token to predict.
 
     Raises:
-        InterventionError: no sequence, one with nothing to predict, or texts that cannot be made tokens.
+        InterventionError: a batch without labels, or a row with nothing to predict.
     """
-    batches = with_labels(model, batches_in(model, dataset, tokenizer, batch_size, name="dataset", least=2))
+    batches = with_labels(model, batches)
     for number, batch in enumerate(batches):
         if batch.labels is None:
             raise InterventionError(f"batch {number} of dataset has no next tokens: give input_ids, or labels with it")

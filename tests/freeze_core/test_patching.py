@@ -285,7 +285,7 @@ def test_the_metric_is_an_answer_to_the_clean_prompts() -> None:
         return logits[:, -1, 5] - logits[:, -1, 7]
 
     mine = patched(model, metric=own, targets=None, positions="all")
-    assert all(inputs is CLEAN for inputs in given)
+    assert all(torch.equal(inputs, CLEAN) for inputs in given)
     close(mine.values["z"], patched(model, positions=[-1]).values["z"])
 
 
