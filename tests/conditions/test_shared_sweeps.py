@@ -84,7 +84,8 @@ def runs_of(told: Told, name: str, case: str) -> list[list[int]]:
     """Runs of each layer for freezes, by process."""
     batches = 1 if "inputs" in CASES[case] else len(BATCHES)
     looking = (0, 0, 0) if case == "odd" else (0, 1, 1)  # whether freezes can be stacked
-    own = [batches * (one + more) for one, more in zip(OWN, looking, strict=True)]
+    asked = int(CASES[case]["metric"] == "loss")  # one pass, that says whether the model's own loss shifts labels
+    own = [batches * (one + more) + asked for one, more in zip(OWN, looking, strict=True)]
     counts = [each["shared"][f"{name} {case}"]["counts"] for each in told]
     return [[count - one for count, one in zip(of_process, own, strict=True)] for of_process in counts]
 
