@@ -205,7 +205,8 @@ def _demand_recomputation(model: PreTrainedModel, batch: Batch) -> None:
     Raises:
         CannotJudge: it does not.
     """
-    if model in _RECOMPUTES:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if model in _RECOMPUTES or not parameters:
         return
     runs: list[str] = []
     with ExitStack() as stack, _checkpointing(model), _training(model):
@@ -213,7 +214,6 @@ def _demand_recomputation(model: PreTrainedModel, batch: Batch) -> None:
             stack.callback(site.module.register_forward_pre_hook(lambda *_: runs.append("run")).remove)
         loss = model(**batch.arguments(model)).logits.square().mean()
         forward = len(runs)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         torch.autograd.grad(loss, parameters, allow_unused=True)
     if len(runs) == forward:
         raise CannotJudge(f"gradient checkpointing of {type(model).__name__} was switched on, and nothing ran again")

@@ -70,7 +70,8 @@ def check_gradients_are_the_estimators(
                 found = observe(frozen, model, batch, known, gradients=True)
             weighted_sum(found.logits, batch).backward()
             directions = [_gradient(one) for one in embedded]
-            along = _tangents(frozen, model, batch, directions)
+            # None where the engine has removed the hook on the embeddings.
+            along = _tangents(frozen, model, batch, directions) if directions else None
         if along is not None:
             _compare_modes(claim, engine, model, configs, batch, directions, along)
         ran |= {
@@ -192,7 +193,9 @@ def _embedded(
         return found[-1]
 
     running: PreTrainedModel = getattr(call, "stand_in", None) or model
-    handle = running.get_input_embeddings().register_forward_hook(embed)
+    # A wrapper around a model of transformers has no such method itself.
+    embeds: Any = next(module for module in running.modules() if hasattr(module, "get_input_embeddings"))
+    handle = embeds.get_input_embeddings().register_forward_hook(embed)
     try:
         yield found
     finally:

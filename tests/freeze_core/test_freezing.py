@@ -197,9 +197,7 @@ def test_an_attention_that_bypasses_its_projections_is_not_taken_for_frozen(ids)
 
     with FREEZER.freeze_circuits(model, InterventionConfig([1], [0], "q")):
         attention.q_proj = Bypass()
-        with pytest.raises(
-            FreezeNotInForceError, match=r"q_proj of .*self_attn was wrapped or replaced"
-        ):
+        with pytest.raises(FreezeNotInForceError, match=r"q_proj of .*self_attn was wrapped or replaced"):
             model(ids)
         attention.q_proj = q_proj
         model(ids)

@@ -208,8 +208,12 @@ def test_small_models_run_in_one_thread(pytester: pytest.Pytester, monkeypatch: 
 
         idle = SimpleNamespace(name="idle", freeze=lambda model, config: nullcontext(model))
 
+        class Model(torch.nn.Linear):
+            def forward(self, input_ids, **_):
+                return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2))
+
         def pytest_circuitfreeze_models(config):
-            return {"small": lambda: torch.nn.Linear(9, 9), "large": lambda: torch.nn.Linear(1000, 1000)}
+            return {"small": lambda: Model(9, 9), "large": lambda: Model(1000, 1000)}
         """
     )
     pytester.makepyfile(
