@@ -14,7 +14,7 @@ from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
-from freeze_core.freezing.plan import resolve
+from freeze_core.freezing.requests import resolve
 from freeze_core.identity import model_identity
 from freeze_core.recording import record
 from freeze_core.statistics import ActivationStatistics, LayerStatistics

@@ -17,7 +17,8 @@ from freeze_core.config import InterventionConfig, check_config
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
 from freeze_core.freezing.install import install, is_frozen
-from freeze_core.freezing.plan import LayerFreeze, assign, resolve
+from freeze_core.freezing.plan import LayerFreeze, assign
+from freeze_core.freezing.requests import resolve
 from freeze_core.generators import Generators
 from freeze_core.inputs import logits_of, model_arguments, run
 from freeze_core.vocabulary import BackwardMode
@@ -175,7 +176,7 @@ def _outcome(model: nn.Module, sites: Sites, test_input: Tensor) -> tuple[Tensor
 def _reading_frozen(site: AttentionSite) -> set[int]:
     """The query heads of which some activation is frozen, along with a neighbour's or for themselves."""
     frozen = frozen_attention(site.attention)
-    assignment = assign(site, [freeze for _, freeze in frozen.wiring.freezes]) if frozen else {}
+    assignment = assign(site, [freeze for _, freeze in frozen.plan.freezes]) if frozen else {}
     return {head for treatments in assignment.values() for head, one in enumerate(treatments) if one is not None}
 
 
@@ -193,7 +194,7 @@ def _frozen(sites: Sites, config: InterventionConfig) -> Iterator[None]:
 def _in_force(freeze: LayerFreeze, site: AttentionSite) -> bool:
     """Whether to install `freeze` now would change nothing; one that a later one has won over is live, not in force."""
     frozen = frozen_attention(site.attention)
-    live = [one for _, one in frozen.wiring.freezes] if frozen else []
+    live = [one for _, one in frozen.plan.freezes] if frozen else []
     return assign(site, [*live, freeze]) == assign(site, live)
 
 

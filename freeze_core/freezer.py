@@ -16,7 +16,7 @@ from freeze_core.diagnostics import gradient_behavior, intervention_effect
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.install import FreezeHandle, FrozenCircuits, install
 from freeze_core.freezing.pass_arguments import returned_cache
-from freeze_core.freezing.plan import resolve
+from freeze_core.freezing.requests import resolve
 from freeze_core.inputs import model_arguments, run
 from freeze_core.recording import record
 from freeze_core.statistics import ActivationStatistics

@@ -10,11 +10,14 @@ from torch import nn
 from freeze_core.attention.sites import AttentionSite, find_sites
 from freeze_core.config import InterventionConfig, check_on_stale_cache
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
+from freeze_core.freezing.edits import Treatment
 from freeze_core.freezing.install import FrozenCircuits, install
-from freeze_core.freezing.plan import LayerFreeze, Treatment, assign, resolve, storage_for
+from freeze_core.freezing.plan import LayerFreeze, assign, storage_for
+from freeze_core.freezing.replacements import Zero
+from freeze_core.freezing.requests import resolve
 from freeze_core.vectors.discovery import discover
 from freeze_core.vectors.vector import InterventionVector
-from freeze_core.vocabulary import ATTENTION, BackwardMode, FreezeType, KVScope, Role
+from freeze_core.vocabulary import ATTENTION, BackwardMode, KVScope, Role
 
 __all__ = ["ExperimentalInterventions"]
 
@@ -203,7 +206,7 @@ class ExperimentalInterventions:
 
 def _limit(site: AttentionSite, role: Role, scope: KVScope) -> str | None:
     """Why this activation of a single query head cannot be frozen alone, if it cannot."""
-    treatment = Treatment(FreezeType.ZERO, BackwardMode.STOPGRAD, 1.0)
+    treatment = Treatment(Zero(), BackwardMode.STOPGRAD, 1.0)
     try:
         storage_for(site, assign(site, [LayerFreeze(site.layer, (role,), (0,), scope, treatment)]))
     except UnsupportedModelError as error:

@@ -19,8 +19,8 @@ from freeze_core.errors import InterventionError, UnsupportedModelError, shown, 
 from freeze_core.freezing.frozen import FrozenOutput, frozen_attention
 from freeze_core.freezing.padding import UnknownMask, given_masks, prompt_of, select_padding_mask
 from freeze_core.freezing.pass_arguments import ForwardArguments
-from freeze_core.freezing.plan import resolve
 from freeze_core.freezing.replaced import standing_in
+from freeze_core.freezing.requests import resolve
 from freeze_core.generators import Generators
 from freeze_core.inputs import model_arguments, run
 
@@ -134,7 +134,7 @@ def _listening(
 ) -> Iterator[None]:
     """Splits what the projections give, and the output projection takes, into heads; copies, put on `device`."""
     frozen = frozen_attention(site.attention)
-    storage = frozen.wiring.storage if frozen else site.layout.shared
+    storage = frozen.plan.storage if frozen else site.layout.shared
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:

@@ -26,7 +26,7 @@ from freeze_core.circuits.observing import Flow, device_of, observed, same, sour
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError
 from freeze_core.freezing.install import is_frozen
-from freeze_core.freezing.plan import resolve
+from freeze_core.freezing.requests import resolve
 
 __all__ = ["copying_scores"]
 

@@ -23,7 +23,7 @@ from freeze_core.circuits.observing import observed, undisturbed
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.install import is_frozen
-from freeze_core.freezing.plan import resolve
+from freeze_core.freezing.requests import resolve
 from freeze_core.vocabulary import Role
 
 __all__ = ["Factored", "HeadCircuits", "head_circuits"]

@@ -18,7 +18,7 @@ from freeze_core.circuits.measures import HeadMeasures
 from freeze_core.circuits.observing import arguments_of, device_of
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
-from freeze_core.freezing.plan import resolve
+from freeze_core.freezing.requests import resolve
 from freeze_core.inputs import vocabulary_size
 from freeze_core.recording import record
 from freeze_core.studies.intervals import Resampling

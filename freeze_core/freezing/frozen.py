@@ -16,9 +16,9 @@ from freeze_core.freezing.backward import differentiated, straight_through
 from freeze_core.freezing.held import Held
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.places import Place
+from freeze_core.freezing.plan import LayerPlan, plan_layer
 from freeze_core.freezing.replaced import ReplacedForward, standing_in
 from freeze_core.freezing.tracking import PassTracker, tracker_of
-from freeze_core.freezing.wiring import Wiring, wire
 
 __all__ = ["FrozenAttention", "FrozenOutput", "FrozenProjection", "frozen_attention"]
 
@@ -49,23 +49,23 @@ class FrozenProjection(ReplacedForward):
     """A projection whose output holds frozen activations."""
 
     def __init__(self, name: str, attention: FrozenAttention, tracker: PassTracker) -> None:
-        wiring, shared = attention.wiring, attention.site.layout.shared
-        super().__init__(wiring.storage.modules[name])
+        plan, shared = attention.plan, attention.site.layout.shared
+        super().__init__(plan.storage.modules[name])
         self.name = name
-        self.storage = wiring.storage
-        self.edits = wiring.edits[name]
-        self.source = wiring.storage.sources.get(name)
+        self.storage = plan.storage
+        self.edits = plan.edits[name]
+        self.source = plan.storage.sources.get(name)
         self.runs = 0
         self.sparing = False
         roles = {role for role, parts in shared.features.items() if any(part.module == name for part in parts)}
         self.reads_encoder = attention.site.kind == "cross" and not roles & {"q"}
         self._owner = attention.site.name
         # Only these need what the attention's own forward does; values are frozen without it.
-        needs_attention = attention.wiring.spares_the_circuit or attention.wiring.tells_runs_apart
+        needs_attention = attention.plan.needs_clean_backward or attention.plan.differs_by_run
         self._attention = attention if needs_attention else None
         self._width = shared.widths[name]
         # Repeated heads of several roles are not one stretch again; there a projection's output must be gathered.
-        self._shard = wiring.shards[name] if self.source is None or len(roles) == 1 else None
+        self._shard = plan.shards[name] if self.source is None or len(roles) == 1 else None
         self._tracker = tracker
 
     @property
@@ -98,7 +98,7 @@ class FrozenProjection(ReplacedForward):
             )
         frozen = x
         for edit in self.edits:
-            if not (self.sparing and edit.spares_the_circuit):
+            if not (self.sparing and edit.needs_clean_backward):
                 frozen = edit.apply(x, frozen, running)
         self.runs += 1
         if len(shape) > 3:
@@ -116,8 +116,8 @@ class FrozenOutput(ReplacedForward):
 
     def __init__(self, attention: FrozenAttention, tracker: PassTracker) -> None:
         super().__init__(attention.site.layout.output)
-        self.edits = attention.wiring.z_edits
-        self._shard = attention.wiring.z_shard
+        self.edits = attention.plan.z_edits
+        self._shard = attention.plan.z_shard
         self._width = attention.site.layout.z.numel()
         self._owner = attention.site.name
         self.runs = 0
@@ -163,7 +163,7 @@ class FrozenAttention(Held):
     def __init__(self, site: AttentionSite, stack: nn.Module, path: str) -> None:
         super().__init__(site.attention, stack, path)
         self.site = site
-        self.wiring = wire(site, ())
+        self.plan = plan_layer(site, ())
         self._frozen: list[FrozenProjection | FrozenOutput] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []
         self._places: dict[ReplacedForward, Place] = {}
@@ -174,7 +174,7 @@ class FrozenAttention(Held):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         running = self._told(args, kwargs)
-        if running and self.wiring.tells_runs_apart:
+        if running and self.plan.differs_by_run:
             running.take_turn(self.site.name)
         for one in self._frozen:
             one.runs = 0
@@ -189,7 +189,7 @@ class FrozenAttention(Held):
                     f"{self._places[one].path} of {self.site.name} was wrapped or replaced after the freeze, so that "
                     "what attention reads is not what is held: remove the freeze, then freeze what is there now"
                 )
-        if self.wiring.spares_the_circuit and differentiated():
+        if self.plan.needs_clean_backward and differentiated():
             self._run_sparing(args, kwargs)
         output = self.original(*args, **kwargs)
         for one in self._frozen:
@@ -206,9 +206,9 @@ class FrozenAttention(Held):
         key = f"{self.site.name}.{projection}"
         again = running.runs.get(key, 0)
         running.runs[key] = again + 1
-        if self.wiring.spares_the_circuit and torch.is_grad_enabled():
+        if self.plan.needs_clean_backward and torch.is_grad_enabled():
             needed = "backward_mode='circuit_ste' runs the attention twice for its gradient"
-        elif self.wiring.tells_runs_apart and again:
+        elif self.plan.differs_by_run and again:
             needed = f"{projection} ran {again + 1} times in this pass, so that each run has values of its own"
         else:
             return
@@ -264,29 +264,29 @@ class FrozenAttention(Held):
                 one.runs = 0
 
     def without(self, owner: object) -> None:
-        rest = [(handle, freeze) for handle, freeze in self.wiring.freezes if handle is not owner]
-        self.rewire(wire(self.site, rest))
+        rest = [(handle, freeze) for handle, freeze in self.plan.freezes if handle is not owner]
+        self.change(plan_layer(self.site, rest))
 
-    def rewire(self, wiring: Wiring) -> None:
-        """Takes out what is there and puts in `wiring`; one without freezes leaves no trace."""
-        if self.wiring.freezes:
+    def change(self, plan: LayerPlan) -> None:
+        """Takes out what is there and puts in `plan`; one without freezes leaves no trace."""
+        if self.plan.freezes:
             self._take_out()
-        self.wiring = wiring
-        if wiring.freezes:
-            self._put_in(wiring)
+        self.plan = plan
+        if plan.freezes:
+            self._put_in(plan)
 
-    def _put_in(self, wiring: Wiring) -> None:
+    def _put_in(self, plan: LayerPlan) -> None:
         self.attach()
         self._tracker = tracker_of(self.stack, self.composite, self.encoder_decoder)
-        self._tracker.put(self.path, wiring.in_force)
-        for module in (self.site.layout.core, *wiring.storage.readers):
-            for name, value in wiring.storage.attributes.items():
+        self._tracker.put(self.path, plan.in_force)
+        for module in (self.site.layout.core, *plan.storage.readers):
+            for name, value in plan.storage.attributes.items():
                 self._attributes.append((module, name, getattr(module, name)))
                 setattr(module, name, value)
-        for name in wiring.storage.modules:
-            if wiring.edits[name] or name in wiring.storage.sources:
+        for name in plan.storage.modules:
+            if plan.edits[name] or name in plan.storage.sources:
                 self._frozen.append(FrozenProjection(name, self, self._tracker))
-        if wiring.z_edits or wiring.spares_the_circuit:
+        if plan.z_edits or plan.needs_clean_backward:
             self._frozen.append(FrozenOutput(self, self._tracker))
         paths = {module: path for path, module in self.site.attention.named_modules()}
         for one in self._frozen:

@@ -14,9 +14,8 @@ from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, Interv
 from freeze_core.freezing.frozen import FrozenAttention, frozen_attention
 from freeze_core.freezing.held import Held
 from freeze_core.freezing.places import Place
-from freeze_core.freezing.plan import LayerFreeze
+from freeze_core.freezing.plan import LayerFreeze, plan_layer
 from freeze_core.freezing.replaced import standing_in
-from freeze_core.freezing.wiring import wire
 from freeze_core.ordinary import ordinary_tensors
 
 __all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen", "refuse_other_stack"]
@@ -130,11 +129,11 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
             frozen.composite = frozen.composite or sites.composite
             frozen.encoder_decoder = frozen.encoder_decoder or sites.encoder_decoder
             asked.setdefault(frozen, []).append((handle, freeze))
-    prepared = [(frozen, wire(frozen.site, [*frozen.wiring.freezes, *added])) for frozen, added in asked.items()]
+    prepared = [(frozen, plan_layer(frozen.site, [*frozen.plan.freezes, *added])) for frozen, added in asked.items()]
     for frozen, _ in prepared:
         frozen.refuse_change()
-    for frozen, wiring in prepared:
-        frozen.rewire(wiring)
+    for frozen, plan in prepared:
+        frozen.change(plan)
     for handle in handles:
         handle.held = [frozen for frozen, added in asked.items() if any(owner is handle for owner, _ in added)]
     return FrozenCircuits(handles)

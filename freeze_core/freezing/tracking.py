@@ -30,7 +30,7 @@ class InForce(NamedTuple):
     Args:
         attention: the attention module itself.
         key: what is frozen at which value, as text; nothing where nothing is.
-        wiring: the same and what gradients do.
+        treatments: the same and what gradients do.
         unshared: whether each query head has KV heads of its own.
         needs_rows: whether rows must stay where they are between passes.
         on_stale: what to do about a foreign cache.
@@ -38,7 +38,7 @@ class InForce(NamedTuple):
 
     attention: nn.Module
     key: str
-    wiring: tuple[object, ...]
+    treatments: tuple[object, ...]
     unshared: bool
     needs_rows: bool
     on_stale: str
@@ -268,8 +268,8 @@ class PassTracker(ReplacedPass):
             for module, name, original in originals:
                 setattr(module, name, original)
 
-    def _wiring(self) -> list[tuple[str, tuple[object, ...]]]:
-        return sorted((name, note.wiring) for name, note in self._in_force.items())
+    def _treatments(self) -> list[tuple[str, tuple[object, ...]]]:
+        return sorted((name, note.treatments) for name, note in self._in_force.items())
 
     def _keeping(self, running: Pass, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -302,13 +302,13 @@ class PassTracker(ReplacedPass):
 
     def _run_again(self, running: Pass | None, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, which runs in the pass `running` now and when it is called again, under these freezes only."""
-        wiring, turns = self._wiring(), running.turns() if running else None
+        treatments, turns = self._treatments(), running.turns() if running else None
         given = self.composite.given if self.composite else []
 
         def again(*args: Any, **kwargs: Any) -> Any:
             # The same freeze may have been removed and installed anew meanwhile.
             tracker = self if self._in_force else standing_in(self.module, PassTracker) or self
-            if tracker._wiring() != wiring:
+            if tracker._treatments() != treatments:
                 raise FreezeNotInForceError(
                     "gradient checkpointing runs a layer again under other freezes than it first ran under: call "
                     "backward while the same freezes are live, inside the same `with`"

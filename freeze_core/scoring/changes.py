@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from freeze_core.attention.sites import AttentionSite
-from freeze_core.freezing.plan import LayerFreeze, Treatment, assign
+from freeze_core.freezing.edits import Treatment
+from freeze_core.freezing.plan import LayerFreeze, assign
 from freeze_core.vocabulary import ROLES, KVScope
 
 __all__ = ["Changes", "apart", "together"]

@@ -78,7 +78,7 @@ def _parameters(model: nn.Module) -> str:
 
 def _freeze(one: Intervention) -> tuple[object, ...]:
     freeze, treatment = one.freeze, one.freeze.treatment
-    reference = treatment.reference
+    reference = treatment.replacement.reference
     recorded = (reference.digest, list(reference.masks.values())) if reference else None
     return freeze.layer, freeze.roles, freeze.heads, str(freeze.scope), treatment.key, recorded
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from freeze_core.attention.sites import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
-from freeze_core.freezing.plan import LayerFreeze, assign, refuse_dependent, resolve
+from freeze_core.freezing.plan import LayerFreeze, assign, refuse_dependent
+from freeze_core.freezing.requests import resolve
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric
 from freeze_core.vocabulary import ROLES, CircuitType

@@ -14,7 +14,8 @@ from freeze_core.attention.sites import Sites, find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import install, is_frozen
-from freeze_core.freezing.plan import LayerFreeze, resolve
+from freeze_core.freezing.plan import LayerFreeze
+from freeze_core.freezing.requests import resolve
 from freeze_core.generators import Generators
 from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import IGNORED, Batch, copied

@@ -10,7 +10,7 @@ from torch import Tensor
 from freeze_core.attention.sites import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
-from freeze_core.freezing.plan import resolve
+from freeze_core.freezing.requests import resolve
 
 __all__ = ["check_batch_size", "check_choice", "check_progress", "heads_by_layer", "refuse_equal", "refuse_infinite"]
 

@@ -14,7 +14,8 @@ from freeze_core.attention.sites import Sites, find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
-from freeze_core.freezing.plan import LayerFreeze, refuse_dependent, resolve
+from freeze_core.freezing.plan import LayerFreeze, refuse_dependent
+from freeze_core.freezing.requests import resolve
 from freeze_core.generators import Generators
 from freeze_core.recording import record
 from freeze_core.scoring.batches import Batch

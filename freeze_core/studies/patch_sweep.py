@@ -15,7 +15,7 @@ from freeze_core.activations import Recording
 from freeze_core.attention.sites import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.freezing.padding import prompt_of
-from freeze_core.freezing.plan import resolve
+from freeze_core.freezing.requests import resolve
 from freeze_core.generators import Generators
 from freeze_core.recording import record
 from freeze_core.scoring.batches import Batch

@@ -13,7 +13,8 @@ from freeze_core.activations import Recording
 from freeze_core.attention.sites import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import UnsupportedModelError
-from freeze_core.freezing.plan import LayerFreeze, resolve
+from freeze_core.freezing.plan import LayerFreeze
+from freeze_core.freezing.requests import resolve
 from freeze_core.scoring.sweep import interventions
 from freeze_core.vocabulary import CircuitType, FreezeType, Role
 

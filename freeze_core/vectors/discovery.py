@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError, shown
+from freeze_core.freezing.draws import accumulation_dtype
 from freeze_core.freezing.install import is_frozen
-from freeze_core.freezing.values import accumulation_dtype
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.studies.intervals import Resampling

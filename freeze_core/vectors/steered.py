@@ -98,7 +98,7 @@ class SteeredLayer(Held):
         return InForce(
             attention=self.module,
             key=f"stream {self.site.layer} {' '.join(keys)}" if keys else "",
-            wiring=tuple(keys),
+            treatments=tuple(keys),
             unshared=False,
             needs_rows=False,
             on_stale=max(stale, key=("ignore", "warn", "error").index),

@@ -8,7 +8,7 @@ import transformers
 
 from freeze_core import AttentionCircuitFreezer, CircuitFreezeError, ExperimentalInterventions, InterventionConfig
 from freeze_core.attention.sites import find_sites
-from freeze_core.freezing.values import NoiseTable
+from freeze_core.freezing.draws import NoiseTable
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 

@@ -6,7 +6,8 @@ import pytest
 
 from freeze_core import InterventionConfig, InterventionError
 from freeze_core.attention.sites import find_sites
-from freeze_core.freezing.plan import assign, resolve, storage_for
+from freeze_core.freezing.plan import assign, storage_for
+from freeze_core.freezing.requests import resolve
 from pytest_circuitfreeze.models import tiny_model
 
 SITES = find_sites(tiny_model("mistral_gqa"))  # 3 layers, 4 query heads on 2 KV heads
@@ -17,7 +18,7 @@ def assigned(*configs, layer=0):
     freezes = [freeze for config in configs for freeze in resolve(config, SITES) if freeze.layer == layer]
     assignment = assign(SITES.by_layer[layer], freezes)
     return {
-        role: [treatment and treatment.freeze_type.value for treatment in treatments]
+        role: [treatment and treatment.replacement.freeze_type.value for treatment in treatments]
         for role, treatments in assignment.items()
     }
 

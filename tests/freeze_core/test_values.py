@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from freeze_core.freezing.backward import blend
-from freeze_core.freezing.values import NoiseTable, statistics
+from freeze_core.freezing.draws import NoiseTable
+from freeze_core.freezing.replacements import statistics_of
 from freeze_core.vocabulary import BackwardMode
 
 
@@ -15,7 +16,7 @@ def test_statistics_leave_padding_out_and_are_of_the_population():
     x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     real = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
     x[~real] = torch.nan
-    mean, deviation = statistics(x, real)
+    mean, deviation = statistics_of(x, real)
     samples = x[real].double().numpy()
     np.testing.assert_allclose(mean, samples.mean(0), atol=1e-6)
     np.testing.assert_allclose(deviation, samples.std(0), atol=1e-6)
@@ -27,7 +28,7 @@ def test_statistics_leave_padding_out_and_are_of_the_population():
 )
 def test_statistics_are_accumulated_in_float32_or_better(dtype, accumulated):
     x = torch.full((4, 64, 2), 3000.0, dtype=dtype, requires_grad=True)  # sums and squares overflow float16
-    mean, deviation = statistics(x, None)
+    mean, deviation = statistics_of(x, None)
     assert mean.dtype == accumulated
     assert not mean.requires_grad
     assert mean.tolist() == [x[0, 0, 0].item()] * 2

@@ -1,6 +1,7 @@
-"""The replacement value `r` of each freeze type, as functions of the activation and the running pass.
+"""Draws that depend on a seed and a place alone: standard normals by column, and orders of rows.
 
-Activations are `[batch, token, feature]`; a replacement broadcasts to that. None carries a gradient.
+Torch's generators are not used, so that a draw is the same with and without a cache, in any batch, under recomputation,
+whatever else is frozen, and in a compiled pass.
 """
 
 from __future__ import annotations
@@ -11,45 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freeze_core.freezing.traced import demand
 from freeze_core.ordinary import ordinary_tensors
 
-__all__ = ["NoiseTable", "accumulation_dtype", "derangement", "statistics"]
+__all__ = ["NoiseTable", "accumulation_dtype", "derangement"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are taken in float32, or in float64 where the activation is: a float16 sum overflows."""
+    """The dtype of sums and draws: float32, or float64 for a float64 activation, since a float16 sum overflows."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def statistics(x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Each feature's mean and population standard deviation over batch and real positions.
-
-    Args:
-        x: activation `[batch, token, feature]`.
-        real: `[batch, token]` bool, true where a token is not padding; `None` is everywhere.
-
-    Returns:
-        mean and standard deviation `[feature]`, in float32, or float64 for float64.
-    """
-    x = x.detach().to(accumulation_dtype(x.dtype))
-    if real is None:
-        mean = x.mean(dim=(0, 1))
-        return mean, (x - mean).square().mean(dim=(0, 1)).sqrt()
-    # Chosen, not cut out: a compiled pass cannot know how many are real. Nor multiplied: padding may hold inf or nan.
-    counted = real.to(x.device)[..., None]
-    count = counted.sum()
-    x = demand(x, count > 0, "attention_mask leaves no real token in this pass: there is nothing to take statistics of")
-    mean = torch.where(counted, x, 0).sum(dim=(0, 1)) / count
-    return mean, (torch.where(counted, x - mean, 0).square().sum(dim=(0, 1)) / count).sqrt()
-
-
 class NoiseTable:
-    """Standard normal draws of one activation, a row a column of the sequence, made when first asked for.
+    """Standard normal draws of one activation, a row for each column of the sequence, computed when first needed.
 
-    A draw is a function of the key, column, head and feature alone: row `c` comes from a generator of its own, seeded
-    with (key, c), so that it is the same with and without a cache, in any batch, under recomputation, and whatever else
-    is frozen. Torch's generators are not used.
+    A draw is a function of the key, column, head and feature alone: row `c` comes from its own generator, which is
+    seeded with (key, c).
 
     Args:
         key: the user's seed, any int, and then what tells this activation from others, not negative.
