@@ -11,8 +11,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from freeze_core.attention.layout import AttentionSite, Sites
 from freeze_core.attention.shards import gathered_from
-from freeze_core.attention.sites import AttentionSite, Sites, find_sites
+from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig, check_config
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.frozen import FrozenProjection, frozen_attention

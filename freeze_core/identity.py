@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from freeze_core.errors import InterventionError
 
 if TYPE_CHECKING:
-    from freeze_core.attention.sites import Sites
+    from freeze_core.attention.layout import Sites
 
 __all__ = ["checksums", "is_same_model", "model_identity"]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from freeze_core.attention.sites import AttentionSite, find_sites
+from freeze_core.attention.layout import AttentionSite
+from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig, check_on_stale_cache
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.edits import Treatment

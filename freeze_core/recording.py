@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.activations import LayerActivations, Recording
+from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.shards import gathered_from, shard_of
-from freeze_core.attention.sites import AttentionSite, find_sites
+from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown, with_newer_versions
 from freeze_core.freezing.frozen import FrozenOutput, frozen_attention

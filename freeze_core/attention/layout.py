@@ -1,4 +1,4 @@
-"""Which features of a projection's output belong to which head.
+"""Where the attention layers of a model are, and which features of a projection's output belong to which head.
 
 A feature index is an integer tensor `[heads, head_dim]`: entry `[h, d]` is the position, in the projection's
 output, of feature `d` of head `h`. With it separate and fused storage, MHA, GQA and MQA are the same code.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from freeze_core.vocabulary import ModelArchitecture, Role
 
-__all__ = ["Layout", "Part", "Storage", "fused_layout", "plain_layout", "widened"]
+__all__ = ["AttentionSite", "Layout", "Part", "Sites", "Storage", "fused_layout", "plain_layout", "widened"]
 
 
 class Part(NamedTuple):
@@ -73,6 +73,65 @@ class Layout:
     def features(self, role: Role) -> int:
         """Features of a head of this role."""
         return sum(part.features.shape[1] for part in self.shared.features["v" if role == "z" else role])
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """One attention layer: where it is, whether `self` or `cross`, and how it stores what its heads read and write."""
+
+    layer: int
+    kind: str
+    name: str
+    attention: nn.Module
+    layout: Layout
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.layout.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+        return self.layout.kv_heads
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """The attention layers of one model.
+
+    Args:
+        model: the model, as it was handed over.
+        layers: number of decoder layers, attention or not; indices count these.
+        stack: the module around the decoder layers that sees each pass's tokens, mask and cache.
+        stack_name: its path in the model.
+        composite: the module that runs the stack as a part of itself and may make other masks of a padding mask first.
+        by_layer: the attention layers that can be served.
+        names: the paths of their attention modules in the model.
+        refused: why others cannot, by layer. A layer in neither has no attention.
+        encoder_decoder: where the stack is the encoder's of an encoder-decoder, the module that takes
+            `encoder_outputs`, and the one inside it that computes them.
+    """
+
+    model: nn.Module
+    layers: int
+    stack: nn.Module
+    stack_name: str
+    composite: nn.Module | None
+    by_layer: Mapping[int, AttentionSite]
+    names: Mapping[int, str]
+    refused: Mapping[int, str]
+    encoder_decoder: tuple[nn.Module, nn.Module] | None = None
+
+    def path(self, site: AttentionSite) -> str:
+        """The path of a site's attention module within the stack, whichever module the model was entered by."""
+        prefix = f"{self.stack_name}." if self.stack_name else ""
+        return self.names[site.layer].removeprefix(prefix)
 
 
 def plain_layout(heads: int, head_dim: int) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from freeze_core.attention.classes import parameters_of, runs_library_code
-from freeze_core.attention.layout import Layout
+from freeze_core.attention.layout import AttentionSite, Layout, Sites
 from freeze_core.attention.modules import SHARED, Found, attention_modules, layer_count
 from freeze_core.attention.probed import ProbeFailedError, is_covered, probed_layouts, was_probed
 from freeze_core.attention.storages import layout_of, reading_parts, refusal, stores_projections
@@ -18,69 +18,10 @@ from freeze_core.freezing.replaced import patches_on
 from freeze_core.ordinary import ordinary_tensors
 from freeze_core.vocabulary import ModelArchitecture
 
-__all__ = ["AttentionSite", "Sites", "find_sites"]
+__all__ = ["find_sites"]
 
 STORES, KIND = "store_full_length_kv", "layer_type"
 """What is true of an attention module that stores its keys and values for later layers; what tells which they read."""
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionSite:
-    """One attention layer: where it is, whether `self` or `cross`, and how it stores what its heads read and write."""
-
-    layer: int
-    kind: str
-    name: str
-    attention: nn.Module
-    layout: Layout
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self.layout.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads."""
-        return self.layout.kv_heads
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one KV head."""
-        return self.heads // self.kv_heads
-
-
-@dataclass(frozen=True, eq=False)
-class Sites:
-    """The attention layers of one model.
-
-    Args:
-        model: the model, as it was handed over.
-        layers: number of decoder layers, attention or not; indices count these.
-        stack: the module around the decoder layers that sees each pass's tokens, mask and cache.
-        stack_name: its path in the model.
-        composite: the module that runs the stack as a part of itself and may make other masks of a padding mask first.
-        by_layer: the attention layers that can be served.
-        names: the paths of their attention modules in the model.
-        refused: why others cannot, by layer. A layer in neither has no attention.
-        encoder_decoder: where the stack is the encoder's of an encoder-decoder, the module that takes
-            `encoder_outputs`, and the one inside it that computes them.
-    """
-
-    model: nn.Module
-    layers: int
-    stack: nn.Module
-    stack_name: str
-    composite: nn.Module | None
-    by_layer: Mapping[int, AttentionSite]
-    names: Mapping[int, str]
-    refused: Mapping[int, str]
-    encoder_decoder: tuple[nn.Module, nn.Module] | None = None
-
-    def path(self, site: AttentionSite) -> str:
-        """The path of a site's attention module within the stack, whichever module the model was entered by."""
-        prefix = f"{self.stack_name}." if self.stack_name else ""
-        return self.names[site.layer].removeprefix(prefix)
 
 
 @ordinary_tensors()

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.layout import Part
-from freeze_core.attention.sites import AttentionSite
+from freeze_core.attention.layout import AttentionSite, Part
 from freeze_core.circuits.linear import rounding, wide
 from freeze_core.circuits.observing import drawn_tokens, undisturbed
 from freeze_core.errors import InterventionError, UnsupportedModelError

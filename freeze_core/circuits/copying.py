@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.activations import LayerActivations
+from freeze_core.attention.layout import AttentionSite, Sites
 from freeze_core.attention.shards import unsharded
-from freeze_core.attention.sites import AttentionSite, Sites, find_sites
+from freeze_core.attention.sites import find_sites
 from freeze_core.circuits.heads import Factored
 from freeze_core.circuits.linear import Affine, pulled_back, wide
 from freeze_core.circuits.maps import layer_around, norm_before, reading_map, writing_map

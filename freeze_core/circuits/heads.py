@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.shards import unsharded
-from freeze_core.attention.sites import AttentionSite, find_sites
+from freeze_core.attention.sites import find_sites
 from freeze_core.circuits.bilinear import score_form
 from freeze_core.circuits.linear import Affine
 from freeze_core.circuits.maps import layer_around, norm_before, reading_map, writing_map

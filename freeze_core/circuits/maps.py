@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.layout import Part
-from freeze_core.attention.sites import AttentionSite, Sites
+from freeze_core.attention.layout import AttentionSite, Part, Sites
 from freeze_core.circuits.linear import Affine, affine
 from freeze_core.circuits.norms import folded
 from freeze_core.circuits.observing import Flow, source_of

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from freeze_core.activations import LayerActivations, Recording
-from freeze_core.attention.sites import AttentionSite
+from freeze_core.attention.layout import AttentionSite
 from freeze_core.circuits.linear import rounding, wide
 from freeze_core.circuits.observing import drawn_tokens, undisturbed
 from freeze_core.errors import InterventionError, UnsupportedModelError

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from freeze_core.attention.sites import Sites, find_sites
+from freeze_core.attention.layout import Sites
+from freeze_core.attention.sites import find_sites
 from freeze_core.circuits.measures import HeadMeasures
 from freeze_core.circuits.observing import arguments_of, device_of
 from freeze_core.config import InterventionConfig

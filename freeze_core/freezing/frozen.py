@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.shards import Shard, gathered, sharded_like
-from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.freezing.backward import differentiated, straight_through
 from freeze_core.freezing.held import Held

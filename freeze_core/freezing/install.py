@@ -9,7 +9,7 @@ from typing import overload
 
 from torch import nn
 
-from freeze_core.attention.sites import Sites
+from freeze_core.attention.layout import Sites
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
 from freeze_core.freezing.frozen import FrozenAttention, frozen_attention
 from freeze_core.freezing.held import Held

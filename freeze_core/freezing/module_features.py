@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from freeze_core.attention.layout import Storage
-from freeze_core.attention.sites import AttentionSite
+from freeze_core.attention.layout import AttentionSite, Storage
 from freeze_core.freezing.draws import NoiseTable, accumulation_dtype
 from freeze_core.vocabulary import ROLES, Role
 

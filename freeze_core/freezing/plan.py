@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from freeze_core.attention.layout import Part, Storage
+from freeze_core.attention.layout import AttentionSite, Part, Storage
 from freeze_core.attention.shards import Shard, shard_of
-from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.freezing.edits import Edit, Treatment, edits_of
 from freeze_core.freezing.module_features import features_of_projection, features_of_z

@@ -21,11 +21,11 @@ from freeze_core.freezing.module_features import ModuleFeatures
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.traced import demand
 from freeze_core.ordinary import ordinary_tensors
-from freeze_core.statistics import LayerStatistics
 from freeze_core.vocabulary import FreezeType, Role
 
 if TYPE_CHECKING:
     from freeze_core.config import InterventionConfig
+    from freeze_core.statistics import LayerStatistics
 
 __all__ = ["REPLACEMENTS", "Reference", "Replacement", "Value", "Zero"]
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from freeze_core.activations import Recording
-from freeze_core.attention.sites import AttentionSite, Sites
+from freeze_core.attention.layout import AttentionSite, Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.edits import Treatment

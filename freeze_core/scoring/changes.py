@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from freeze_core.attention.sites import AttentionSite
+from freeze_core.attention.layout import AttentionSite
 from freeze_core.freezing.edits import Treatment
 from freeze_core.freezing.plan import LayerFreeze, assign
 from freeze_core.vocabulary import ROLES, KVScope

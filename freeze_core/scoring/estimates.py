@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from freeze_core.attention.sites import AttentionSite
+from freeze_core.attention.layout import AttentionSite
 from freeze_core.errors import InterventionError, UnsupportedModelError
 from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.scoring.changes import Changes

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.shards import gathered, sharded_like
-from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.freezing.replaced import ReplacedForward
 

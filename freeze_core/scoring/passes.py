@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.sites import Sites
+from freeze_core.attention.layout import Sites
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.install import install
 from freeze_core.freezing.plan import LayerFreeze

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.sites import Sites
+from freeze_core.attention.layout import Sites
 from freeze_core.errors import CircuitFreezeError, InterventionError
 from freeze_core.freezing.replaced import ReplacedForward
 from freeze_core.generators import Generators

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.sites import Sites
+from freeze_core.attention.layout import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.plan import LayerFreeze, assign, refuse_dependent

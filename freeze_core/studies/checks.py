@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from freeze_core.attention.sites import Sites
+from freeze_core.attention.layout import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.requests import resolve

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from freeze_core.attention.sites import Sites, find_sites
+from freeze_core.attention.layout import Sites
+from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen

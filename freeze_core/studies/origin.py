@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.sites import Sites
+from freeze_core.attention.layout import Sites
 from freeze_core.identity import model_identity
 from freeze_core.scoring.batches import Batch
 from freeze_core.statistics import digest_of

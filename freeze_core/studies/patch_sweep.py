@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from freeze_core.activations import Recording
-from freeze_core.attention.sites import Sites
+from freeze_core.attention.layout import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.freezing.padding import prompt_of
 from freeze_core.freezing.requests import resolve

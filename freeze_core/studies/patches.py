@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from freeze_core.activations import Recording
-from freeze_core.attention.sites import Sites
+from freeze_core.attention.layout import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.freezing.plan import LayerFreeze

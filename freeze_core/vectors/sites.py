@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from freeze_core.attention.sites import Sites, find_sites
+from freeze_core.attention.layout import Sites
+from freeze_core.attention.sites import find_sites
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.scoring.prefix import layers_of
 
