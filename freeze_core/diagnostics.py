@@ -16,7 +16,7 @@ from freeze_core.attention.shards import gathered_from
 from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig, check_config
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.frozen import FrozenProjection, frozen_attention
+from freeze_core.freezing.frozen_modules import FrozenProjection, frozen_attention
 from freeze_core.freezing.install import install, is_frozen
 from freeze_core.freezing.plan import LayerFreeze, assign
 from freeze_core.freezing.requests import resolve

@@ -17,10 +17,10 @@ from freeze_core.attention.shards import gathered_from, shard_of
 from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown, with_newer_versions
-from freeze_core.freezing.frozen import FrozenOutput, frozen_attention
-from freeze_core.freezing.padding import UnknownMask, given_masks, prompt_of, select_padding_mask
+from freeze_core.forward_patch import patch_on
+from freeze_core.freezing.frozen_modules import FrozenOutput, frozen_attention
+from freeze_core.freezing.padding_mask import UnknownMask, given_masks, prompt_of, select_padding_mask
 from freeze_core.freezing.pass_arguments import ForwardArguments
-from freeze_core.freezing.replaced import standing_in
 from freeze_core.freezing.requests import resolve
 from freeze_core.generators import Generators
 from freeze_core.inputs import model_arguments, run
@@ -179,7 +179,7 @@ def _listening(
 
 def _listening_to_z(site: AttentionSite, keep: Callable[[Tensor], None]) -> Callable[[], None]:
     """Hands over what is projected, also where z is frozen; gives what ends it."""
-    frozen = standing_in(site.layout.output, FrozenOutput)
+    frozen = patch_on(site.layout.output, FrozenOutput)
     if frozen:
         frozen.listeners.append(keep)
         return lambda: frozen.listeners.remove(keep)

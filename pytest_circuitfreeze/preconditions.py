@@ -40,7 +40,7 @@ def unusable(model: nn.Module) -> str | None:
 
 def _frozen_modules(model: nn.Module) -> list[str]:
     """The paths of the modules that a freeze or a vector of freeze_core is on."""
-    from freeze_core.freezing.replaced import patches_on
+    from freeze_core.forward_patch import patches_on
 
     return [name or "the model itself" for name, module in model.named_modules() if patches_on(module)]
 

@@ -15,7 +15,7 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen, unshares
 from pytest_circuitfreeze.suites.judge.passes import logits_of, unfrozen
-from pytest_circuitfreeze.suites.judge.sites import AnySite, projections, sites, standing_in
+from pytest_circuitfreeze.suites.judge.sites import AnySite, patch_on, projections, sites
 from pytest_circuitfreeze.suites.locality import compare_other_heads
 from pytest_circuitfreeze.suites.tolerance import nudged
 
@@ -86,7 +86,7 @@ def _demand_called(
 def _run_by(call: Callable[..., Any], model: PreTrainedModel, site: AnySite) -> AnySite:
     """A layer of `model` in what `call` runs, which may be another model in its place."""
     stand_in = getattr(call, "stand_in", None)
-    return site if stand_in is None else standing_in({0: site}, model, stand_in)[0]
+    return site if stand_in is None else patch_on({0: site}, model, stand_in)[0]
 
 
 def _such_as(hooks: Sequence[str]) -> str:

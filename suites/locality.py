@@ -26,7 +26,7 @@ from pytest_circuitfreeze.suites.judge.passes import (
     unfrozen,
 )
 from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
-from pytest_circuitfreeze.suites.judge.sites import FoundSite, as_found, implementations, sites, standing_in
+from pytest_circuitfreeze.suites.judge.sites import FoundSite, as_found, implementations, patch_on, sites
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -139,7 +139,7 @@ def _given_z(
 ) -> Iterator[None]:
     """Hands the output projections of these layers the z of these runs, run by run, in place of their own."""
     stand_in = getattr(call, "stand_in", None)
-    placed = known if stand_in is None else standing_in(known, model, stand_in)
+    placed = known if stand_in is None else patch_on(known, model, stand_in)
     with ExitStack() as stack:
         for layer, seen in runs.items():
             left = iter([run.mixed().detach() for run in seen])

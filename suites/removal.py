@@ -15,7 +15,7 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen
 from pytest_circuitfreeze.suites.judge.passes import logits_of, look
-from pytest_circuitfreeze.suites.judge.sites import standing_in
+from pytest_circuitfreeze.suites.judge.sites import patch_on
 from pytest_circuitfreeze.suites.judge.state import added, changes, moving, visible_state
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def check_error_in_forward_leaves_no_trace(
 
     with engine.freeze(model, config) as frozen:
         if hasattr(frozen, "stand_in"):
-            site = standing_in({0: site}, model, frozen.stand_in)[0]
+            site = patch_on({0: site}, model, frozen.stand_in)[0]
         handle = site.output.register_forward_pre_hook(fail)
         try:
             frozen(**batch.arguments(model))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from freeze_core.attention.families import NOT_SOFTMAX
-from freeze_core.freezing.replaced import patches_on
+from freeze_core.forward_patch import patches_on
 
 __all__ = [
     "class_functions",

@@ -28,7 +28,7 @@ from freeze_core.attention.layout import Layout, Part, Storage, plain_layout
 from freeze_core.attention.probe import HeadFeatures, is_linear, probe
 from freeze_core.attention.storages import unshared_projections, width_in
 from freeze_core.errors import UnsupportedModelError
-from freeze_core.freezing.replaced import patches_on
+from freeze_core.forward_patch import patches_on
 from freeze_core.vocabulary import ModelArchitecture, Role
 
 __all__ = ["ProbeFailedError", "is_covered", "left_alone", "may_attend", "probed_layouts", "was_probed"]

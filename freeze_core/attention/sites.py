@@ -14,7 +14,7 @@ from freeze_core.attention.modules import SHARED, Found, attention_modules, laye
 from freeze_core.attention.probed import ProbeFailedError, is_covered, probed_layouts, was_probed
 from freeze_core.attention.storages import layout_of, reading_parts, refusal, stores_projections
 from freeze_core.errors import CircuitFreezeError, UnsupportedModelError
-from freeze_core.freezing.replaced import patches_on
+from freeze_core.forward_patch import patches_on
 from freeze_core.ordinary import ordinary_tensors
 from freeze_core.vocabulary import ModelArchitecture
 

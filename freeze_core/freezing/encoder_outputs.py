@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError, StaleCacheWarning
+from freeze_core.forward_patch import PassPatch
 from freeze_core.freezing.pass_arguments import ForwardArguments, find_cache, returned_cache
-from freeze_core.freezing.replaced import ReplacedPass
 
 __all__ = ["EncoderDecoderPatch"]
 
@@ -24,7 +24,7 @@ ATTRIBUTE = "_circuitfreeze_encoder_mark"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class EncoderDecoderPatch(ReplacedPass):
+class EncoderDecoderPatch(PassPatch):
     """Stands in for the forward of the module that takes `encoder_outputs`, while its encoder is frozen.
 
     Args:

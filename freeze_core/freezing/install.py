@@ -11,11 +11,11 @@ from torch import nn
 
 from freeze_core.attention.layout import Sites
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, InterventionError
-from freeze_core.freezing.frozen import FrozenAttention, frozen_attention
-from freeze_core.freezing.held import Held
-from freeze_core.freezing.places import Place
+from freeze_core.forward_patch import patch_on
+from freeze_core.freezing.frozen_modules import FrozenAttention, frozen_attention
+from freeze_core.freezing.layer_patch import LayerPatch
+from freeze_core.freezing.module_path import Place
 from freeze_core.freezing.plan import LayerFreeze, plan_layer
-from freeze_core.freezing.replaced import standing_in
 from freeze_core.ordinary import ordinary_tensors
 
 __all__ = ["FreezeHandle", "FrozenCircuits", "install", "is_frozen", "refuse_other_stack"]
@@ -33,7 +33,7 @@ class FreezeHandle:
         self.on_stale_cache = on_stale_cache
         self._sites = sites
         self._place = Place(sites.model, sites.stack_name)
-        self.held: list[Held] = []
+        self.held: list[LayerPatch] = []
         """What stands in for modules of the model on its behalf."""
 
     @ordinary_tensors()
@@ -139,7 +139,7 @@ def install(resolved: Sequence[tuple[Sites, Sequence[LayerFreeze]]], on_stale_ca
     return FrozenCircuits(handles)
 
 
-def refuse_other_stack(held: Held, stack: nn.Module) -> None:
+def refuse_other_stack(held: LayerPatch, stack: nn.Module) -> None:
     """Raises `InterventionError` for a layer that is frozen through another model, whose passes alone are followed."""
     if stack not in set(held.stack.modules()) and held.stack not in set(stack.modules()):
         raise InterventionError(
@@ -150,4 +150,4 @@ def refuse_other_stack(held: Held, stack: nn.Module) -> None:
 
 def is_frozen(model: nn.Module) -> bool:
     """Whether any attention in the model, of whatever kind, has a live freeze, or a layer a vector added to it."""
-    return any(standing_in(module, Held) for module in model.modules())
+    return any(patch_on(module, LayerPatch) for module in model.modules())

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError, with_newer_versions
+from freeze_core.forward_patch import signature_of
 from freeze_core.freezing.caches import is_cache
-from freeze_core.freezing.signatures import signature_of
 
 __all__ = ["ForwardArguments", "find_cache", "returned_cache"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.padding import UnknownMask
-from freeze_core.freezing.traced import demand
+from freeze_core.freezing.compile_checks import require
+from freeze_core.freezing.padding_mask import UnknownMask
 
 __all__ = ["Pass"]
 
@@ -125,7 +125,7 @@ class Pass:
             )
         elif other := self._other_columns(x.shape[1]):
             fault = fault or f"{other}: which of them are padding is unknown; freeze with zero, or with noise_std"
-        return demand(x, not fault, fault), None if fault else mask
+        return require(x, not fault, fault), None if fault else mask
 
     def without_padding(self, x: Tensor) -> Tensor:
         """`x` `[batch, token, feature]`, if each of its rows can be taken from another one.
@@ -134,8 +134,8 @@ class Pass:
             InterventionError: there is only one, or there is padding.
         """
         (mask, fault), rows = self.padding_mask(), len(x)
-        return demand(
-            demand(x, not fault, fault),
+        return require(
+            require(x, not fault, fault),
             rows > 1 and (mask is None or mask.all()),
             f"freeze_type 'resample' takes the same column of another row, and this pass has {rows} row"
             f"{'s with padding' if rows > 1 else ''}: give at least two rows of the same length, without padding",
@@ -148,13 +148,13 @@ class Pass:
             InterventionError: it does not.
         """
         mask, fault = self.padding_mask()
-        x = demand(x, not fault, fault)
+        x = require(x, not fault, fault)
         if fault or (recorded is None and mask is None):
             return x
         mask = torch.ones((), dtype=torch.bool) if mask is None else mask
         before = torch.ones((), dtype=torch.bool) if recorded is None else recorded != 0
         alike = 0 in (before.dim(), mask.dim()) or before.shape[1:] == mask.shape[1:]
-        return demand(
+        return require(
             x,
             alike and (before.to(mask.device) == mask).all(),
             "the reference was recorded under another attention_mask than that of this pass: record it on inputs that "

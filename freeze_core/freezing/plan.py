@@ -11,7 +11,7 @@ from freeze_core.attention.shards import Shard, shard_of
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.freezing.edits import Edit, Treatment, edits_of
 from freeze_core.freezing.module_features import features_of_projection, features_of_z
-from freeze_core.freezing.tracking import InForce
+from freeze_core.freezing.pass_tracker import InForce
 from freeze_core.vocabulary import ROLES, KVScope, Role
 
 __all__ = ["Assignment", "LayerFreeze", "LayerPlan", "assign", "plan_layer", "refuse_dependent", "storage_for"]

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from freeze_core.freezing.compile_checks import require
 from freeze_core.freezing.draws import NoiseTable, accumulation_dtype, derangement
 from freeze_core.freezing.module_features import ModuleFeatures
 from freeze_core.freezing.passes import Pass
-from freeze_core.freezing.traced import demand
 from freeze_core.ordinary import ordinary_tensors
 from freeze_core.vocabulary import FreezeType, Role
 
@@ -175,7 +175,7 @@ class Recorded(Replacement):
         }
         for role, value in recorded.items():
             if running.cached or value.shape[1] != x.shape[1] or value.shape[0] not in (1, x.shape[0]):
-                return demand(
+                return require(
                     x,
                     False,
                     f"the reference's {role} is {list(value.shape)} [batch, token, head, head_dim], this pass has "
@@ -220,7 +220,7 @@ def _mean_and_deviation(
             for values in (calibrated.mean, calibrated.std)
         )
         return features.lay_out(mean, x), features.lay_out(std, x)
-    x = demand(
+    x = require(
         x,
         running.cached == 0,
         f"freeze_type '{replacement.freeze_type}' takes its statistics from the pass, and this pass goes on "
@@ -247,6 +247,6 @@ def statistics_of(x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
     # Chosen, not cut out: a compiled pass cannot know how many are real. Nor multiplied: padding may hold inf or nan.
     counted = real.to(x.device)[..., None]
     count = counted.sum()
-    x = demand(x, count > 0, "attention_mask leaves no real token in this pass: there is nothing to take statistics of")
+    x = require(x, count > 0, "attention_mask leaves no real token in this pass: there is nothing to take statistics of")
     mean = torch.where(counted, x, 0).sum(dim=(0, 1)) / count
     return mean, (torch.where(counted, x - mean, 0).square().sum(dim=(0, 1)) / count).sqrt()

@@ -15,12 +15,12 @@ from torch import Tensor
 from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.shards import gathered, sharded_like
 from freeze_core.errors import UnsupportedModelError
-from freeze_core.freezing.replaced import ReplacedForward
+from freeze_core.forward_patch import ForwardPatch
 
 __all__ = ["Heads"]
 
 
-class Output(ReplacedForward):
+class Output(ForwardPatch):
     """Stands in for the forward of an output projection, beneath a freeze: hears its input z, once a run."""
 
     def __init__(self, site: AttentionSite) -> None:
@@ -48,7 +48,7 @@ class Output(ReplacedForward):
         return self.original(sharded_like(z, given), *args, **kwargs)
 
 
-class Attention(ReplacedForward):
+class Attention(ForwardPatch):
     """Stands in for the forward of an attention, beneath a freeze: keeps what it gives, or gives what was kept."""
 
     def __init__(self, site: AttentionSite) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from freeze_core.attention.layout import Sites
 from freeze_core.errors import CircuitFreezeError, InterventionError
-from freeze_core.freezing.replaced import ReplacedForward
+from freeze_core.forward_patch import ForwardPatch
 from freeze_core.generators import Generators
 
 __all__ = ["FAULTS", "CachedLayers", "close", "layers_of"]
@@ -47,7 +47,7 @@ def close(found: Tensor, expected: Tensor, bound: float) -> bool:
     return torch.allclose(found, expected, rtol=0, atol=bound * scale, equal_nan=True)
 
 
-class CachedLayer(ReplacedForward):
+class CachedLayer(ForwardPatch):
     """Stands in for the forward of a layer: runs it, or gives what it gave before."""
 
     def __init__(self, module: nn.Module, generators: Generators, owner: CachedLayers) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freeze_core.freezing.replaced import ReplacedForward
+from freeze_core.forward_patch import ForwardPatch
 from freeze_core.generators import Generators
 
 __all__ = ["remembering"]
 
 
-class Remembered(ReplacedForward):
+class Remembered(ForwardPatch):
     """Stands in for the forward of a projection, beneath a freeze."""
 
     def __init__(self, module: nn.Module, generators: Generators) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.replaced import ReplacedForward
+from freeze_core.forward_patch import ForwardPatch
 from freeze_core.scoring.batches import Batch
 
 __all__ = ["Tail", "position_wise"]
@@ -27,7 +27,7 @@ LARGEST = 2**24
 """Logits that are made at once, of one pass at least."""
 
 
-class AtPositions(ReplacedForward):
+class AtPositions(ForwardPatch):
     """Stands in for the forward of a module that treats each position by itself, and runs it at the wanted ones."""
 
     def __init__(self, module: nn.Module, batch: Batch) -> None:
@@ -47,7 +47,7 @@ class AtPositions(ReplacedForward):
         return whole
 
 
-class Unembedding(ReplacedForward):
+class Unembedding(ForwardPatch):
     """Stands in for the forward of the module that makes logits of the last states."""
 
     def __init__(self, module: nn.Module, batch: Batch) -> None:

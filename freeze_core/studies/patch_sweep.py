@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from freeze_core.activations import Recording
 from freeze_core.attention.layout import Sites
 from freeze_core.config import InterventionConfig
-from freeze_core.freezing.padding import prompt_of
+from freeze_core.freezing.padding_mask import prompt_of
 from freeze_core.freezing.requests import resolve
 from freeze_core.generators import Generators
 from freeze_core.recording import record

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Real
 
 from freeze_core.errors import InterventionError, shown
-from freeze_core.freezing.padding import prompt_of
+from freeze_core.freezing.padding_mask import prompt_of
 from freeze_core.vectors.methods import CLOSED
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.prompts import Prompts

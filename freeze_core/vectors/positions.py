@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from freeze_core.errors import InterventionError, shown
+from freeze_core.freezing.compile_checks import require
 from freeze_core.freezing.passes import Pass
-from freeze_core.freezing.traced import demand
 
 __all__ = ["Positions"]
 
@@ -79,7 +79,7 @@ class Positions:
         if real is None:
             return x, columns == x.shape[1] - 1
         real = real.to(x.device)
-        x = demand(x, real.any(1).all(), "positions=last: attention_mask leaves a row without a real token")
+        x = require(x, real.any(1).all(), "positions=last: attention_mask leaves a row without a real token")
         return x, columns == (columns * real).argmax(1, keepdim=True)
 
     def _listed(self, given: Sequence[int], x: Tensor, running: Pass) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ class Positions:
         mask, _ = running.padding_mask()
         if mask is not None and mask.shape[1] == end:
             real = mask[:, start:].to(x.device)
-            x = demand(
+            x = require(
                 x,
                 (real | ~chosen).all(),
                 f"positions={self.at}: one of them is padding in some row, where a vector does nothing: name columns "

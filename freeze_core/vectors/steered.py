@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.held import Held
+from freeze_core.forward_patch import patch_on
 from freeze_core.freezing.install import FreezeHandle, FrozenCircuits, refuse_other_stack
+from freeze_core.freezing.layer_patch import LayerPatch
+from freeze_core.freezing.pass_tracker import InForce, tracker_of
 from freeze_core.freezing.passes import Pass
-from freeze_core.freezing.replaced import standing_in
-from freeze_core.freezing.tracking import InForce, tracker_of
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.sites import ResidualSite, stream_of, with_stream
 
@@ -44,7 +44,7 @@ class Addition:
         return added if chosen is None else torch.where(chosen[..., None], added, x)
 
 
-class SteeredLayer(Held):
+class SteeredLayer(LayerPatch):
     """Stands in for the forward of a decoder layer: adds vectors to the stream that it gives, in order."""
 
     def __init__(self, site: ResidualSite) -> None:
@@ -118,7 +118,7 @@ def steer(site: ResidualSite, addition: Addition, on_stale_cache: str) -> Frozen
     Raises:
         CircuitFreezeError: a pass is running, or something else was put on top; nothing is installed.
     """
-    layer = standing_in(site.module, SteeredLayer) or SteeredLayer(site)
+    layer = patch_on(site.module, SteeredLayer) or SteeredLayer(site)
     refuse_other_stack(layer, site.sites.stack)
     layer.composite = layer.composite or site.sites.composite
     layer.refuse_change()

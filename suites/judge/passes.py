@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, Site
 from pytest_circuitfreeze.suites.judge.recorder import Recorder, Seen
-from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, sites, standing_in
+from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, patch_on, sites
 from pytest_circuitfreeze.wrapped import config_of, dtype_of, transformers_configs
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def observe(
     """
     stand_in: PreTrainedModel | None = getattr(call, "stand_in", None)
     if stand_in is not None:
-        known = standing_in(known, model, stand_in)
+        known = patch_on(known, model, stand_in)
     by_heart = any(isinstance(site, Site) for site in known.values())
     tapped = by_heart and config_of(model)._attn_implementation == "sdpa" and not patterns
 

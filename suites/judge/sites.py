@@ -28,10 +28,10 @@ __all__ = [
     "as_found",
     "implementations",
     "made_by",
+    "patch_on",
     "projections",
     "seen_at_the_ends",
     "sites",
-    "standing_in",
     "tied",
 ]
 
@@ -146,7 +146,7 @@ def as_found(model: PreTrainedModel) -> dict[int, FoundSite]:
     }
 
 
-def standing_in(known: Mapping[int, AnySite], model: nn.Module, other: nn.Module) -> dict[int, AnySite]:
+def patch_on(known: Mapping[int, AnySite], model: nn.Module, other: nn.Module) -> dict[int, AnySite]:
     """The sites of `model` in another one that runs in its place, with modules at the same paths."""
     names = {module: name for name, module in model.named_modules()}
     moved: dict[int, AnySite] = {}

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from freeze_core import CircuitFreezeError, InterventionError
-from freeze_core.freezing.replaced import ReplacedForward, ReplacedPass, patches_on, standing_in
+from freeze_core.forward_patch import ForwardPatch, PassPatch, patch_on, patches_on
 
 
-class OneMore(ReplacedForward):
+class OneMore(ForwardPatch):
     def forward(self, x):
         return self.original(x) + 1
 
 
-class PassOfOneMore(ReplacedPass):
+class PassOfOneMore(PassPatch):
     def run(self, args, kwargs):
         return self.original(*args, **kwargs) + 1
 
@@ -31,9 +31,9 @@ def module():
 
 def test_it_is_put_in_and_leaves_no_trace(module):
     held = OneMore(module)
-    assert (held.slot(), standing_in(module, OneMore)) == (None, None)
+    assert (held.slot(), patch_on(module, OneMore)) == (None, None)
     held.attach()
-    assert (held.slot(), standing_in(module, OneMore)) == ("forward", held)
+    assert (held.slot(), patch_on(module, OneMore)) == ("forward", held)
     assert module(torch.ones(())) == 2
     held.refuse_if_covered()
     held.detach()
@@ -56,7 +56,7 @@ def test_it_is_found_and_taken_out_beneath_a_hook_of_accelerates(module):
     held.attach()
     module._old_forward = module.forward
     module.forward = hooked = lambda x: 10 * module._old_forward(x)
-    assert (held.slot(), standing_in(module, OneMore)) == ("_old_forward", held)
+    assert (held.slot(), patch_on(module, OneMore)) == ("_old_forward", held)
     assert not held.lost()
     held.refuse_if_covered()
     assert module(torch.ones(())) == 20
@@ -83,7 +83,7 @@ def test_one_that_is_covered_is_not_taken_out_unseen(module):
     held.attach()
     module.forward = lambda x: 5 * x
     assert not held.lost()
-    assert standing_in(module, OneMore) is held
+    assert patch_on(module, OneMore) is held
     with pytest.raises(
         CircuitFreezeError,
         match=r"forward of a frozen Hardtanh was replaced again, by test_one.*<lambda> \(.*py:\d+\)",
@@ -103,7 +103,7 @@ def test_a_pass_looks_like_the_modules_own(module):
     held.attach()
     assert inspect.signature(module.forward) == own
     assert list(own.parameters) == ["input"]
-    assert standing_in(module, PassOfOneMore) is held
+    assert patch_on(module, PassOfOneMore) is held
     assert module(input=torch.ones(())) == module(torch.ones(())) == 2
 
 

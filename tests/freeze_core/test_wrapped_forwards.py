@@ -18,7 +18,7 @@ from freeze_core import (
     InterventionConfig,
     freeze_ov_circuit,
 )
-from freeze_core.freezing.replaced import PATCHES
+from freeze_core.forward_patch import PATCHES
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError
+from freeze_core.forward_patch import ForwardPatch, patch_on, patches_on
+from freeze_core.freezing.pass_tracker import UNFROZEN_BEFORE, PassTracker
 from freeze_core.freezing.passes import Pass
-from freeze_core.freezing.replaced import ReplacedForward, patches_on, standing_in
-from freeze_core.freezing.tracking import UNFROZEN_BEFORE, PassTracker
 
-__all__ = ["Held"]
+__all__ = ["LayerPatch"]
 
 
-class Held(ReplacedForward):
+class LayerPatch(ForwardPatch):
     """Stands in for the forward of a module of a layer, of whose passes a tracker tells while it is in force.
 
     Args:
@@ -98,7 +98,7 @@ class Held(ReplacedForward):
 
     def _refuse_running(self) -> None:
         """Raises `CircuitFreezeError` if a pass is running through the stack."""
-        tracker = standing_in(self.stack, PassTracker)
+        tracker = patch_on(self.stack, PassTracker)
         if tracker and tracker.current is not None:
             raise CircuitFreezeError(
                 f"{self.name} is frozen, and a pass is running: freezes are installed and removed between passes"

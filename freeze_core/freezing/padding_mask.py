@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from freeze_core.forward_patch import PassPatch
 from freeze_core.freezing.pass_arguments import ForwardArguments
-from freeze_core.freezing.replaced import ReplacedPass
 
 __all__ = ["Composite", "UnknownMask", "given_masks", "prompt_of", "select_padding_mask"]
 
@@ -31,7 +31,7 @@ class UnknownMask:
     reason: str
 
 
-class Composite(ReplacedPass):
+class Composite(PassPatch):
     """Stands in for the forward of a module around a stack of layers: knows the mask that it was given, and its own."""
 
     def __init__(self, module: nn.Module) -> None:

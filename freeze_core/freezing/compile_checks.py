@@ -1,4 +1,4 @@
-"""Demands on values that a compiled pass keeps: tracing sees shapes, and `fullgraph=True` allows no step outside."""
+"""Checks of values that a compiled pass keeps: tracing sees shapes, and `fullgraph=True` allows no step outside."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 from freeze_core.errors import InterventionError
 
-__all__ = ["demand"]
+__all__ = ["require"]
 
 
-def demand(value: Tensor, holds: Tensor | bool, message: str) -> Tensor:
+def require(value: Tensor, holds: Tensor | bool, message: str) -> Tensor:
     """`value`, if `holds`, a bool or a tensor of one, is true.
 
     Raises:
@@ -19,8 +19,8 @@ def demand(value: Tensor, holds: Tensor | bool, message: str) -> Tensor:
     if holds is True:
         return value
     if torch.compiler.is_compiling():
-        demanded: Tensor = _demanded(value, holds if isinstance(holds, Tensor) else torch.tensor(holds), message)
-        return demanded
+        required: Tensor = _required(value, holds if isinstance(holds, Tensor) else torch.tensor(holds), message)
+        return required
     if isinstance(holds, Tensor):
         holds = bool(torch.func.debug_unwrap(holds).all())  # under vmap it is one of each sample: all are to hold
     if not holds:
@@ -28,13 +28,13 @@ def demand(value: Tensor, holds: Tensor | bool, message: str) -> Tensor:
     return value
 
 
-@torch.library.custom_op("circuitfreeze::demand", mutates_args=())
-def _demanded(value: Tensor, holds: Tensor, message: str) -> Tensor:
+@torch.library.custom_op("circuitfreeze::require", mutates_args=())
+def _required(value: Tensor, holds: Tensor, message: str) -> Tensor:
     if not holds:
         raise InterventionError(message)
     return value.clone()
 
 
-@_demanded.register_fake
+@_required.register_fake
 def _(value: Tensor, holds: Tensor, message: str) -> Tensor:
     return torch.empty_like(value)

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from freeze_core.errors import CircuitFreezeError, InterventionError
-from freeze_core.freezing.signatures import signature_of
 
-__all__ = ["ReplacedForward", "ReplacedPass", "patches_on", "standing_in"]
+__all__ = ["ForwardPatch", "PassPatch", "patch_on", "patches_on", "signature_of"]
 
 SLOTS = ("forward", "_old_forward")
 """What a module runs, and what accelerate's hooks (offloading, device maps) run once they have taken the first."""
@@ -32,10 +32,10 @@ PATCHES = "__getstate__"
 the patch without calling anything else of it, so this is the only place where it can be refused.
 """
 
-Patch = TypeVar("Patch", bound="ReplacedForward")
+Patch = TypeVar("Patch", bound="ForwardPatch")
 
 
-class Patches(list["ReplacedForward"]):
+class Patches(list["ForwardPatch"]):
     """The patches of one module, in the order in which they were attached; refuses to have the module copied."""
 
     def __call__(self) -> NoReturn:
@@ -53,7 +53,7 @@ class _State:
     attached = True
 
 
-class ReplacedForward:
+class ForwardPatch:
     """Stands in for `module.forward` between `attach` and `detach`.
 
     `attach` puts a method into the instance's `__dict__`, bound to the module as its own forward is, and made of a
@@ -196,7 +196,7 @@ class ReplacedForward:
         )
 
 
-class ReplacedPass(ReplacedForward):
+class PassPatch(ForwardPatch):
     """Stands in for the forward of a module that takes whole passes, one at a time, and looks like it from outside."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -242,7 +242,7 @@ def patches_on(module: nn.Module) -> Patches:
     return patches if isinstance(patches, Patches) and patches[0].module is module else Patches()
 
 
-def standing_in(module: nn.Module, kind: type[Patch]) -> Patch | None:
+def patch_on(module: nn.Module, kind: type[Patch]) -> Patch | None:
     """The patch of this kind on `module`, the last one that was attached, beneath whatever others have put on top."""
     return next((patch for patch in reversed(patches_on(module)) if isinstance(patch, kind)), None)
 
@@ -265,3 +265,17 @@ def _described(forward: Any) -> str:
 def _same(value: object, other: object) -> bool:
     """Whether two forwards are one: methods are made anew whenever they are asked for."""
     return value is other or (isinstance(value, MethodType) and isinstance(other, MethodType) and value == other)
+
+
+_SIGNATURES: WeakKeyDictionary[Callable[..., Any], inspect.Signature] = WeakKeyDictionary()
+"""Of bound methods, by their functions: the methods themselves would keep their modules alive."""
+
+
+def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a forward as it is called, without the module that it is bound to."""
+    function = getattr(forward, "__func__", None)
+    if not isinstance(function, FunctionType):
+        return inspect.signature(forward)
+    if function not in _SIGNATURES:
+        _SIGNATURES[function] = inspect.signature(forward)
+    return _SIGNATURES[function]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.shards import Shard, gathered, sharded_like
 from freeze_core.errors import FreezeNotInForceError, InterventionError
+from freeze_core.forward_patch import ForwardPatch, patch_on
 from freeze_core.freezing.backward import differentiated, straight_through
-from freeze_core.freezing.held import Held
+from freeze_core.freezing.layer_patch import LayerPatch
+from freeze_core.freezing.module_path import Place
+from freeze_core.freezing.pass_tracker import PassTracker, tracker_of
 from freeze_core.freezing.passes import Pass
-from freeze_core.freezing.places import Place
 from freeze_core.freezing.plan import LayerPlan, plan_layer
-from freeze_core.freezing.replaced import ReplacedForward, standing_in
-from freeze_core.freezing.tracking import PassTracker, tracker_of
 
 __all__ = ["FrozenAttention", "FrozenOutput", "FrozenProjection", "frozen_attention"]
 
@@ -45,7 +45,7 @@ def _checkpointed_alone(name: str, owner: str) -> InterventionError:
     )
 
 
-class FrozenProjection(ReplacedForward):
+class FrozenProjection(ForwardPatch):
     """A projection whose output holds frozen activations."""
 
     def __init__(self, name: str, attention: FrozenAttention, tracker: PassTracker) -> None:
@@ -108,7 +108,7 @@ class FrozenProjection(ReplacedForward):
         return shard.own(frozen) if shard else frozen
 
 
-class FrozenOutput(ReplacedForward):
+class FrozenOutput(ForwardPatch):
     """An output projection whose input z is held, or whose gradient goes to the z of an attention left untouched.
 
     Hooks on the module see z before it is held; `listeners` are handed what is projected.
@@ -157,7 +157,7 @@ class FrozenOutput(ReplacedForward):
         return self.original(projected, *args, **kwargs)
 
 
-class FrozenAttention(Held):
+class FrozenAttention(LayerPatch):
     """An attention layer with live freezes: refuses to have run without them."""
 
     def __init__(self, site: AttentionSite, stack: nn.Module, path: str) -> None:
@@ -166,7 +166,7 @@ class FrozenAttention(Held):
         self.plan = plan_layer(site, ())
         self._frozen: list[FrozenProjection | FrozenOutput] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []
-        self._places: dict[ReplacedForward, Place] = {}
+        self._places: dict[ForwardPatch, Place] = {}
 
     @property
     def name(self) -> str:
@@ -332,4 +332,4 @@ def _generators_kept(module: nn.Module) -> Iterator[None]:
 
 def frozen_attention(attention: nn.Module) -> FrozenAttention | None:
     """What freezes this attention module now, if anything does."""
-    return standing_in(attention, FrozenAttention)
+    return patch_on(attention, FrozenAttention)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
+from freeze_core.forward_patch import PassPatch, patch_on
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
 from freeze_core.freezing.encoder_outputs import EncoderDecoderPatch
-from freeze_core.freezing.padding import Composite, given_masks, prompt_of, select_padding_mask
+from freeze_core.freezing.module_path import Place
+from freeze_core.freezing.padding_mask import Composite, given_masks, prompt_of, select_padding_mask
 from freeze_core.freezing.pass_arguments import ForwardArguments, find_cache, returned_cache
 from freeze_core.freezing.passes import Pass
-from freeze_core.freezing.places import Place
 from freeze_core.freezing.recomputation import checkpoints, may_be_checkpointed
-from freeze_core.freezing.replaced import ReplacedPass, standing_in
-from freeze_core.freezing.rows import RowOrder, refuse_reordering
+from freeze_core.freezing.row_order import RowOrder, refuse_reordering
 
 __all__ = ["UNFROZEN_BEFORE", "InForce", "PassTracker", "tracker_of"]
 
@@ -50,7 +50,7 @@ UNFROZEN_BEFORE = (
 )
 
 
-class PassTracker(ReplacedPass):
+class PassTracker(PassPatch):
     """Stands in for the forward of a stack of layers: knows the pass that runs through it, and marks its cache."""
 
     def __init__(self, stack: nn.Module) -> None:
@@ -95,7 +95,7 @@ class PassTracker(ReplacedPass):
             self.attach()
 
     @property
-    def _around(self) -> list[ReplacedPass]:
+    def _around(self) -> list[PassPatch]:
         """The patches of modules around the stack, which come and go with this one."""
         return [patch for patch in (self.composite, self.encoder_decoder) if patch]
 
@@ -307,7 +307,7 @@ class PassTracker(ReplacedPass):
 
         def again(*args: Any, **kwargs: Any) -> Any:
             # The same freeze may have been removed and installed anew meanwhile.
-            tracker = self if self._in_force else standing_in(self.module, PassTracker) or self
+            tracker = self if self._in_force else patch_on(self.module, PassTracker) or self
             if tracker._treatments() != treatments:
                 raise FreezeNotInForceError(
                     "gradient checkpointing runs a layer again under other freezes than it first ran under: call "
@@ -359,7 +359,7 @@ def tracker_of(
     Args:
         encoder_decoder: where the stack is an encoder's, as `Sites.encoder_decoder` has it.
     """
-    tracker = standing_in(stack, PassTracker) or PassTracker(stack)
+    tracker = patch_on(stack, PassTracker) or PassTracker(stack)
     if composite is not None:
         tracker.told_by(composite)
     if encoder_decoder is not None:
