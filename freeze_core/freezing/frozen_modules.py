@@ -14,11 +14,12 @@ from freeze_core.attention.shards import Shard, gathered, sharded_like
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.forward_patch import ForwardPatch, patch_on
 from freeze_core.freezing.backward import differentiated, straight_through
+from freeze_core.freezing.guards import refuse_bypass, refuse_lost_projection, refuse_miscount
 from freeze_core.freezing.layer_patch import LayerPatch
-from freeze_core.freezing.module_path import Place
+from freeze_core.freezing.module_path import ModulePath
 from freeze_core.freezing.pass_tracker import PassTracker, tracker_of
-from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.plan import LayerPlan, plan_layer
+from freeze_core.freezing.recomputation import follow
 
 __all__ = ["FrozenAttention", "FrozenOutput", "FrozenProjection", "frozen_attention"]
 
@@ -73,7 +74,7 @@ class FrozenProjection(ForwardPatch):
         return f"{super().label} ({self.name} of {self._owner})"
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._tracker.follow() and self.sparing:
+        if follow(self._tracker) and self.sparing:
             raise _checkpointed_alone(self.name, self._owner)
         given: Tensor = self.original(*args, **kwargs)
         x = given if type(given) is Tensor else gathered(given, self.label)
@@ -88,10 +89,11 @@ class FrozenProjection(ForwardPatch):
             x = x.flatten(1, -2)
         running = self._tracker.current
         if self._attention is not None and running and self._attention.path not in running.ran:
-            self._attention.refuse_bypass(self.name, running)
+            attention, plan = self._attention.module, self._attention.plan
+            refuse_bypass(self._owner, attention, self.name, running, plan.needs_clean_backward, plan.differs_by_run)
         if running and self.reads_encoder:
             running = running.encoder
-        if running and shape[0] != running.rows and running.turned(shape):
+        if running and running.is_token_first(shape):
             raise FreezeNotInForceError(
                 f"{self.name} of {self._owner} gives {list(shape)} for {running.rows} rows, where [batch, token, "
                 "feature] was expected: rows would be taken for tokens"
@@ -132,7 +134,7 @@ class FrozenOutput(ForwardPatch):
 
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.runs += 1
-        if self._tracker.follow() and self.sparing:
+        if follow(self._tracker) and self.sparing:
             raise _checkpointed_alone("the output projection", self._owner)
         if self.sparing:
             self.spared = z
@@ -166,68 +168,26 @@ class FrozenAttention(LayerPatch):
         self.plan = plan_layer(site, ())
         self._frozen: list[FrozenProjection | FrozenOutput] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []
-        self._places: dict[ForwardPatch, Place] = {}
+        self._paths: dict[ForwardPatch, ModulePath] = {}
 
     @property
     def name(self) -> str:
         return self.site.name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        running = self._told(args, kwargs)
+        running = self._running_pass(args, kwargs)
         if running and self.plan.differs_by_run:
-            running.take_turn(self.site.name)
+            running.begin_run(self.site.name)
         for one in self._frozen:
             one.runs = 0
-            if one.lost():
-                raise FreezeNotInForceError(
-                    f"{self._places[one].path} of {self.site.name} runs its own forward again, which something else "
-                    "has put back after the freeze (an offloading undone, say): remove the freeze, then freeze the "
-                    "model anew"
-                )
-            if self._places[one].lost():
-                raise FreezeNotInForceError(
-                    f"{self._places[one].path} of {self.site.name} was wrapped or replaced after the freeze, so that "
-                    "what attention reads is not what is held: remove the freeze, then freeze what is there now"
-                )
+            refuse_lost_projection(self.site.name, one, self._paths[one])
         if self.plan.needs_clean_backward and differentiated():
             self._run_sparing(args, kwargs)
         output = self.original(*args, **kwargs)
         for one in self._frozen:
-            if one.runs != 1 and (one.runs or not self._reads_cache(one)):
-                raise FreezeNotInForceError(self._miscounted(one))
+            if one.runs != 1:
+                refuse_miscount(self.site.name, one.module, self._paths[one], one.runs, self._reads_cache(one))
         return output
-
-    def refuse_bypass(self, projection: str, running: Pass) -> None:
-        """Raises `FreezeNotInForceError` where a projection runs in a pass, this did not, and what this does is needed.
-
-        That is where the attention's class is called with the module, or a forward that was taken from it earlier.
-        Values are held all the same; the second run for a gradient, and the count of runs in a pass, are not had.
-        """
-        key = f"{self.site.name}.{projection}"
-        again = running.runs.get(key, 0)
-        running.runs[key] = again + 1
-        if self.plan.needs_clean_backward and torch.is_grad_enabled():
-            needed = "backward_mode='circuit_ste' runs the attention twice for its gradient"
-        elif self.plan.differs_by_run and again:
-            needed = f"{projection} ran {again + 1} times in this pass, so that each run has values of its own"
-        else:
-            return
-        raise FreezeNotInForceError(
-            f"{projection} of {self.site.name} ran outside of its module's own call, as by "
-            f"{type(self.module).__name__}.forward(module, ...) or a forward that was taken from the module before the "
-            f"freeze, and {needed}: call the module itself"
-        )
-
-    def _miscounted(self, one: FrozenProjection | FrozenOutput) -> str:
-        if one.runs:
-            return (
-                f"{self.site.name} ran its {self._places[one].path} {one.runs} times in one pass, so that an "
-                "activation is not one: its layout is not what it was taken for"
-            )
-        return (
-            f"{self.site.name} ran without its {type(one.module).__name__} that holds frozen activations: this "
-            "attention does not call its projections, so the freeze had no effect"
-        )
 
     @property
     def projections(self) -> list[FrozenProjection]:
@@ -290,7 +250,7 @@ class FrozenAttention(LayerPatch):
             self._frozen.append(FrozenOutput(self, self._tracker))
         paths = {module: path for path, module in self.site.attention.named_modules()}
         for one in self._frozen:
-            self._places[one] = Place(self.site.attention, paths[one.module])
+            self._paths[one] = ModulePath(self.site.attention, paths[one.module])
             one.attach()
 
     def refuse_change(self) -> None:
@@ -306,7 +266,7 @@ class FrozenAttention(LayerPatch):
         self.refuse_change()
         for one in self._frozen:
             one.detach()
-        self._frozen, self._places = [], {}
+        self._frozen, self._paths = [], {}
         while self._attributes:
             setattr(*self._attributes.pop())
         if self._tracker:

@@ -14,7 +14,7 @@ from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError, Interv
 from freeze_core.forward_patch import patch_on
 from freeze_core.freezing.frozen_modules import FrozenAttention, frozen_attention
 from freeze_core.freezing.layer_patch import LayerPatch
-from freeze_core.freezing.module_path import Place
+from freeze_core.freezing.module_path import ModulePath
 from freeze_core.freezing.plan import LayerFreeze, plan_layer
 from freeze_core.ordinary import ordinary_tensors
 
@@ -32,7 +32,7 @@ class FreezeHandle:
     def __init__(self, on_stale_cache: str, sites: Sites) -> None:
         self.on_stale_cache = on_stale_cache
         self._sites = sites
-        self._place = Place(sites.model, sites.stack_name)
+        self._path = ModulePath(sites.model, sites.stack_name)
         self.held: list[LayerPatch] = []
         """What stands in for modules of the model on its behalf."""
 
@@ -48,13 +48,13 @@ class FreezeHandle:
         self._refuse_change()
         undone = [held.name for held in self.held if held.undone()]
         # Whatever was put around the layers (a compiled module, say) runs them as before.
-        replaced = bool(self.held) and self._place.lost() and self._sites.stack not in set(self._sites.model.modules())
+        replaced = bool(self.held) and self._path.lost() and self._sites.stack not in set(self._sites.model.modules())
         while self.held:
             self.held[-1].without(self)
             self.held.pop()
         if replaced:
             raise FreezeNotInForceError(
-                f"{self._place.path} of the model was replaced after the freeze, and passes since then ran without it: "
+                f"{self._path.path} of the model was replaced after the freeze, and passes since then ran without it: "
                 "freeze the model anew, run them again"
             )
         if undone:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError
+from freeze_core.errors import CircuitFreezeError
 from freeze_core.forward_patch import ForwardPatch, patch_on, patches_on
-from freeze_core.freezing.pass_tracker import UNFROZEN_BEFORE, PassTracker
+from freeze_core.freezing.guards import refuse_foreign_recomputation, refuse_run_outside_of_a_pass
+from freeze_core.freezing.pass_tracker import PassTracker
 from freeze_core.freezing.passes import Pass
+from freeze_core.freezing.recomputation import follow
 
 __all__ = ["LayerPatch"]
 
@@ -53,37 +55,22 @@ class LayerPatch(ForwardPatch):
         """Whether nothing is left of what would notice that it is not in force: passes ran as if it were not there."""
         return self.lost() and self._tracker is not None and self._tracker.lost()
 
-    def _told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
-        """The running pass, which is told that this module ran; `None` where it is run by itself.
+    def _running_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
+        """The running pass, in which this module is noted to have run; `None` where it is run by itself.
 
         Raises:
-            FreezeNotInForceError: it is run outside of a pass, where it matters what is not told there.
+            FreezeNotInForceError: it is run outside of a pass, with a cache or for the gradient of an unfrozen pass.
         """
-        running = self._tracker.current if self._tracker else None
-        if self._tracker:
-            self._tracker.follow()
-        if running is None:
-            self._refuse_untold_pass(args, kwargs)
-        else:
+        if self._tracker is None:
+            return None
+        running = self._tracker.current
+        follow(self._tracker)
+        if running is not None:
             running.ran.add(self.path)
+        elif not torch.compiler.is_compiling():
+            refuse_foreign_recomputation(self.name, self._tracker.recomputing)
+            refuse_run_outside_of_a_pass(self.name, self.stack, (*args, *kwargs.values()))
         return running
-
-    def _refuse_untold_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuses to run outside of a pass through the stack, where it matters what is not told there.
-
-        What gradient checkpointing runs again is followed from its first run; one that was unfrozen was not. And a
-        cache is told to be stale by the pass.
-        """
-        if torch.compiler.is_compiling() or self._tracker is None:
-            return
-        if torch._C._current_graph_task_id() != -1 and not self._tracker.recomputing:
-            raise FreezeNotInForceError(UNFROZEN_BEFORE.format(what=self.name))
-        if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
-            raise FreezeNotInForceError(
-                f"{self.name} is run with a cache, outside of the {type(self.stack).__name__} through which it "
-                "was frozen, so that it cannot be told whether what is cached is frozen alike: freeze it through the "
-                "model that runs it, or run it without a cache (use_cache=False)"
-            )
 
     def _refuse_change(self, *modules: nn.Module) -> None:
         """Raises `CircuitFreezeError` if a pass is running through the stack, or if something was put on top of what is

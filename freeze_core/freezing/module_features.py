@@ -16,11 +16,11 @@ __all__ = ["ModuleFeatures", "RolePart", "features_of_projection", "features_of_
 
 
 class RolePart(NamedTuple):
-    """Features `start` to `start + index.shape[1]` of each head of a role: an index `[head, feature]` into a module."""
+    """Features of each head of a role, from `start` on, and where in a module they are: an index `[head, feature]`."""
 
     role: Role
     start: int
-    index: Tensor
+    feature_index: Tensor
 
 
 class ModuleFeatures:

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Place"]
+__all__ = ["ModulePath"]
 
 
-class Place:
-    """The place of a module beneath `root`, looked up once: each pass only compares.
+class ModulePath:
+    """The path from `root` to a module, looked up once: each pass only compares.
 
     Args:
         path: as `root.get_submodule` takes it.

@@ -37,15 +37,15 @@ class Composite(PassPatch):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self._arguments = ForwardArguments(module, self.original)
-        self.given: list[Any] = []
-        """The mask of the pass that is running, if one is."""
+        self.masks: list[Any] = []
+        """What it was given as masks of the pass that is running, if one is."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.given = given_masks(self._arguments, self._arguments.bind(args, kwargs))
+        self.masks = given_masks(self._arguments, self._arguments.bind(args, kwargs))
         try:
             return self.original(*args, **kwargs)
         finally:
-            self.given = []
+            self.masks = []
 
 
 def given_masks(arguments: ForwardArguments, named: Mapping[str, Any]) -> list[Any]:

@@ -3,51 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from freeze_core.errors import FreezeNotInForceError, InterventionError
+from freeze_core.errors import InterventionError
 from freeze_core.forward_patch import PassPatch, patch_on
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
 from freeze_core.freezing.encoder_outputs import EncoderDecoderPatch
-from freeze_core.freezing.module_path import Place
+from freeze_core.freezing.guards import (
+    CONTINUOUS_BATCHING,
+    cache_buffers,
+    check_paths,
+    refuse_foreign_recomputation,
+    refuse_recomputed_tokens,
+    refuse_unfrozen,
+    refuse_written_buffers,
+)
+from freeze_core.freezing.module_path import ModulePath
 from freeze_core.freezing.padding_mask import Composite, given_masks, prompt_of, select_padding_mask
 from freeze_core.freezing.pass_arguments import ForwardArguments, find_cache, returned_cache
 from freeze_core.freezing.passes import Pass
-from freeze_core.freezing.recomputation import checkpoints, may_be_checkpointed
+from freeze_core.freezing.recomputation import may_be_checkpointed, wrap_checkpoints, wrapped_functions
 from freeze_core.freezing.row_order import RowOrder, refuse_reordering
 
-__all__ = ["UNFROZEN_BEFORE", "InForce", "PassTracker", "tracker_of"]
+__all__ = ["InForce", "PassTracker", "tracker_of"]
 
 
 class InForce(NamedTuple):
-    """What a frozen attention tells of itself.
+    """What a pass needs to know of the freezes of one layer.
 
     Args:
-        attention: the attention module itself.
-        key: what is frozen at which value, as text; nothing where nothing is.
+        module: the attention, or the layer, in which they are.
+        key: what is frozen at which value, as text; empty where nothing is.
         treatments: the same and what gradients do.
-        unshared: whether each query head has KV heads of its own.
-        needs_rows: whether rows must stay where they are between passes.
-        on_stale: what to do about a foreign cache.
+        per_head_kv: whether each query head has KV heads of its own.
+        reads_other_rows: whether rows must stay where they are between passes.
+        on_stale: what to do about a cache that was filled under other freezes.
     """
 
-    attention: nn.Module
+    module: nn.Module
     key: str
     treatments: tuple[object, ...]
-    unshared: bool
-    needs_rows: bool
-    on_stale: str
-
-
-UNFROZEN_BEFORE = (
-    "{what} is run again for its gradient, and its pass ran without this freeze: call backward before the freeze is "
-    "installed"
-)
+    per_head_kv: bool = False
+    reads_other_rows: bool = False
+    on_stale: str = "ignore"
 
 
 class PassTracker(PassPatch):
@@ -61,10 +64,10 @@ class PassTracker(PassPatch):
         self.encoder_decoder: EncoderDecoderPatch | None = None
         self._prompt = prompt_of(stack)
         self._in_force: dict[str, InForce] = {}
-        self._places: dict[str, Place] = {}
+        self._paths: dict[str, ModulePath] = {}
         self._buffers: list[tuple[str, Tensor]] = []
         self._mark = ""
-        self._unshared = self._needs_rows = False
+        self._reads_other_rows = False
         self._on_stale = "ignore"
         self._row_order = RowOrder()
         self.recomputing = False
@@ -74,17 +77,17 @@ class PassTracker(PassPatch):
         """Notes what is in force in the attention at the path `name`; `None` is nothing. Attached while anything is."""
         if in_force is None:
             self._in_force.pop(name, None)
-            self._places.pop(name, None)
+            self._paths.pop(name, None)
         else:
             self._in_force[name] = in_force
-            self._places[name] = Place(self.module, name)
+            self._paths[name] = ModulePath(self.module, name)
         notes = [self._in_force[name] for name in sorted(self._in_force)]
-        self._buffers = [pair for name, note in self._in_force.items() for pair in _cache_buffers(name, note.attention)]
+        self._buffers = [pair for name, note in self._in_force.items() for pair in cache_buffers(name, note.module)]
         frozen = [note.key for note in notes if note.key]
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
-        unshared = [name for name in sorted(self._in_force) if self._in_force[name].unshared]
-        self._mark = f"{' '.join(unshared)}|{digest}"
-        self._needs_rows = self._row_order.needed = any(note.needs_rows for note in notes)
+        per_head_kv = [name for name in sorted(self._in_force) if self._in_force[name].per_head_kv]
+        self._mark = f"{' '.join(per_head_kv)}|{digest}"
+        self._reads_other_rows = self._row_order.needed = any(note.reads_other_rows for note in notes)
         self._on_stale = max((note.on_stale for note in notes), key=("ignore", "warn", "error").index, default="ignore")
         if self.encoder_decoder:
             self.encoder_decoder.set_mark(digest, self._on_stale)
@@ -114,7 +117,7 @@ class PassTracker(PassPatch):
         for patch in self._around:
             patch.refuse_if_covered()
 
-    def told_by(self, module: nn.Module) -> None:
+    def watch_mask_of(self, module: nn.Module) -> None:
         """Asks `module`, around the stack, which tokens are padding where the stack is not told."""
         if self.composite is None:
             self.composite = Composite(module)
@@ -130,95 +133,38 @@ class PassTracker(PassPatch):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "write_index" in kwargs:
-            raise InterventionError(
-                "continuous batching (generate_batch) runs parts of several sequences in one row, on pages that may be "
-                "filled without this freeze: their columns, statistics and heads cannot be told; use generate()"
-            )
+            raise InterventionError(CONTINUOUS_BATCHING)
         named = self._arguments.bind(args, kwargs)
         cache = find_cache(named, type(self.module).__name__)
         running = self._pass(cache, named)
         if not torch.compiler.is_compiling():
             running.differentiated = torch.is_grad_enabled()
-            self._refuse_recomputation()
+            refuse_foreign_recomputation(type(self.module).__name__, self.recomputing)
             if may_be_checkpointed(not torch.is_inference_mode_enabled()):
-                self._guard_checkpoints(running)
-        covered = self._covered()
+                wrap_checkpoints(self, running)
+        covered = check_paths(self._paths, self.module)
         before = running.cached + running.cross_cached
         if before:
             check_cache(cache, self._mark, running.cached, self._on_stale)
         elif cache is not None:
             check_emptied_cache(cache, self._mark)
         versions = [buffer._version for _, buffer in self._buffers]
-        if self.module.training:
-            with self._checkpoints_keep(running):
-                output = self._run_in(running, self.original, args, kwargs)
-        else:
-            output = self._run_in(running, self.original, args, kwargs)
-        for name in covered:
-            if name not in running.ran:
-                raise FreezeNotInForceError(self._replaced(name))
-        if self._buffers:
-            self._refuse_written_buffers(versions)
-        if cache is not None:
-            self._refuse_recomputed_tokens(cache, running)
-        else:
+        with wrapped_functions(self, running) if self.module.training else nullcontext():
+            output = self.run_in(running, self.original, args, kwargs)
+        refuse_unfrozen(covered, self.module, running)
+        refuse_written_buffers(self.module, self._buffers, versions)
+        if cache is None:
             cache = returned_cache(output)
+        elif not self._prompt:
+            refuse_recomputed_tokens(self.module, cache, running)
         if cache is not None:
             # Counted, not asked for again: a static cache on an accelerator would be waited for.
             mark_cache(cache, self._mark, before, running.end if running.end > running.cached else filled(cache))
-            if self._needs_rows:
+            if self._reads_other_rows:
                 refuse_reordering(cache, self._row_order)
-        elif self._needs_rows and not torch.compiler.is_compiling():
+        elif self._reads_other_rows and not torch.compiler.is_compiling():
             self._row_order.check(named.get("input_ids"))
         return output
-
-    def _refuse_written_buffers(self, versions: Sequence[int]) -> None:
-        """Raises `InterventionError` where a pass wrote to a buffer of attention that may be a cache of its own."""
-        for (name, buffer), version in zip(self._buffers, versions, strict=True):
-            if buffer._version != version:
-                raise InterventionError(
-                    f"{name} of {type(self.module).__name__}, a buffer {list(buffer.shape)}, was written to in this "
-                    "pass: if attention keeps keys and values there, how many tokens it holds and under which freeze "
-                    "they were computed is unknown; hand over a cache of transformers (DynamicCache) instead, or take "
-                    "the buffer out"
-                )
-
-    def _refuse_recomputed_tokens(self, cache: Any, running: Pass) -> None:
-        """Raises `InterventionError` where a cache has not grown by the tokens that the pass was given.
-
-        Such a model (XLM, say) is given its cached tokens again and leaves them out by itself, so that the columns of
-        its activations are not those of the tokens. A cache of fixed size is not asked: on an accelerator that waits.
-        """
-        tokens = running.end - running.cached
-        if self._prompt or not tokens or getattr(cache, "is_compileable", False):
-            return
-        if (grown := filled(cache) - running.cached) not in (0, tokens):
-            raise InterventionError(
-                f"{type(self.module).__name__} was given {tokens} tokens and added {grown} to its cache of "
-                f"{running.cached}: which columns this pass computed is unknown; run without a cache (use_cache=False)"
-            )
-
-    def _covered(self) -> list[str]:
-        """The frozen attentions on which, or around which, something was put since; it may well run them.
-
-        Or their own forward was put back (an offloading undone, say), which does not.
-
-        Raises:
-            FreezeNotInForceError: one is no longer what the model runs.
-        """
-        covered = []
-        for name, place in self._places.items():
-            if place.lost():
-                raise FreezeNotInForceError(self._replaced(name))
-            if place.covered():
-                covered.append(name)
-        return covered
-
-    def _replaced(self, name: str) -> str:
-        return (
-            f"{name} of {type(self.module).__name__} was wrapped or replaced after the freeze, so that what runs is "
-            "not frozen: remove the freeze, then freeze what is there now"
-        )
 
     def _pass(self, cache: Any, named: Mapping[str, Any]) -> Pass:
         given = named.get("input_ids")
@@ -233,122 +179,25 @@ class PassTracker(PassPatch):
             encoder = Pass(named.get("encoder_attention_mask"), 0, states.shape[1], rows=len(states))
         cross_cached = cache is not None and any(getattr(cache, "is_updated", {}).values())
         masks = given_masks(self._arguments, named)
-        mask = select_padding_mask([*masks, *self.composite.given] if self.composite else masks, self._prompt)
+        mask = select_padding_mask([*masks, *self.composite.masks] if self.composite else masks, self._prompt)
         cached = 0 if cache is None else filled(cache)
         if self._prompt:  # it is given all tokens again at each step, and puts its own in front
             tokens += self._prompt - cached
         return Pass(mask, cached, tokens, encoder, cross_cached, rows)
 
-    def _run_in(
+    def run_in(
         self, running: Pass | None, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """What `function` gives, with `running` as the pass that frozen modules see."""
         outer, self.current = self.current, running
         try:
             return function(*args, **kwargs)
         finally:
             self.current = outer
 
-    @contextmanager
-    def _checkpoints_keep(self, running: Pass) -> Iterator[None]:
-        """Lets layers that transformers or torch's wrappers checkpoint run again in the pass that they come from.
-
-        `follow` does so for every checkpoint, but not where a layer is compiled: nothing looks around in there.
-        """
-        originals = [
-            (module, name, vars(module)[name])
-            for module in self.module.modules()
-            for name in ("_gradient_checkpointing_func", "checkpoint_fn")
-            if name in vars(module) and callable(vars(module)[name])
-        ]
-        for module, name, original in originals:
-            setattr(module, name, self._keeping(running, original))
-        try:
-            yield
-        finally:
-            for module, name, original in originals:
-                setattr(module, name, original)
-
-    def _treatments(self) -> list[tuple[str, tuple[object, ...]]]:
+    def treatments(self) -> list[tuple[str, tuple[object, ...]]]:
+        """What is done in each layer, by its path: equal where a layer that runs again gives the same."""
         return sorted((name, note.treatments) for name, note in self._in_force.items())
-
-    def _keeping(self, running: Pass, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return checkpoint(self._run_again(running, function), *args, **kwargs)
-
-        return keeping
-
-    def follow(self) -> bool:
-        """Lets the checkpoints that a frozen module runs in run it again under the same freezes only, in this pass.
-
-        Returns:
-            whether one of them was not known yet.
-        """
-        running = self.current
-        began = running.differentiated if running else not torch.compiler.is_compiling()
-        return may_be_checkpointed(began) and bool(self._guard_checkpoints(running))
-
-    # Not compiled: a compiled layer in what may be a reentrant checkpoint stops here and looks around. The public
-    # torch.compiler.disable would import all of torch._dynamo with this library.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _guard_checkpoints(self, running: Pass | None) -> bool:
-        new = False
-        for checkpoint, attribute in checkpoints(type(self.module).__name__):
-            guards = vars(checkpoint).setdefault("_circuitfreeze", [])
-            if self not in guards:
-                guards.append(self)
-                setattr(checkpoint, attribute, self._run_again(running, getattr(checkpoint, attribute)))
-                new = True
-        return new
-
-    def _run_again(self, running: Pass | None, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, which runs in the pass `running` now and when it is called again, under these freezes only."""
-        treatments, turns = self._treatments(), running.turns() if running else None
-        given = self.composite.given if self.composite else []
-
-        def again(*args: Any, **kwargs: Any) -> Any:
-            # The same freeze may have been removed and installed anew meanwhile.
-            tracker = self if self._in_force else patch_on(self.module, PassTracker) or self
-            if tracker._treatments() != treatments:
-                raise FreezeNotInForceError(
-                    "gradient checkpointing runs a layer again under other freezes than it first ran under: call "
-                    "backward while the same freezes are live, inside the same `with`"
-                )
-            if running and turns:
-                running.go_back(turns)  # run again, it is the same run
-            return tracker._recompute(running, given, function, args, kwargs)
-
-        return again
-
-    def _recompute(
-        self,
-        running: Pass | None,
-        given: list[Any],
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        before = self.recomputing, self.composite.given if self.composite else []
-        self.recomputing = True
-        if self.composite:
-            self.composite.given = given
-        try:
-            return self._run_in(running, function, args, kwargs)
-        finally:
-            self.recomputing = before[0]
-            if self.composite:
-                self.composite.given = before[1]
-
-    def _refuse_recomputation(self) -> None:
-        """Raises `FreezeNotInForceError` if the stack runs again for the gradient of a pass without these freezes."""
-        if torch._C._current_graph_task_id() != -1 and not self.recomputing:
-            raise FreezeNotInForceError(UNFROZEN_BEFORE.format(what=type(self.module).__name__))
-
-
-def _cache_buffers(path: str, attention: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers of an attention that could hold keys and values of earlier passes, by their paths."""
-    for name, buffer in attention.named_buffers(path):
-        if buffer.is_floating_point() and buffer.dim() > 2 and not buffer.is_inference():
-            yield name, buffer
 
 
 def tracker_of(
@@ -361,7 +210,7 @@ def tracker_of(
     """
     tracker = patch_on(stack, PassTracker) or PassTracker(stack)
     if composite is not None:
-        tracker.told_by(composite)
+        tracker.watch_mask_of(composite)
     if encoder_decoder is not None:
         tracker.watch_encoder_outputs(*encoder_decoder)
     return tracker

@@ -50,20 +50,20 @@ class Pass:
         self.runs: dict[str, int] = {}
         self.turn = 0
 
-    def take_turn(self, attention: str) -> None:
+    def begin_run(self, attention: str) -> None:
         """Notes that `attention` runs, again where the model loops over its layers: what it reads is of this run."""
         self.turn = self.runs.get(attention, 0)
         self.runs[attention] = self.turn + 1
         if self.encoder:
             self.encoder.turn = self.turn
 
-    def turns(self) -> tuple[dict[str, int], int]:
+    def runs_so_far(self) -> tuple[dict[str, int], int]:
         """Which runs are over, and which one is on."""
         return dict(self.runs), self.turn
 
-    def go_back(self, turns: tuple[dict[str, int], int]) -> None:
-        """Goes back to where `turns` was taken: what follows is run again."""
-        self.runs, self.turn = dict(turns[0]), turns[1]
+    def go_back(self, runs: tuple[dict[str, int], int]) -> None:
+        """Goes back to where `runs_so_far` was called: what follows is run again."""
+        self.runs, self.turn = dict(runs[0]), runs[1]
         if self.encoder:
             self.encoder.turn = self.turn
 
@@ -81,9 +81,9 @@ class Pass:
             )
         return runs[self.turn]
 
-    def turned(self, shape: torch.Size) -> bool:
+    def is_token_first(self, shape: torch.Size) -> bool:
         """Whether an activation is `[token, batch, feature]`; that it is cannot be seen where there are as many."""
-        return shape[0] == self.tokens != self.rows == shape[1]
+        return shape[0] != self.rows and shape[0] == self.tokens and shape[1] == self.rows
 
     def column(self, tokens: int) -> int:
         """The column of the first of `tokens` activations: they end with the pass, or begin with the cache.

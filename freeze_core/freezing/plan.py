@@ -89,11 +89,11 @@ def _in_force(site: AttentionSite, assignment: Assignment, storage: Storage, on_
     chosen = tuple(treatment for treatments in assignment.values() for treatment in treatments)
     key = " ".join("-" if treatment is None else treatment.key for treatment in chosen)
     return InForce(
-        attention=site.attention,
+        module=site.attention,
         key=f"{site.kind} {site.layer} {key}" if any(chosen) else "",
         treatments=chosen,
-        unshared=storage is not site.layout.shared,
-        needs_rows=any(treatment and treatment.replacement.reads_other_rows for treatment in chosen),
+        per_head_kv=storage is not site.layout.shared,
+        reads_other_rows=any(treatment and treatment.replacement.reads_other_rows for treatment in chosen),
         on_stale=max(on_stale, key=("ignore", "warn", "error").index, default="ignore"),
     )
 

@@ -12,20 +12,121 @@ callers. Libraries that bring a checkpoint of their own (fairscale, DeepSpeed, M
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from freeze_core.errors import FreezeNotInForceError
+from freeze_core.forward_patch import patch_on
 
-__all__ = ["checkpoints", "may_be_checkpointed"]
+if TYPE_CHECKING:
+    from freeze_core.freezing.pass_tracker import PassTracker
+    from freeze_core.freezing.passes import Pass
+
+__all__ = ["follow", "may_be_checkpointed", "wrap_checkpoints", "wrapped_functions"]
 
 # A method of the class, which the type checker takes for a function of its own kind.
 APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 """What stands above the `forward` of every autograd function in the stack of calls."""
+
+
+def follow(tracker: PassTracker) -> bool:
+    """Wraps the checkpoints that a frozen module runs in; called at each of its runs.
+
+    Returns:
+        whether one of them was not known yet.
+    """
+    running = tracker.current
+    began = running.differentiated if running else not torch.compiler.is_compiling()
+    return may_be_checkpointed(began) and bool(wrap_checkpoints(tracker, running))
+
+
+# Not compiled: a compiled layer in what may be a reentrant checkpoint stops here and looks around. The public
+# torch.compiler.disable would import all of torch._dynamo with this library.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def wrap_checkpoints(tracker: PassTracker, running: Pass | None) -> bool:
+    """Wraps the checkpoints that the caller runs in, so that what they run again runs as it first did.
+
+    Returns:
+        whether one of them was not known yet.
+    """
+    new = False
+    for checkpoint, attribute in _checkpoints(type(tracker.module).__name__):
+        trackers = vars(checkpoint).setdefault("_circuitfreeze", [])
+        if tracker not in trackers:
+            trackers.append(tracker)
+            setattr(checkpoint, attribute, _run_again(tracker, running, getattr(checkpoint, attribute)))
+            new = True
+    return new
+
+
+@contextmanager
+def wrapped_functions(tracker: PassTracker, running: Pass) -> Iterator[None]:
+    """Wraps what layers that transformers or torch's wrappers checkpoint run again, before they run.
+
+    `follow` does so for every checkpoint, but not where a layer is compiled: nothing looks around in there.
+    """
+    originals = [
+        (module, name, vars(module)[name])
+        for module in tracker.module.modules()
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn")
+        if name in vars(module) and callable(vars(module)[name])
+    ]
+    for module, name, original in originals:
+        setattr(module, name, _wrapping(tracker, running, original))
+    try:
+        yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+def _wrapping(tracker: PassTracker, running: Pass, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointing(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(_run_again(tracker, running, function), *args, **kwargs)
+
+    return checkpointing
+
+
+def _run_again(first: PassTracker, running: Pass | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which runs in the pass `running` now and when it is called again, under these freezes only."""
+    treatments, runs = first.treatments(), running.runs_so_far() if running else None
+    masks = first.composite.masks if first.composite else []
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        # The same freeze may have been removed and installed anew meanwhile.
+        tracker = first if first.treatments() else patch_on(first.module, type(first)) or first
+        if tracker.treatments() != treatments:
+            raise FreezeNotInForceError(
+                "gradient checkpointing runs a layer again under other freezes than it first ran under: call backward "
+                "while the same freezes are live, inside the same `with`"
+            )
+        if running and runs:
+            running.go_back(runs)  # run again, it is the same run
+        with _recomputing(tracker, masks):
+            return tracker.run_in(running, function, args, kwargs)
+
+    return again
+
+
+@contextmanager
+def _recomputing(tracker: PassTracker, masks: list[Any]) -> Iterator[None]:
+    """Within this, layers run again for a pass whose module around the stack was given `masks`."""
+    composite = tracker.composite
+    before = tracker.recomputing, composite.masks if composite else []
+    tracker.recomputing = True
+    if composite:
+        composite.masks = masks
+    try:
+        yield
+    finally:
+        tracker.recomputing = before[0]
+        if composite:
+            composite.masks = before[1]
 
 
 def may_be_checkpointed(differentiated: bool) -> bool:
@@ -39,7 +140,7 @@ def may_be_checkpointed(differentiated: bool) -> bool:
     return not torch.compiler.is_compiling() and _top_hooks() is not None
 
 
-def checkpoints(what: str) -> Iterator[tuple[Any, str]]:
+def _checkpoints(what: str) -> Iterator[tuple[Any, str]]:
     """The checkpoints that the caller runs in, each with its attribute that is called to run layers again.
 
     Raises:

@@ -59,11 +59,11 @@ class Replacement(ABC):
     reference: Reference | None = None
 
     @classmethod
-    @abstractmethod
     def from_config(
         cls, config: InterventionConfig, statistics: LayerStatistics | None, reference: Reference | None
     ) -> Replacement:
         """The replacement in one layer, of which the statistics and the recording are given, if the config has any."""
+        return cls()
 
     @property
     def key(self) -> str:
@@ -93,12 +93,6 @@ class Zero(Replacement):
 
     freeze_type = FreezeType.ZERO
     constant = ZERO
-
-    @classmethod
-    def from_config(
-        cls, config: InterventionConfig, statistics: LayerStatistics | None, reference: Reference | None
-    ) -> Zero:
-        return cls()
 
     def in_module(self, features: ModuleFeatures) -> Value:
         return lambda x, running: ZERO
@@ -247,6 +241,8 @@ def statistics_of(x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
     # Chosen, not cut out: a compiled pass cannot know how many are real. Nor multiplied: padding may hold inf or nan.
     counted = real.to(x.device)[..., None]
     count = counted.sum()
-    x = require(x, count > 0, "attention_mask leaves no real token in this pass: there is nothing to take statistics of")
+    x = require(
+        x, count > 0, "attention_mask leaves no real token in this pass: there is nothing to take statistics of"
+    )
     mean = torch.where(counted, x, 0).sum(dim=(0, 1)) / count
     return mean, (torch.where(counted, x - mean, 0).square().sum(dim=(0, 1)) / count).sqrt()

@@ -57,9 +57,9 @@ class SteeredLayer(LayerPatch):
         return self.site.name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        running = self._told(args, kwargs)
+        running = self._running_pass(args, kwargs)
         if running:
-            running.take_turn(self.path)
+            running.begin_run(self.path)
             if running.turn:
                 raise InterventionError(
                     f"{self.name} runs several times in one pass, and a vector is of one run: it cannot be added here"
@@ -72,7 +72,7 @@ class SteeredLayer(LayerPatch):
                     f"{self.name} gives {x.shape[-1]} features where the vector has {addition.delta.shape[-1]}: its "
                     "stream is spread over processes, or not the one that the vector is of"
                 )
-            if running and x.shape[0] != running.rows and running.turned(x.shape):
+            if running and running.is_token_first(x.shape):
                 raise InterventionError(
                     f"{self.name} gives {list(x.shape)} for {running.rows} rows, where [batch, token, hidden] was "
                     "expected: rows would be taken for tokens"
@@ -96,11 +96,9 @@ class SteeredLayer(LayerPatch):
         keys = [addition.key for _, addition in self.additions if addition.delta is not None]
         stale = [owner.on_stale_cache for owner, _ in self.additions]
         return InForce(
-            attention=self.module,
+            module=self.module,
             key=f"stream {self.site.layer} {' '.join(keys)}" if keys else "",
             treatments=tuple(keys),
-            unshared=False,
-            needs_rows=False,
             on_stale=max(stale, key=("ignore", "warn", "error").index),
         )
 
