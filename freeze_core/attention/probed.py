@@ -161,13 +161,13 @@ def _explained(attention: nn.Module, hint: Layout | str, error: UnsupportedModel
     said = f"{hint.heads} query and {hint.kv_heads} KV heads in {', '.join(hint.shared.modules)}"
     if isinstance(error, ProbeFailedError):
         return ProbeFailedError(
-            f"{name} is not transformers' own code. Its names say {said}, which cannot be verified: {error}. If the "
-            f"names are right, say so with architecture={str(hint.architecture)!r}; or call get_model_config of a "
-            "model of this class and these sizes where it can be run, before this one is frozen"
+            f"{name} runs code that is not transformers' own. Its names say {said}, which cannot be verified: {error}. "
+            f"If the names are right, say so with architecture={str(hint.architecture)!r}; or call get_model_config of "
+            "a model of this class and these sizes where it can be run, before this one is frozen"
         )
     return UnsupportedModelError(
-        f"{name} is not transformers' own code. Its names say {said}; a probe found that this is wrong, and what it "
-        f"found is not supported: {error}"
+        f"{name} runs code that is not transformers' own. Its names say {said}; a probe found that this is wrong, and "
+        f"what it found is not supported: {error}"
     )
 
 
