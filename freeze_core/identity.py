@@ -7,8 +7,9 @@ any bit have, but for a chance of about 1 in 2**32 at worst, different checksums
 
 All weights are read once, as in a pass over one token. Where the same tensor is looked at again its checksum is
 remembered, if torch has counted no write to it and a sample of its elements, with one of each row and column at least,
-is the same. Torch does not count writes through `.data` or numpy: those of single elements, after a first look in the
-same process, are all that this can miss.
+is the same. Torch does not count writes through `.data` or numpy: after a first look in the same process, such a write
+to a few elements, or to a part of one row or column, can be missed. Write to the parameter itself, under
+`torch.no_grad()`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -170,7 +170,7 @@ class Claim:
         if not truth:
             self.broken(otherwise, **where)
 
-    def broken(self, found: str, **where: int) -> None:
+    def broken(self, found: str, **where: int) -> NoReturn:
         """Refuses the engine.
 
         Raises:

@@ -15,7 +15,7 @@ from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, is_known
 from pytest_circuitfreeze.suites.judge.decoding import cache_argument
 from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, unfrozen
 from pytest_circuitfreeze.suites.judge.sites import implementations
-from pytest_circuitfreeze.suites.judge.state import training_flags_kept
+from pytest_circuitfreeze.suites.judge.state import training_flags_kept, wrap_forward
 from pytest_circuitfreeze.wrapped import config_of, forward_parameters
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def check_every_way_in_is_frozen(
     """Under a freeze, each way to call the model gives the logits of a plain call, bit for bit.
 
     Token ids by keyword are the plain call. The others are those of `WAYS` that the unfrozen model takes, and gives
-    the same logits for.
+    the same logits for, and a plain call where somebody wrapped the base model's forward before the freeze, in a
+    function whose signature says nothing of a padding mask or a cache.
 
     Raises:
         ClaimBroken: a way gives others.
@@ -43,17 +44,36 @@ def check_every_way_in_is_frozen(
         call = unfrozen(engine, model)
         plain = logits_of(call, model, batch)
         ways = [name for name, way in WAYS.items() if _is_open(way, call, model, batch, plain)]
-        if not ways:
+        stack = getattr(model, "base_model", model)
+        if not ways and stack is model:
             raise NotApplicable(f"{type(model).__name__} gives other logits for each other way to call it")
         with engine.freeze(model, config) as frozen:
             want = logits_of(frozen, model, batch)
             for name in ways:
-                try:
-                    got = WAYS[name](frozen, model, batch)
-                except Exception as error:  # the unfrozen model can be called so
-                    claim.broken(f"no logits {name}, but {type(error).__name__}: {error}")
+                got = _called(claim, name, WAYS[name], frozen, model, batch)
                 claim.same(f"logits {name}", got, want, "row position word")
+        if stack is not model:
+            take_off = wrap_forward(stack)
+            try:
+                with engine.freeze(model, config) as frozen:
+                    got = _called(claim, BEHIND_A_WRAPPER, logits_of, frozen, model, batch)
+            finally:
+                take_off()
+            claim.same(f"logits {BEHIND_A_WRAPPER}", got, want, "row position word")
     return claim.margin
+
+
+BEHIND_A_WRAPPER = "behind a wrapper around the base model"
+
+
+def _called(
+    claim: Claim, name: str, way: Way, frozen: Callable[..., Any], model: PreTrainedModel, batch: Batch
+) -> Tensor:
+    """The logits of the frozen model, called in a way in which the unfrozen one can be called."""
+    try:
+        return way(frozen, model, batch)
+    except Exception as error:  # whatever an engine fails with
+        claim.broken(f"no logits {name}, but {type(error).__name__}: {error}")
 
 
 def _is_open(way: Way, call: Callable[..., Any], model: PreTrainedModel, batch: Batch, plain: Tensor) -> bool:

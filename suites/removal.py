@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
@@ -16,7 +15,7 @@ from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen
 from pytest_circuitfreeze.suites.judge.passes import logits_of, look
 from pytest_circuitfreeze.suites.judge.sites import patch_on
-from pytest_circuitfreeze.suites.judge.state import added, changes, moving, visible_state
+from pytest_circuitfreeze.suites.judge.state import added, changes, moving, visible_state, wrap_forward
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -196,7 +195,7 @@ def _end_beneath_wrappers(engine: Engine, model: PreTrainedModel, config: Interv
     """
     context = engine.freeze(model, config)
     context.__enter__()
-    undo = [_wrap_forward(module) for module in model.modules()]
+    undo = [wrap_forward(module) for module in model.modules()]
     end_again: Callable[[], object] | None = None
     try:
         context.__exit__(None, None, None)
@@ -207,23 +206,6 @@ def _end_beneath_wrappers(engine: Engine, model: PreTrainedModel, config: Interv
         take_off()
     if end_again is not None:
         end_again()
-
-
-def _wrap_forward(module: nn.Module) -> Callable[[], None]:
-    """Puts a method around the forward that `module` has now, as a profiler does; what is given takes it off."""
-    own, on_instance = module.forward, "forward" in vars(module)
-    wrapper = MethodType(lambda self, *args, **kwargs: own(*args, **kwargs), module)
-    vars(module)["forward"] = wrapper
-
-    def take_off() -> None:
-        if vars(module).get("forward") is not wrapper:
-            return  # thrown away, with what was beneath it
-        if on_instance:
-            vars(module)["forward"] = own
-        else:
-            del vars(module)["forward"]
-
-    return take_off
 
 
 class _State(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -18,6 +18,7 @@ from freeze_core.forward_patch import patches_on
 
 __all__ = [
     "class_functions",
+    "class_values",
     "instance_forward",
     "instance_methods",
     "is_called_attention",
@@ -126,6 +127,12 @@ def class_functions(cls: type) -> Iterator[FunctionType]:
         yield from (function for function in vars(base).values() if isinstance(function, FunctionType))
 
 
+def class_values(cls: type) -> Iterator[tuple[str, Any]]:
+    """The numbers and texts among the attributes of a class of modules, and of those that it derives from."""
+    for base in _written_classes(cls):
+        yield from ((name, value) for name, value in vars(base).items() if isinstance(value, bool | int | float | str))
+
+
 def _written_classes(cls: type) -> list[type]:
     """The class and those that it derives from, without torch's: some of those wrap a class (FSDP's, say)."""
     return [base for base in cls.__mro__ if base is not object and not base.__module__.startswith("torch.")]
@@ -136,17 +143,34 @@ def _is_library_class(cls: type) -> bool:
     bases = _written_classes(cls)
     if not bases:
         return True  # torch's own
-    home = _library_folder()
     for base in bases:
         module = sys.modules.get(base.__module__)
         if not base.__module__.startswith("transformers.") or getattr(module, base.__name__, None) is not base:
             return False
-    for function in map(_unwrapped, class_functions(cls)):
-        # The names that its code uses may be bound to other functions by now, as libraries that speed models up do.
-        used = (function.__globals__.get(name) for name in function.__code__.co_names)
-        functions = (_unwrapped(other) for other in used if isinstance(other, FunctionType))
-        if not all(other.__code__.co_filename.startswith(home) for other in (function, *functions)):
+    return _are_library_functions(class_functions(cls))
+
+
+MODELS = ("transformers.models.", "transformers.integrations.")
+"""Where the functions are that form attention; what others of transformers use (logging, say) forms none."""
+
+
+def _are_library_functions(functions: Iterable[FunctionType]) -> bool:
+    """Whether functions stand in files of transformers or torch, as do all that they use, and those use.
+
+    The names that their code uses may be bound to other functions by now, as libraries that speed models up do.
+    """
+    home = _library_folder()
+    waiting, seen = list(functions), set[FunctionType]()
+    while waiting:
+        function = _unwrapped(waiting.pop())
+        if function in seen:
+            continue
+        seen.add(function)
+        if not function.__code__.co_filename.startswith((home, _TORCH)):
             return False
+        if str(function.__globals__.get("__name__")).startswith(MODELS):
+            used = (function.__globals__.get(name) for name in function.__code__.co_names)
+            waiting += [other for other in used if isinstance(other, FunctionType)]
     return True
 
 
@@ -159,7 +183,7 @@ def _is_library_kernel(module: nn.Module) -> bool:
     kernel = registered[name]
     while isinstance(kernel, partial):
         kernel = kernel.func
-    return isinstance(kernel, FunctionType) and _unwrapped(kernel).__code__.co_filename.startswith(_library_folder())
+    return isinstance(kernel, FunctionType) and _are_library_functions([kernel])
 
 
 def _unwrapped(function: FunctionType) -> FunctionType:

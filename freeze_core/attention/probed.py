@@ -23,7 +23,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from freeze_core.attention.classes import class_functions, instance_forward, instance_methods, is_called_attention
+from freeze_core.attention.classes import (
+    class_functions,
+    class_values,
+    instance_forward,
+    instance_methods,
+    is_called_attention,
+)
 from freeze_core.attention.layout import Layout, Part, Storage, plain_layout
 from freeze_core.attention.probe import HeadFeatures, is_linear, probe
 from freeze_core.attention.storages import unshared_projections, width_in
@@ -70,7 +76,7 @@ class _Facts(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What was found in a module, and what its code and its sizes were by then."""
+    """What was found in a module, and its code, sizes and attributes by then: it holds for as long as these do."""
 
     state: tuple[Any, ...]
     facts: _Facts
@@ -109,10 +115,10 @@ def probed_layouts(
     fresh: dict[Any, list[nn.Module]] = {}
     states: dict[nn.Module, tuple[Any, ...]] = {}
     for attention in attentions:
-        states[attention] = _state(attention)
+        details = _details(attention)
+        states[attention] = (*_state(attention), details)
         if attention not in _KNOWN or (_KNOWN[attention].state != states[attention] and not is_covered(attention)):
-            details = _details(attention)
-            key = None if details is None else (*states[attention], *details)
+            key = None if details is None else states[attention]
             facts = None if key is None else _OF_CLASS.get(type(attention), {}).get(key)
             if facts is None:
                 fresh.setdefault(key or attention, []).append(attention)
@@ -155,18 +161,18 @@ def _explained(attention: nn.Module, hint: Layout | str, error: UnsupportedModel
     said = f"{hint.heads} query and {hint.kv_heads} KV heads in {', '.join(hint.shared.modules)}"
     if isinstance(error, ProbeFailedError):
         return ProbeFailedError(
-            f"{name} is not transformers' own code. Its names say {said}, which cannot be verified: {error}. If the "
-            f"names are right, say so with architecture={str(hint.architecture)!r}; or call get_model_config of a "
-            "model of this class and these sizes where it can be run, before this one is frozen"
+            f"{name} runs code that is not transformers' own. Its names say {said}, which cannot be verified: {error}. "
+            f"If the names are right, say so with architecture={str(hint.architecture)!r}; or call get_model_config of "
+            "a model of this class and these sizes where it can be run, before this one is frozen"
         )
     return UnsupportedModelError(
-        f"{name} is not transformers' own code. Its names say {said}; a probe found that this is wrong, and what it "
-        f"found is not supported: {error}"
+        f"{name} runs code that is not transformers' own. Its names say {said}; a probe found that this is wrong, and "
+        f"what it found is not supported: {error}"
     )
 
 
 def _state(attention: nn.Module) -> tuple[Any, ...]:
-    """The code that an attention runs and its head counts; what is known of it holds for as long as these are same."""
+    """The code that an attention runs and its head counts."""
     heads = tuple(vars(attention).get(name) for name in HEADS if isinstance(vars(attention).get(name), int))
     children = tuple(
         (name, weakref.ref(type(child)), width_in(child), tuple(map(weakref.ref, class_functions(type(child)))))
@@ -192,8 +198,11 @@ def _identity(function: Any) -> Any:
 
 
 def _details(attention: nn.Module) -> tuple[Any, ...] | None:
-    """All that may make two attention modules of one class differ, beside their number; `None` where that is unsure."""
-    details: list[Any] = []
+    """All that may make two attention modules of one class differ, beside their number; `None` where that is unsure.
+
+    And what may make one differ from what it was: plain attributes of its class among it.
+    """
+    details: list[Any] = [tuple(class_values(type(attention)))]
     try:
         for path, module in attention.named_modules():
             own = {name: value for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES}

@@ -110,4 +110,5 @@ def _checksums(states: Tensor) -> list[int]:
     rows = states.detach().flatten(1).contiguous()
     bits = rows.view(BITS[rows.element_size()]).long()
     weights = torch.arange(bits.shape[1], device=bits.device) * 2 + 1  # odd, so that no bit is lost modulo 2 ** 64
-    return [int(one) for one in (bits * weights).sum(1)]
+    checksums: list[int] = (bits * weights).sum(1).tolist()
+    return checksums

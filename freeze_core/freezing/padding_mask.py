@@ -7,10 +7,11 @@ prompts of its own before the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,25 +52,47 @@ class Composite(PassPatch):
 def given_masks(arguments: ForwardArguments, named: Mapping[str, Any]) -> list[Any]:
     """The `attention_mask` of a call as a list of one, `None` by default; an empty list where there is no padding mask.
 
-    A tensor of rows by tokens that is called otherwise may be a padding mask, and stands as an `UnknownMask`.
+    What is called otherwise and may say which tokens are padding stands as an `UnknownMask`: a tensor of rows by
+    tokens, or whole numbers of which each row has one, its length maybe.
     """
     if arguments.takes("attention_mask") or "attention_mask" in named:
         return [named.get("attention_mask")]
-    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor) and value.dim() > 1}
+    if not named:
+        return []
+    values = dict(_tensors_in(named))
+    tensors = {name: value for name, value in values.items() if value.dim() > 1}
     if not tensors:
         return []
     tokens = next((tensors[name] for name in ("input_ids", "inputs_embeds") if name in tensors), None)
     if tokens is None:
-        tokens = tensors.pop(next(iter(tensors)))  # what a model is given first, whatever it calls it
-    for name, value in tensors.items():
-        by_rows = value is not tokens and value.shape[0] == tokens.shape[0] and value.shape[-1] == tokens.shape[1]
-        if by_rows and not any(part in name for part in NO_MASK):
+        tokens = tensors[next(iter(tensors))]  # what a model is given first, whatever it calls it
+    rows, count = tokens.shape[:2]
+    for name, value in values.items():
+        if value is tokens or any(part in name for part in NO_MASK):
+            continue
+        if value.dim() > 1 and (value.shape[0], value.shape[-1]) in ((rows, count), (count, rows)):
             return [UnknownMask(f"{name} {list(value.shape)} may say which tokens are padding")]
+        if value.shape == (rows,) and not value.is_floating_point() and not any(part in name for part in NO_LENGTH):
+            return [UnknownMask(f"{name} {list(value.shape)} may say how many tokens of each row are not padding")]
     return []
+
+
+def _tensors_in(named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments of a call, and in dicts among them. A list of whole numbers stands as one."""
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, list | tuple) and value and all(type(one) is int for one in value):
+            yield name, torch.tensor(value)
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}[{key!r}]", one) for key, one in _tensors_in(value))
 
 
 NO_MASK = ("embed", "hidden", "ids", "label", "position", "state")
 """Parts of the names of other tensors of rows by tokens."""
+
+NO_LENGTH = ("_id", "class", "index", "lang", "step", "target", "task", "time", "type")
+"""Parts of the names of other whole numbers of which each row has one."""
 
 
 def prompt_of(stack: nn.Module) -> int:

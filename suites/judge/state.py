@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "training_flags",
     "training_flags_kept",
     "visible_state",
+    "wrap_forward",
 ]
 
 _UNTOUCHED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
@@ -96,6 +98,26 @@ def training_flags_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in was:
             module.training = flag
+
+
+def wrap_forward(module: nn.Module) -> Callable[[], None]:
+    """Puts a method around the forward that `module` has now, as a profiler does; what is given takes it off.
+
+    Its signature says nothing of what the forward takes.
+    """
+    own, on_instance = module.forward, "forward" in vars(module)
+    wrapper = MethodType(lambda self, *args, **kwargs: own(*args, **kwargs), module)
+    vars(module)["forward"] = wrapper
+
+    def take_off() -> None:
+        if vars(module).get("forward") is not wrapper:
+            return  # thrown away, with what was beneath it
+        if on_instance:
+            vars(module)["forward"] = own
+        else:
+            del vars(module)["forward"]
+
+    return take_off
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:

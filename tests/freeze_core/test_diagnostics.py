@@ -144,6 +144,26 @@ def test_no_effect_is_told_as_none(model, ids):
     assert effect == {"max_absolute_diff": 0.0, "mean_absolute_diff": 0.0, "changed": False}
 
 
+def test_the_effect_in_training_mode_is_of_one_draw_of_dropout(ids):
+    """What differs is what the freeze changes; torch's generator is left where it was."""
+    model = tiny_model("gpt2").train()
+    before = torch.get_rng_state()
+    none, some = (
+        FREEZER.verify_intervention_effect(model, model, ids, InterventionConfig([2], [1], "ov", strength=strength))
+        for strength in (0.0, 1.0)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert none["max_absolute_diff"] == 0.0
+    assert some["changed"]
+    assert not any(head["max"] for head in some["heads"] if not head["frozen"])
+
+
+def test_the_effect_between_training_and_evaluation_is_refused(ids):
+    model = tiny_model("gpt2")
+    with pytest.raises(InterventionError, match=r"dropout would differ, too; put both in the same mode"):
+        FREEZER.verify_intervention_effect(tiny_model("gpt2").train(), model, ids, InterventionConfig([0]))
+
+
 @pytest.mark.parametrize(("scope", "reading"), [("group", [2, 3]), ("head", [3])])
 def test_the_effect_is_told_head_by_head(scope, reading, ids):
     model = tiny_model("llama_gqa")

@@ -35,6 +35,7 @@ from named_attention import (
     with_attention,
 )
 from torch import nn
+from transformers.integrations import sdpa_attention
 from transformers.models.falcon.modeling_falcon import FalconAttention
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -107,7 +108,8 @@ def test_what_names_say_wrongly_and_cannot_be_supported_is_refused_by_name(atten
     for architecture in (None, "separate_qkv"):  # a probe that ran is believed more than what is stated
         with pytest.raises(UnsupportedModelError, match=reason) as error:
             FREEZER.freeze_circuits(model, InterventionConfig([1], [1], "ov"), architecture=architecture)
-        assert f"{attention.__name__} is not transformers' own code. Its names say 4 query and" in str(error.value)
+        said = f"{attention.__name__} runs code that is not transformers' own. Its names say 4 query and"
+        assert said in str(error.value)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -196,7 +198,19 @@ def by_kernel(monkeypatch):
     return tiny_model("llama_gqa", attn="tiled")
 
 
-@pytest.mark.parametrize("patch", [by_function, by_kernel])
+def by_function_of_a_function(monkeypatch):
+    """The attention function is transformers' own, and repeats heads by one that is not."""
+    monkeypatch.setattr(modeling_llama, "repeat_kv", lambda x, groups: x.repeat(1, groups, 1, 1))
+    return tiny_model("llama_gqa", attn="eager")
+
+
+def by_function_of_a_kernel(monkeypatch):
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda x, groups: x.repeat(1, groups, 1, 1))
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *_: False)
+    return tiny_model("llama_gqa", attn="sdpa")
+
+
+@pytest.mark.parametrize("patch", [by_function, by_function_of_a_function, by_kernel, by_function_of_a_kernel])
 def test_an_attention_function_that_reads_other_heads_is_refused(patch, monkeypatch):
     model = patch(monkeypatch)
     with pytest.raises(UnsupportedModelError, match="share the features of its k otherwise than in groups"):
@@ -307,6 +321,24 @@ def test_modules_of_one_class_with_other_attributes_are_probed_apart():
             layer.self_attn.order = order
         features = find_sites(model).by_layer[1].layout.shared.features
         assert [features[role][0].module[0] for role in "qkv"] == [f"{'qkv'[order.index(role)]}" for role in "qkv"]
+
+
+def test_a_module_whose_attributes_changed_is_probed_anew(monkeypatch):
+    """Its own, or those of its class."""
+
+    def values_module():
+        return find_sites(model).by_layer[1].layout.shared.features["v"][0].module
+
+    model = with_attention(Ordered)
+    assert values_module() == "v_proj"
+    for layer in model.model.layers:
+        layer.self_attn.order = "qvk"
+    assert values_module() == "k_proj"
+    for layer in model.model.layers:
+        del layer.self_attn.order
+    assert values_module() == "v_proj"
+    monkeypatch.setattr(Ordered, "order", "qvk")
+    assert values_module() == "k_proj"
 
 
 def test_a_probe_leaves_no_trace():

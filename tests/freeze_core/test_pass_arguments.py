@@ -183,11 +183,33 @@ class FourDimensional(Model):
         return self.run(input_ids, None, seen[:, 0, -1])
 
 
+class TokensByRows(Model):
+    def forward(self, input_ids, real=None):
+        return self.run(input_ids, None, real.T)
+
+
+def first(lengths):
+    """The padding mask of rows whose last tokens are padding."""
+    return torch.arange(8)[None] < torch.as_tensor(lengths)[:, None]
+
+
+class Lengths(Model):
+    def forward(self, input_ids, src_lengths=None):
+        return self.run(input_ids, None, first(src_lengths))
+
+
+class OneDict(Model):
+    def forward(self, batch):
+        return self.run(batch["input_ids"], None, first(batch["lengths"]))
+
+
 OTHER_MASKS = {
     "pad": (MaskFirst, PADDING),
     "src_key_padding_mask": (TorchName, PADDING == 0),
     "valid": (NamelessIds, PADDING),
     "seen": (FourDimensional, PADDING[:, None, None].expand(-1, 1, 8, -1)),
+    "real": (TokensByRows, PADDING.T.contiguous()),
+    "src_lengths": (Lengths, torch.tensor([4, 8])),
 }
 
 
@@ -203,14 +225,46 @@ def test_a_mask_under_another_name_is_not_taken_for_no_padding(name, by_name):
 
     with (
         FREEZER.freeze_circuits(model, MEAN),
-        pytest.raises(InterventionError, match=f"{name} .* may say which tokens"),
+        pytest.raises(InterventionError, match=f"{name} .* may say (which|how many) tokens"),
     ):
         run()
-    with pytest.raises(InterventionError, match=f"{name} .* may say which tokens"):
+    with pytest.raises(InterventionError, match=f"{name} .* may say (which|how many) tokens"):
         FREEZER.record(model, {"x" if kind is NamelessIds else "input_ids": IDS, name: mask})
     for config in (ZERO, NOISE):
         with FREEZER.freeze_circuits(model, config):
             run()
+
+
+MAY_BE_LENGTHS = r" \[2\] may say how many tokens of each row are not padding: .* pass one, freeze through"
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "name"),
+    [
+        (Lengths, (IDS, [4, 8]), "src_lengths"),
+        (OneDict, ({"input_ids": IDS, "lengths": torch.tensor([4, 8])},), r"batch\['lengths'\]"),
+        (OneDict, ({"input_ids": IDS, "lengths": [4, 8]},), r"batch\['lengths'\]"),
+    ],
+)
+@torch.no_grad()
+def test_lengths_of_rows_are_not_taken_for_no_padding(kind, inputs, name):
+    model = kind()
+    with FREEZER.freeze_circuits(model, MEAN), pytest.raises(InterventionError, match=name + MAY_BE_LENGTHS):
+        model(*inputs)
+    with FREEZER.freeze_circuits(model, NOISE):
+        model(*inputs)
+
+
+class WithTimes(Model):
+    def forward(self, input_ids, timesteps, labels, scale, cut):
+        return self.run(input_ids)
+
+
+@torch.no_grad()
+def test_other_numbers_of_each_row_are_not_taken_for_lengths():
+    model = WithTimes()
+    with FREEZER.freeze_circuits(model, MEAN):
+        model(IDS, torch.tensor([3, 5]), torch.tensor([0, 1]), torch.tensor([0.5, 0.1]), [1, 2, 3])
 
 
 def by_lambda(module):

@@ -40,6 +40,7 @@ from broken_engines.calibration import (
     StatisticsOfTheLayerBefore,
 )
 from broken_engines.entering import (
+    AsksTheSignatureForAMask,
     OffInInferenceMode,
     OffInTrainingMode,
     ReadsNamedArgumentsAlone,
@@ -269,6 +270,7 @@ BROKEN: Mapping[str, Sequence[type[HookEngine]]] = {
     "indices_are_read_as_in_python": [CountsFromTheFrontAlone, AllLayersButTheLast, FirstHeadForAll],
     "every_way_in_is_frozen": [
         ReadsNamedArgumentsAlone,
+        AsksTheSignatureForAMask,
         SparesEmbeddings,
         SparesThePromptOfACallersCache,
         OffInInferenceMode,

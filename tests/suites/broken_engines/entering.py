@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,6 +20,16 @@ class ReadsNamedArgumentsAlone(HookEngine):
 
     def remember_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().remember_pass(model, (), kwargs)
+
+
+class AsksTheSignatureForAMask(HookEngine):
+    """Takes a base model whose forward names no padding mask for one that is given none."""
+
+    def remember_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().remember_pass(model, args, kwargs)
+        base: Any = model.base_model
+        if "attention_mask" not in inspect.signature(base.forward).parameters:
+            self.mask = None
 
 
 class SparesEmbeddings(HookEngine):
