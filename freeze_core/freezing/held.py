@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from freeze_core.errors import CircuitFreezeError, FreezeNotInForceError
+from freeze_core.freezing.pass_arguments import caches_in
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.replaced import ReplacedForward, patches_on, standing_in
 from freeze_core.freezing.tracking import UNFROZEN_BEFORE, PassTracker
@@ -78,7 +79,7 @@ class Held(ReplacedForward):
             return
         if torch._C._current_graph_task_id() != -1 and not self._tracker.recomputing:
             raise FreezeNotInForceError(UNFROZEN_BEFORE.format(what=self.name))
-        if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+        if any(True for _ in caches_in((args, kwargs))):
             raise FreezeNotInForceError(
                 f"{self.name} is run with a cache, outside of the {type(self.stack).__name__} through which it "
                 "was frozen, so that it cannot be told whether what is cached is frozen alike: freeze it through the "

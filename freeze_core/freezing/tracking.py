@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
+from freeze_core.freezing.attention_state import StateWatch
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
 from freeze_core.freezing.encoder_outputs import EncoderDecoderPatch
 from freeze_core.freezing.padding import Composite, given_masks, prompt_of, select_padding_mask
-from freeze_core.freezing.pass_arguments import ForwardArguments, find_cache, returned_cache
+from freeze_core.freezing.pass_arguments import ForwardArguments, find_cache, holds_tensors, returned_cache
 from freeze_core.freezing.passes import Pass
 from freeze_core.freezing.places import Place
 from freeze_core.freezing.recomputation import checkpoints, may_be_checkpointed
@@ -63,6 +64,7 @@ class PassTracker(ReplacedPass):
         self._in_force: dict[str, InForce] = {}
         self._places: dict[str, Place] = {}
         self._buffers: list[tuple[str, Tensor]] = []
+        self._kept_keys: StateWatch | None = None
         self._mark = ""
         self._unshared = self._needs_rows = False
         self._on_stale = "ignore"
@@ -80,6 +82,7 @@ class PassTracker(ReplacedPass):
             self._places[name] = Place(self.module, name)
         notes = [self._in_force[name] for name in sorted(self._in_force)]
         self._buffers = [pair for name, note in self._in_force.items() for pair in _cache_buffers(name, note.attention)]
+        self._kept_keys = None
         frozen = [note.key for note in notes if note.key]
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
         unshared = [name for name in sorted(self._in_force) if self._in_force[name].unshared]
@@ -149,6 +152,7 @@ class PassTracker(ReplacedPass):
         elif cache is not None:
             check_emptied_cache(cache, self._mark)
         versions = [buffer._version for _, buffer in self._buffers]
+        sizes = {} if torch.compiler.is_compiling() else self._kept_sizes()
         if self.module.training:
             with self._checkpoints_keep(running):
                 output = self._run_in(running, self.original, args, kwargs)
@@ -161,8 +165,11 @@ class PassTracker(ReplacedPass):
             self._refuse_written_buffers(versions)
         if cache is not None:
             self._refuse_recomputed_tokens(cache, running)
+            sizes = {}  # what grows beside a cache is a pattern of the last step, say
         else:
             cache = returned_cache(output)
+        if sizes:
+            self._refuse_kept_tokens(sizes, named)
         if cache is not None:
             # Counted, not asked for again: a static cache on an accelerator would be waited for.
             mark_cache(cache, self._mark, before, running.end if running.end > running.cached else filled(cache))
@@ -183,6 +190,23 @@ class PassTracker(ReplacedPass):
                     "the buffer out"
                 )
 
+    def _kept_sizes(self) -> dict[str, tuple[int, ...]]:
+        """The sizes of what frozen attentions that are not transformers' own keep on themselves."""
+        if self._kept_keys is None:
+            self._kept_keys = StateWatch(self.module, list(self._in_force))
+        return self._kept_keys.sizes()
+
+    def _refuse_kept_tokens(self, before: Mapping[str, tuple[int, ...]], named: Mapping[str, Any]) -> None:
+        """Raises `InterventionError` where what attention keeps on itself is longer by the tokens of this pass."""
+        given = next((value for value in named.values() if isinstance(value, Tensor) and value.dim() > 1), None)
+        if given is not None and self._kept_keys and (path := self._kept_keys.grown(before, given.shape[1])):
+            raise InterventionError(
+                f"{path} of {type(self.module).__name__} has grown by the {given.shape[1]} tokens of this pass: if "
+                "attention keeps keys and values there, how many tokens it holds and under which freeze they were "
+                "computed is unknown; hand over a cache of transformers (DynamicCache) instead, or empty it before "
+                "each pass"
+            )
+
     def _refuse_recomputed_tokens(self, cache: Any, running: Pass) -> None:
         """Raises `InterventionError` where a cache has not grown by the tokens that the pass was given.
 
@@ -192,7 +216,14 @@ class PassTracker(ReplacedPass):
         tokens = running.end - running.cached
         if self._prompt or not tokens or getattr(cache, "is_compileable", False):
             return
-        if (grown := filled(cache) - running.cached) not in (0, tokens):
+        grown = filled(cache) - running.cached
+        if not grown and not running.cached and holds_tensors(cache):
+            raise InterventionError(
+                f"{type(self.module).__name__} was given a {type(cache).__name__} that holds tensors and says that it "
+                "holds no tokens (get_seq_length): which columns a pass computes is unknown; pass a cache that counts "
+                "its tokens, such as DynamicCache, or run without one"
+            )
+        if grown not in (0, tokens):
             raise InterventionError(
                 f"{type(self.module).__name__} was given {tokens} tokens and added {grown} to its cache of "
                 f"{running.cached}: which columns this pass computed is unknown; run without a cache (use_cache=False)"
