@@ -84,15 +84,14 @@ def find_cache(arguments: Mapping[str, Any], model: str) -> Any:
     for name, value in arguments.items():
         if value is None or isinstance(value, bool | int | float | str):
             continue
-        found = list(caches_in(value))
-        caches.update({name if cache is value else f"{name} ({type(value).__name__})": cache for cache in found})
-        if len({id(cache) for cache in (*found, *caches.values())}) > 1:
-            named = ", ".join(caches)
+        contained = list(caches_in(value))
+        caches.update({name if cache is value else f"{name} ({type(value).__name__})": cache for cache in contained})
+        if len({id(cache) for cache in (*contained, *caches.values())}) > 1:
             raise InterventionError(
-                f"{model} was given several caches ({named}): which of them holds the tokens before this pass is "
-                "unknown; pass one"
+                f"{model} was given several caches ({', '.join(caches)}): which of them holds the tokens before this "
+                "pass is unknown; pass one"
             )
-        if not found and not any(part in name for part in NOT_A_CACHE) and _holds_activations(value):
+        if not contained and not any(part in name for part in NOT_A_CACHE) and _holds_activations(value):
             raise InterventionError(
                 with_newer_versions(
                     f"{model} was given {name}, a {type(value).__name__} of tensors: if it holds keys and values of "
@@ -115,7 +114,7 @@ def caches_in(value: Any) -> Iterator[Any]:
 
 def holds_tensors(cache: Any) -> bool:
     """Whether a cache has tensors that can be keys and values, whatever it says of its length."""
-    return any(_may_be_cached(tensor) for part in _children(cache) for tensor in _parts(part))
+    return any(map(_may_be_cached, _parts(cache, into_caches=True)))
 
 
 def _holds_activations(value: Any) -> bool:
@@ -136,9 +135,13 @@ DEPTH = 8
 """How deep containers are looked into: a cache of layers of pairs in an object that carries state has five."""
 
 
-def _parts(value: Any, depth: int = DEPTH, seen: set[int] | None = None) -> Iterator[Any]:
-    """The tensors and caches that a value is or contains, in containers and in attributes of objects."""
-    if isinstance(value, Tensor) or is_cache(value):
+def _parts(value: Any, depth: int = DEPTH, seen: set[int] | None = None, into_caches: bool = False) -> Iterator[Any]:
+    """The tensors and caches that a value is or contains, in containers and in attributes of objects.
+
+    Args:
+        into_caches: whether caches are looked into, whose layers count tokens as well, and not given themselves.
+    """
+    if isinstance(value, Tensor) or (is_cache(value) and not into_caches):
         yield value
         return
     seen = set() if seen is None else seen
@@ -146,7 +149,7 @@ def _parts(value: Any, depth: int = DEPTH, seen: set[int] | None = None) -> Iter
         seen.add(id(value))
         for part in _children(value):
             if part is not None and not isinstance(part, bool | int | float | str):
-                yield from _parts(part, depth - 1, seen)
+                yield from _parts(part, depth - 1, seen, into_caches)
 
 
 def _children(value: Any) -> Iterator[Any]:
