@@ -2,9 +2,9 @@
 
 The metadata in pyproject.toml require Python 3.11. With constraints.txt an older pip looks for the pinned versions
 first, finds none for an older Python, and reports a conflict between pins instead of the Python version.
-"""
 
-from __future__ import annotations
+Older Pythons must be able to read this file: it has no annotations and no f-strings.
+"""
 
 import sys
 
@@ -12,8 +12,8 @@ from setuptools import setup
 
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(
-        f"pytest-circuitfreeze needs Python 3.11 or newer, and this is Python {sys.version.split()[0]}: make the "
-        "virtual environment anew with a newer one, such as python3.11 or python3.13"
+        "pytest-circuitfreeze needs Python 3.11 or newer, and this is Python %s: make the virtual environment anew "  # noqa: UP031
+        "with a newer one, such as python3.11 or python3.13" % sys.version.split()[0]
     )
 
 setup()

@@ -35,4 +35,5 @@ def _installed(library: str) -> str:
 
 def release_numbers(text: str) -> tuple[int, ...]:
     """The numbers of a release, for comparison: `2.13.0+cpu` and `2.13.0rc1` are of release (2, 13, 0)."""
-    return tuple(map(int, re.findall(r"\d+", text.partition("+")[0])[:3]))
+    release = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, release[0].split(".")[:3])) if release else ()

@@ -1,8 +1,8 @@
-"""Which claims must say something about which models, so that none can drop out of a run unseen.
+"""Which claims must apply to which models, so that none can drop out of a run unnoticed.
 
-A claim that finds nothing to say about a model is "n/a". For most architectures that is a fact about them. About the
-architectures that a run takes by default every shipped claim says something, so that "n/a" there means that the judge
-has lost a claim: another library may have renamed what it looks for.
+A claim that does not apply to a model is reported as "n/a". For most architectures that is a fact about them. To the
+architectures of the default run every shipped claim applies. "n/a" there means that the judge has lost a claim: another
+library may have renamed what it looks for.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from pytest_circuitfreeze.engines import FreezeCore
 __all__ = ["lost_claim"]
 
 ALL_CLAIMS_APPLY = ("gpt2", "llama", "mistral_gqa", "falcon_mqa")
-"""Architectures about which each shipped claim says something."""
+"""Architectures to which every shipped claim applies."""
 
 
 def lost_claim(model: str | None, engine: str, reason: str) -> str:
-    """Why a shipped claim that says nothing about `model`, for this `reason`, fails; empty where it may say nothing.
+    """Why a shipped claim that does not apply to `model` fails; empty where it need not apply.
 
-    Of other engines than our own it may: some claims are about what `freeze_core` alone has, such as recordings.
+    It need not for other engines than our own: some claims are about what `freeze_core` alone has, such as recordings.
+
+    Args:
+        model: the architecture, `None` for a claim without a model.
+        engine: the engine's name.
+        reason: why the claim does not apply; empty if it does.
     """
     if not reason or model not in ALL_CLAIMS_APPLY or engine != FreezeCore.name:
         return ""

@@ -29,24 +29,24 @@ GROUPS = {
     "other": "Changed in another way",
     "new": "New types",
     "gone": "Types that are gone",
-    "claims": "Claims that say something else",
+    "claims": "Claims with another outcome",
 }
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
     """The lines of each group of `GROUPS`, from two matrices as `compatibility.document` gives them."""
     old, new = before["architectures"], after["architectures"]
-    found: dict[str, list[str]] = {group: [] for group in GROUPS}
-    found["new"] = [f"**{name}** {_verdict(new[name])}" for name in sorted(new.keys() - old.keys())]
-    found["gone"] = [f"**{name}**, which {_verdict(old[name])}" for name in sorted(old.keys() - new.keys())]
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+    groups["new"] = [f"**{name}** {_verdict(new[name])}" for name in sorted(new.keys() - old.keys())]
+    groups["gone"] = [f"**{name}**, which {_verdict(old[name])}" for name in sorted(old.keys() - new.keys())]
     for name in sorted(old.keys() & new.keys()):
-        was, now = old[name]["verdict"], new[name]["verdict"]
-        if was != now:
-            group = _group(was in SUPPORTED, now in SUPPORTED)
-            found[group].append(f"**{name}** {_verdict(new[name])}; before it {_verdict(old[name])}")
-        elif moved := _claims(old[name]["claims"], new[name]["claims"]):
-            found["claims"].append(f"**{name}**: {'; '.join(moved)}")
-    return found
+        before_verdict, after_verdict = old[name]["verdict"], new[name]["verdict"]
+        if before_verdict != after_verdict:
+            group = _group(before_verdict in SUPPORTED, after_verdict in SUPPORTED)
+            groups[group].append(f"**{name}** {_verdict(new[name])}; before it {_verdict(old[name])}")
+        elif outcomes := _claims(old[name]["claims"], new[name]["claims"]):
+            groups["claims"].append(f"**{name}**: {'; '.join(outcomes)}")
+    return groups
 
 
 def _group(was_supported: bool, is_supported: bool) -> str:
@@ -62,7 +62,7 @@ def _verdict(entry: Mapping[str, Any]) -> str:
 
 
 def _claims(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """The claims of both matrices with another outcome. A claim of one alone is no change of the architecture."""
+    """The claims of both matrices with another outcome. A claim that only one of them has is not compared."""
     return [
         f"{claim.replace('_', ' ')}: {before[claim]}, now {after[claim]}"
         for claim in before
@@ -73,7 +73,7 @@ def _claims(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 def render(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The comparison as Markdown."""
     first, second = (matrix["environment"]["transformers"] for matrix in (before, after))
-    found = changes(before, after)
+    groups = changes(before, after)
     lines = [
         f"# What changed from transformers {first} to {second}",
         "",
@@ -84,7 +84,7 @@ def render(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         *(_counts(name, matrix) for name, matrix in (("before", before), ("after", after))),
     ]
     for group, title in GROUPS.items():
-        lines += ["", f"## {title}", "", *([f"- {line}" for line in map(_plain, found[group])] or ["None."])]
+        lines += ["", f"## {title}", "", *([f"- {line}" for line in map(_plain, groups[group])] or ["None."])]
     return "\n".join(lines) + "\n"
 
 

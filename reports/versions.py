@@ -116,8 +116,8 @@ def _not_passed(report: Report) -> list[str]:
             reason = "; ".join([*filter(None, [result.message]), *result.refusals, *result.not_offered])
             models.setdefault((word, result.claim, reason), []).append(model)
     return [
-        f"- {word}, **{matrix.words(claim)}** ({', '.join(map(escape, named))}): {escape(reason)}"
-        for (word, claim, reason), named in models.items()
+        f"- {word}, **{matrix.words(claim)}** ({', '.join(map(escape, names))}): {escape(reason)}"
+        for (word, claim, reason), names in models.items()
     ]
 
 
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--render", action="store_true", help="run nothing: write versions.md of the kept reports")
     chosen = parser.parse_intermixed_args(arguments)  # names may stand behind options
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    kept = read_all(chosen.folder)
+    reports = read_all(chosen.folder)
     failed = False
     if not chosen.render:
         options = ["--circuitfreeze-profile", chosen.profile]
@@ -142,13 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: the run did not end within {SECONDS} s, or died; no report was kept", file=sys.stderr)
             return 1
         print(f"{path}\n{matrix.totals(report.results)}\n")
-        if kept:
-            before = name if name in kept else list(kept)[-1]
-            found = render_comparison(compare(kept[before], report))
-            print(f"# Compared with {before}\n\n{found or 'nothing differs beyond the noise'}")
-        kept = read_all(chosen.folder)
+        if reports:
+            before = name if name in reports else list(reports)[-1]
+            differences = render_comparison(compare(reports[before], report))
+            print(f"# Compared with {before}\n\n{differences or 'nothing differs beyond the noise'}")
+        reports = read_all(chosen.folder)
         failed = bool(report.failed)
-    (chosen.folder / "versions.md").write_text(render(list(kept.values())), encoding="utf-8")
+    (chosen.folder / "versions.md").write_text(render(list(reports.values())), encoding="utf-8")
     return int(failed)
 
 

@@ -35,8 +35,20 @@ def is_cache(value: Any) -> bool:
 
 
 def filled(cache: Any) -> int:
-    """Tokens in a cache; 0 where there is none."""
-    return int(cache.get_seq_length()) if is_cache(cache) else 0
+    """Tokens in a cache; 0 where there is none.
+
+    Raises:
+        InterventionError: it cannot be asked as transformers' caches can.
+    """
+    if not is_cache(cache):
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except TypeError as error:
+        raise InterventionError(
+            f"{type(cache).__name__}.get_seq_length() raised {type(error).__name__} ({error}): a cache must give the "
+            "number of its tokens without arguments, as DynamicCache does; give its arguments defaults"
+        ) from error
 
 
 def check_cache(cache: Any, mark: str, cached: int, on_stale: str) -> None:

@@ -14,9 +14,11 @@ from freeze_core.attention.shards import Shard, gathered, sharded_like
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.forward_patch import ForwardPatch, patch_on
 from freeze_core.freezing.backward import differentiated, straight_through
+from freeze_core.freezing.caches import is_cache
 from freeze_core.freezing.guards import refuse_bypass, refuse_lost_projection, refuse_miscount
 from freeze_core.freezing.layer_patch import LayerPatch
 from freeze_core.freezing.module_path import ModulePath
+from freeze_core.freezing.pass_arguments import caches_in
 from freeze_core.freezing.pass_tracker import PassTracker, tracker_of
 from freeze_core.freezing.plan import LayerPlan, plan_layer
 from freeze_core.freezing.recomputation import follow
@@ -208,9 +210,15 @@ class FrozenAttention(LayerPatch):
                 "without a cache (use_cache=False), or under torch.no_grad()"
             )
         # A cache that is handed over is to be filled once, whatever it is called.
-        without_cache = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
+        without_cache = {name: None if is_cache(value) else value for name, value in kwargs.items()}
+        others = tuple(None if is_cache(value) else value for value in args)
+        if any(True for _ in caches_in((others, without_cache))):
+            raise InterventionError(
+                "backward_mode 'circuit_ste' runs attention twice, and would fill the cache twice that attention is "
+                "given in a container: run without a cache (use_cache=False), or under torch.no_grad()"
+            )
         with _generators_kept(self.module), self._sparing():
-            self.original(*(None if _is_cache(value) else value for value in args), **without_cache)
+            self.original(*others, **without_cache)
 
     @contextmanager
     def _sparing(self) -> Iterator[None]:
@@ -273,10 +281,6 @@ class FrozenAttention(LayerPatch):
             self._tracker.put(self.path, None)
             self._tracker = None
         self.detach()
-
-
-def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length")
 
 
 @contextmanager

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from freeze_core.errors import FreezeNotInForceError, InterventionError
 from freeze_core.forward_patch import ForwardPatch
+from freeze_core.freezing.attention_state import StateWatch
 from freeze_core.freezing.caches import filled
 from freeze_core.freezing.module_path import ModulePath
+from freeze_core.freezing.pass_arguments import caches_in, holds_tensors
 from freeze_core.freezing.passes import Pass
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "check_paths",
     "refuse_bypass",
     "refuse_foreign_recomputation",
+    "refuse_kept_tokens",
     "refuse_lost_projection",
     "refuse_miscount",
     "refuse_recomputed_tokens",
@@ -55,7 +58,7 @@ def refuse_foreign_recomputation(what: str, recomputing: bool) -> None:
 
 def refuse_run_outside_of_a_pass(name: str, stack: nn.Module, arguments: Sequence[Any]) -> None:
     """Raises where a frozen layer is run by itself with a cache, of which the pass would tell whether it is stale."""
-    if any(hasattr(value, "get_seq_length") for value in arguments):
+    if any(True for _ in caches_in(arguments)):
         raise FreezeNotInForceError(
             f"{name} is run with a cache, outside of the {type(stack).__name__} through which it was frozen, so that "
             "it cannot be told whether what is cached is frozen alike: freeze it through the model that runs it, or "
@@ -185,8 +188,33 @@ def refuse_recomputed_tokens(stack: nn.Module, cache: Any, running: Pass) -> Non
     tokens = running.end - running.cached
     if not tokens or getattr(cache, "is_compileable", False):
         return
-    if (grown := filled(cache) - running.cached) not in (0, tokens):
+    grown = filled(cache) - running.cached
+    if not grown and not running.cached and holds_tensors(cache):
+        raise InterventionError(
+            f"{type(stack).__name__} was given a {type(cache).__name__} that holds tensors and says that it holds no "
+            "tokens (get_seq_length): which columns a pass computes is unknown; pass a cache that counts its tokens, "
+            "such as DynamicCache, or run without one"
+        )
+    if grown not in (0, tokens):
         raise InterventionError(
             f"{type(stack).__name__} was given {tokens} tokens and added {grown} to its cache of {running.cached}: "
             "which columns this pass computed is unknown; run without a cache (use_cache=False)"
+        )
+
+
+def refuse_kept_tokens(
+    stack: nn.Module, watch: StateWatch, before: Mapping[str, tuple[int, ...]], arguments: Mapping[str, Any]
+) -> None:
+    """Raises `InterventionError` where what attention keeps on itself is longer by the tokens of this pass.
+
+    Args:
+        before: the sizes of what it kept before the pass.
+        arguments: of the pass.
+    """
+    given = next((value for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1), None)
+    if given is not None and (path := watch.grown(before, given.shape[1])):
+        raise InterventionError(
+            f"{path} of {type(stack).__name__} has grown by the {given.shape[1]} tokens of this pass: if attention "
+            "keeps keys and values there, how many tokens it holds and under which freeze they were computed is "
+            "unknown; hand over a cache of transformers (DynamicCache) instead, or empty it before each pass"
         )

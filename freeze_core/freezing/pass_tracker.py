@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError
 from freeze_core.forward_patch import PassPatch, patch_on
+from freeze_core.freezing.attention_state import StateWatch
 from freeze_core.freezing.caches import check_cache, check_emptied_cache, filled, mark_cache
 from freeze_core.freezing.encoder_outputs import EncoderDecoderPatch
 from freeze_core.freezing.guards import (
@@ -19,6 +20,7 @@ from freeze_core.freezing.guards import (
     cache_buffers,
     check_paths,
     refuse_foreign_recomputation,
+    refuse_kept_tokens,
     refuse_recomputed_tokens,
     refuse_unfrozen,
     refuse_written_buffers,
@@ -66,6 +68,7 @@ class PassTracker(PassPatch):
         self._in_force: dict[str, InForce] = {}
         self._paths: dict[str, ModulePath] = {}
         self._buffers: list[tuple[str, Tensor]] = []
+        self._state_watch: StateWatch | None = None
         self._mark = ""
         self._reads_other_rows = False
         self._on_stale = "ignore"
@@ -83,6 +86,7 @@ class PassTracker(PassPatch):
             self._paths[name] = ModulePath(self.module, name)
         notes = [self._in_force[name] for name in sorted(self._in_force)]
         self._buffers = [pair for name, note in self._in_force.items() for pair in cache_buffers(name, note.module)]
+        self._state_watch = None
         frozen = [note.key for note in notes if note.key]
         digest = hashlib.sha256(" ".join(frozen).encode()).hexdigest()[:16] if frozen else ""
         per_head_kv = [name for name in sorted(self._in_force) if self._in_force[name].per_head_kv]
@@ -149,10 +153,14 @@ class PassTracker(PassPatch):
         elif cache is not None:
             check_emptied_cache(cache, self._mark)
         versions = [buffer._version for _, buffer in self._buffers]
+        watch = None if cache is not None or torch.compiler.is_compiling() else self._watch_state()
+        sizes = watch.sizes() if watch else {}
         with wrapped_functions(self, running) if self.module.training else nullcontext():
             output = self.run_in(running, self.original, args, kwargs)
         refuse_unfrozen(covered, self.module, running)
         refuse_written_buffers(self.module, self._buffers, versions)
+        if watch and sizes:  # beside a cache, what grows is a pattern of the last step, say
+            refuse_kept_tokens(self.module, watch, sizes, named)
         if cache is None:
             cache = returned_cache(output)
         elif not self._prompt:
@@ -165,6 +173,12 @@ class PassTracker(PassPatch):
         elif self._reads_other_rows and not torch.compiler.is_compiling():
             self._row_order.check(named.get("input_ids"))
         return output
+
+    def _watch_state(self) -> StateWatch:
+        """What watches the tensors that frozen attentions keep on themselves."""
+        if self._state_watch is None:
+            self._state_watch = StateWatch(self.module, list(self._in_force))
+        return self._state_watch
 
     def _pass(self, cache: Any, named: Mapping[str, Any]) -> Pass:
         given = named.get("input_ids")

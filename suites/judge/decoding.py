@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -147,3 +148,27 @@ def demand_decoding(engine: Engine, model: PreTrainedModel, batch: Batch, ends: 
         raise refuse_lost_cache(model, f"raised {type(error).__name__}: {error}") from error
     if columns != batch.input_ids.shape[1]:
         raise refuse_lost_cache(model, f"gave logits of {columns} columns for {batch.input_ids.shape[1]} tokens")
+    if len(ends) > 1 and model not in _READS_CACHE:
+        if _ignores_cache(model, batch, ends[-2], ends[-1]):
+            raise refuse_lost_cache(model, "gave the same logits for a step with the cache as without it")
+        _READS_CACHE.add(model)
+
+
+_READS_CACHE: WeakSet[PreTrainedModel] = WeakSet()
+"""The models whose steps were seen to depend on the cache."""
+
+
+def _ignores_cache(model: PreTrainedModel, batch: Batch, start: int, stop: int) -> bool:
+    """Whether the columns `start` to `stop` of `batch` come out the same, bit for bit, with the cache and without.
+
+    A forward that takes any keyword argument takes a cache under a name that it no longer reads. The unfrozen model
+    then fails to equal itself, and the claim would be found not to apply.
+    """
+    with attention_implementation(model, implementations(model)[0]), torch.no_grad():
+        _, cache = go_on(model, model, batch, 0, start)
+        step, _ = go_on(model, model, batch, start, stop, cache)
+        try:
+            alone, _ = go_on(model, model, batch, start, stop)
+        except Exception:  # a mask that is longer than the tokens, say
+            return False
+    return torch.equal(step, alone)

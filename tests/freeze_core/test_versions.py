@@ -54,6 +54,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         ("2.15.0a0+git1234567", "5.24.0rc1", []),
         ("2.9.1", "5.9.0", []),
         ("2.15", "5.24", []),
+        ("2.15rc1", "5.24rc2", []),
+        ("2.16rc1", "5.24.0", ["torch 2.16rc1"]),
         ("2.15.0", "5.24.1", ["transformers 5.24.1"]),
         ("2.15.0", "5.25.0.dev0", ["transformers 5.25.0.dev0"]),
         ("2.16.0a0+git1234567", "5.24.0", ["torch 2.16.0a0+git1234567"]),

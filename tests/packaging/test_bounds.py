@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
 import sys
 import tomllib
@@ -17,7 +18,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 CHECKOUT = Path(__file__).parents[2]
-PROJECT: dict[str, Any] = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT: dict[str, Any] = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+BUILD_REQUIRES: list[str] = PYPROJECT["build-system"]["requires"]
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = {
     name: [Requirement(text) for text in texts if not text.startswith(PROJECT["name"])]
@@ -65,6 +68,18 @@ def test_older_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(CHECKOUT / "setup.py"))
     assert str(caught.value).startswith("pytest-circuitfreeze needs Python 3.11 or newer, and this is Python 3.")
+
+
+def test_older_pythons_can_read_the_set_up() -> None:
+    tree = ast.parse((CHECKOUT / "setup.py").read_text(encoding="utf-8"))
+    newer = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.Match)
+    assert not [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, newer)]
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    backends = [Requirement(text) for text in BUILD_REQUIRES]
+    for python in ("3.6", "3.8", "3.9", "3.11", "3.14"):
+        chosen = [one for one in backends if one.marker is None or one.marker.evaluate({"python_version": python})]
+        assert [one.name for one in chosen] == ["setuptools"]
+        assert bool(chosen[0].specifier) == (Version(python) >= Version("3.9"))
 
 
 def test_supported_pythons_are_run_every_week() -> None:

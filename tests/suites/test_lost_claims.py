@@ -73,6 +73,22 @@ class ForgetsItsCache(RenamedArgument):
         return output if cache is None else CausalLMOutputWithPast(None, output.logits[:, :0], cache)
 
 
+class RenamedAmongOthers(RenamedArgument):
+    """Takes its cache under a name that nobody knows, and any other argument without reading it."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, kv_store=None, use_cache=None, **kwargs):
+        return super().forward(input_ids, attention_mask, position_ids, kv_store, use_cache=use_cache)
+
+
+class KeepsFormerName(RenamedArgument):
+    """Still takes its cache under the former name and reads the new one."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, kv_store=None, use_cache=None
+    ):
+        return super().forward(input_ids, attention_mask, position_ids, kv_store, use_cache=use_cache)
+
+
 CLAIMS = {
     "cached equals recomputed": lambda model: check_cached_equals_recomputed(
         FreezeCore(), model, CONFIG, BATCH, [4, 7]
@@ -102,6 +118,13 @@ def test_a_model_whose_cache_is_out_of_reach_is_an_error(kind, claim):
 def test_a_model_that_does_not_go_on_from_its_cache_is_an_error():
     with pytest.raises(CannotJudge, match="gave logits of 4 columns for 7 tokens"):
         CLAIMS["cached equals recomputed"](model_of(ForgetsItsCache))
+
+
+@pytest.mark.parametrize("claim", ["cached equals recomputed", "foreign caches are recognised"])
+@pytest.mark.parametrize("kind", [RenamedAmongOthers, KeepsFormerName])
+def test_a_model_that_takes_a_cache_and_does_not_read_it_is_an_error(kind, claim):
+    with pytest.raises(CannotJudge, match="must go on from a cache, and gave the same logits"):
+        CLAIMS[claim](model_of(kind))
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_CACHE.keys() & {"openai-gpt", "xlm"}))
