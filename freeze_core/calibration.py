@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from freeze_core.activations import Recording
+from freeze_core.arguments import check_flag, refuse
 from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, shown
+from freeze_core.errors import InterventionError
 from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.requests import resolve
 from freeze_core.identity import model_identity
@@ -71,10 +72,9 @@ def calibrate(
     """
     config = InterventionConfig(layer_indices=layers, attention=attention)
     sites = find_sites(model, attention=config.attention)
-    if not isinstance(progress, bool):
-        raise InterventionError(f"progress={shown(progress)}: must be True or False")
+    check_flag("progress", progress)
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
-        raise InterventionError(f"batches={shown(batches)}: must be an iterable of token ids, or of dicts")
+        refuse("batches", batches, "an iterable of token ids, or of dicts")
     if is_frozen(model):
         raise InterventionError("model is frozen: calibrate it unfrozen, so that the statistics are its own")
     wanted = [freeze.layer for freeze in resolve(config, sites)]

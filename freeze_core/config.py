@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from numbers import Integral, Real
 from os import PathLike
 from typing import TypeVar
 
 from torch import Tensor
 
 from freeze_core.activations import Recording
-from freeze_core.errors import InterventionError, shown
+from freeze_core.arguments import check_choice, check_flag, check_type, is_distinct, is_finite, is_index, refuse
+from freeze_core.errors import InterventionError
 from freeze_core.files import parsed, read_file, write_file
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import ATTENTION, BackwardMode, CircuitType, FreezeType, KVScope
@@ -74,29 +73,27 @@ class InterventionConfig:
         self.freeze_type = _choice("freeze_type", self.freeze_type, FreezeType)
         self.backward_mode = _choice("backward_mode", self.backward_mode, BackwardMode)
         self.kv_scope = _choice("kv_scope", self.kv_scope, KVScope)
-        if not isinstance(self.preserve_gradients, bool):
-            raise _refusal("preserve_gradients", self.preserve_gradients, "True or False")
-        _check_real("strength", self.strength, "a finite number in [0, 1]", upper=1.0)
-        if self.noise_std is not None:
-            _check_real("noise_std", self.noise_std, "None or a finite number that is not negative")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
-            raise _refusal("seed", self.seed, "an int")
-        if not isinstance(self.attention, str) or self.attention not in ATTENTION:
-            raise _refusal("attention", self.attention, f"one of {', '.join(ATTENTION)}")
+        check_flag("preserve_gradients", self.preserve_gradients)
+        if not is_finite(self.strength, 0, 1):
+            refuse("strength", self.strength, "a finite number in [0, 1]")
+        if self.noise_std is not None and not is_finite(self.noise_std, 0):
+            refuse("noise_std", self.noise_std, "None or a finite number that is not negative")
+        if not is_index(self.seed):
+            refuse("seed", self.seed, "an int")
+        check_choice("attention", self.attention, ATTENTION)
         if self.freeze_type == FreezeType.REFERENCE and not isinstance(self.reference, Recording):
-            raise _refusal(
+            refuse(
                 "reference", self.reference, "what AttentionCircuitFreezer.record returns, for freeze_type 'reference'"
             )
         if isinstance(self.reference, Recording) and self.reference.attention != self.attention:
-            raise _refusal(
+            refuse(
                 "reference", self.reference, f"recorded with attention='{self.attention}', the attention to be frozen"
             )
         if self.reference is not None and self.freeze_type != FreezeType.REFERENCE:
-            raise _refusal(
-                "reference", self.reference, f"None under freeze_type '{self.freeze_type}', which does not use it"
-            )
-        if self.statistics is not None and not isinstance(self.statistics, ActivationStatistics):
-            raise _refusal("statistics", self.statistics, "None or what AttentionCircuitFreezer.calibrate returns")
+            refuse("reference", self.reference, f"None under freeze_type '{self.freeze_type}', which does not use it")
+        if self.statistics is not None:
+            what = "None or what AttentionCircuitFreezer.calibrate returns"
+            check_type("statistics", self.statistics, ActivationStatistics, what)
 
     def checked(self) -> InterventionConfig:
         """A copy of its own, checked anew: what the caller changes later does not reach it."""
@@ -170,48 +167,20 @@ _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
 def _choice(field: str, value: object, options: type[_Choice]) -> _Choice:
-    if isinstance(value, str):
-        try:
-            return options(value)
-        except ValueError:
-            pass
-    raise _refusal(field, value, "one of " + ", ".join(options))
+    check_choice(field, value, options)
+    return options(value)
 
 
 def _check_indices(field: str, value: object) -> None:
-    if value is None:
-        return
-    allowed = "None or a list of distinct ints that is not empty"
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) == 0:
-        raise _refusal(field, value, allowed)
-    if any(isinstance(index, bool) or not isinstance(index, Integral) for index in value):
-        raise _refusal(field, value, f"{allowed} (a bool is no index)")
-    if len(set(value)) < len(value):
-        raise _refusal(field, value, f"{allowed}; an index is repeated")
-
-
-def _check_real(field: str, value: object, allowed: str, upper: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise _refusal(field, value, allowed)
-    try:
-        number = float(value)
-    except (OverflowError, ValueError):
-        number = math.inf
-    if not math.isfinite(number) or not 0 <= number <= upper:
-        raise _refusal(field, value, allowed)
-
-
-def _refusal(field: str, value: object, allowed: str) -> InterventionError:
-    return InterventionError(f"{field}={shown(value)}: must be {allowed}")
+    if value is not None and not is_distinct(value, is_index):
+        refuse(field, value, "None or a list of distinct ints that is not empty (a bool is not an index)")
 
 
 def check_config(value: object) -> None:
-    """Raises `InterventionError` for what is no config."""
-    if not isinstance(value, InterventionConfig):
-        raise InterventionError(f"config={shown(value)}: must be an InterventionConfig")
+    """Raises `InterventionError` unless `value` is a config."""
+    check_type("config", value, InterventionConfig, "an InterventionConfig")
 
 
 def check_on_stale_cache(value: object) -> None:
-    """Raises `InterventionError` for what is no way to deal with a stale cache."""
-    if not isinstance(value, str) or value not in ("warn", "error", "ignore"):
-        raise InterventionError(f"on_stale_cache={shown(value)}: must be one of warn, error, ignore")
+    """Raises `InterventionError` unless `value` is a way to deal with a stale cache."""
+    check_choice("on_stale_cache", value, ("warn", "error", "ignore"))

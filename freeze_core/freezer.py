@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.activations import Recording
+from freeze_core.arguments import check_choice, check_flag, refuse
 from freeze_core.attention.sites import find_sites
 from freeze_core.calibration import calibrate
 from freeze_core.config import InterventionConfig, check_config, check_on_stale_cache
@@ -42,8 +43,7 @@ class AttentionCircuitFreezer:
     def __init__(
         self, debug_gradients: bool = False, on_stale_cache: Literal["warn", "error", "ignore"] = "warn"
     ) -> None:
-        if not isinstance(debug_gradients, bool):
-            raise InterventionError(f"debug_gradients={shown(debug_gradients)}: must be True or False")
+        check_flag("debug_gradients", debug_gradients)
         check_on_stale_cache(on_stale_cache)
         self.debug_gradients = debug_gradients
         self.on_stale_cache = on_stale_cache
@@ -70,7 +70,7 @@ class AttentionCircuitFreezer:
         """
         configs = [config] if isinstance(config, InterventionConfig) else config
         if not isinstance(configs, Sequence) or isinstance(configs, str | bytes) or not configs:
-            raise InterventionError(f"config={shown(config)}: must be an InterventionConfig or a list of some")
+            refuse("config", config, "an InterventionConfig or a list of some")
         for one in configs:
             check_config(one)
         stated = _architecture(architecture)
@@ -85,7 +85,7 @@ class AttentionCircuitFreezer:
         """Removes what `freeze_circuits` returned; twice is harmless."""
         several = [handles] if isinstance(handles, FreezeHandle) else handles
         if not isinstance(several, Iterable) or isinstance(several, str | bytes):
-            raise InterventionError(f"handles={shown(handles)}: must be what freeze_circuits returned")
+            refuse("handles", handles, "what freeze_circuits returned")
         listed = list(several)
         for handle in listed:
             if not isinstance(handle, FreezeHandle):
@@ -269,12 +269,8 @@ def _freeze(
 def _architecture(value: ModelArchitecture | str | None) -> ModelArchitecture | None:
     if value is None:
         return None
-    try:
-        architecture = ModelArchitecture(value)
-    except ValueError:
-        raise InterventionError(
-            f"architecture={shown(value)}: must be None or one of {', '.join(ModelArchitecture)}"
-        ) from None
+    check_choice("architecture", value, ModelArchitecture)
+    architecture = ModelArchitecture(value)
     if architecture == ModelArchitecture.FLASH_ATTENTION:
         raise UnsupportedModelError(
             "architecture='flash_attention': attention that exposes no projection cannot be frozen; a model that runs "

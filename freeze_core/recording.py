@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.activations import LayerActivations, Recording
+from freeze_core.arguments import check_flag
 from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.shards import gathered_from, shard_of
 from freeze_core.attention.sites import find_sites
@@ -57,8 +58,7 @@ def record(
     config = InterventionConfig(layer_indices=layers, attention=attention)
     sites = find_sites(model, attention=config.attention)
     wanted = [freeze.layer for freeze in resolve(config, sites)]
-    if not isinstance(pattern, bool):
-        raise InterventionError(f"pattern={shown(pattern)}: must be True or False")
+    check_flag("pattern", pattern)
     device = _device(device)
     arguments = model_arguments(model, inputs)
     passes: dict[nn.Module, list[_Masks]] = {module: [] for module in (sites.stack, sites.composite) if module}

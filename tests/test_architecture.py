@@ -14,7 +14,7 @@ FILES = {
 FLOORS = (
     ("versions", "vocabulary", "extras", "ordinary", "generators"),
     ("errors",),
-    ("files", "identity", "inputs", "forward_patch", "activations"),
+    ("arguments", "files", "identity", "inputs", "forward_patch", "activations"),
     ("statistics",),
     ("config", "attention"),
     ("freezing",),

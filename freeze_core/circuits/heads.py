@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from freeze_core.arguments import check_flag, is_distinct, is_int, refuse
 from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.shards import unsharded
 from freeze_core.attention.sites import find_sites
@@ -192,12 +193,12 @@ def head_circuits(
         >>> circuits = head_circuits(model, 0, 3, offsets=range(4))  # doctest: +SKIP
         >>> circuits.ov.eigenvalues(), circuits.qk(1).matrix()  # doctest: +SKIP
     """
-    distances = _checked_offsets(offsets)
-    if not isinstance(fold_norm, bool):
-        raise InterventionError(f"fold_norm={shown(fold_norm)}: must be True or False")
+    if not is_distinct(offsets, is_int):
+        refuse("offsets", offsets, "a sequence of distinct ints, as range(4)")
+    check_flag("fold_norm", fold_norm)
     for name, value in (("layer", layer), ("head", head)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InterventionError(f"{name}={shown(value)}: must be an int")
+        if not is_int(value):
+            refuse(name, value, "an int")
     with torch.inference_mode(False):  # whose tensors have no derivatives
         config = InterventionConfig([layer], [head], attention=attention)
         sites = find_sites(model, attention=attention)
@@ -208,7 +209,7 @@ def head_circuits(
         maps = _maps(model, site, number, layer_around(model, sites, site), fold_norm)
         forms: dict[int, Tensor] | str
         try:
-            forms = {distance: score_form(model, site, number, distance) for distance in distances}
+            forms = {distance: score_form(model, site, number, distance) for distance in offsets}
         except UnsupportedModelError as error:
             forms = str(error)
         try:
@@ -230,15 +231,6 @@ def _maps(
     with undisturbed(model), unsharded(model, layer.modules()):
         maps = {role: _or_reason(partial(reading_map, site, head, role, flows, norms[role])) for role in READ}
         return maps | {"z": _or_reason(partial(writing_map, site, head, flows))}
-
-
-def _checked_offsets(offsets: object) -> list[int]:
-    allowed = "must be a sequence of distinct ints, as range(4)"
-    if not isinstance(offsets, Sequence) or isinstance(offsets, str | bytes) or not len(offsets):
-        raise InterventionError(f"offsets={shown(offsets)}: {allowed}")
-    if any(isinstance(one, bool) or not isinstance(one, int) for one in offsets) or len(set(offsets)) < len(offsets):
-        raise InterventionError(f"offsets={shown(offsets)}: {allowed}")
-    return list(offsets)
 
 
 def _or_reason(make: Callable[[], Affine]) -> Affine | str:

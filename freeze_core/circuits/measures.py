@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from freeze_core.errors import InterventionError, shown
+from freeze_core.arguments import check_choice, check_int
 from freeze_core.extras import extra
 from freeze_core.studies.tables import as_latex, as_markdown
 
@@ -49,8 +49,7 @@ class HeadMeasures:
         Raises:
             InterventionError: no such measure, or a count that is none.
         """
-        if measure not in self.values:
-            raise InterventionError(f"measure={shown(measure)}: must be one of {', '.join(self.values)}")
+        check_choice("measure", measure, self.values)
         return [(cell.layer, cell.head) for cell in self._largest(measure, count)]
 
     def to_frame(self) -> Any:
@@ -84,9 +83,8 @@ class HeadMeasures:
     def _shown(self, cell: _Cell) -> str:
         return f"{cell.value:.3g} [{cell.low:.3g}, {cell.high:.3g}]" if self.low else f"{cell.value:.3g}"
 
-    def _largest(self, measure: str, count: object) -> list[_Cell]:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InterventionError(f"count={shown(count)}: must be an int of 1 at least")
+    def _largest(self, measure: str, count: int) -> list[_Cell]:
+        check_int("count", count, 1)
         return sorted(self._cells(measure), key=lambda cell: -cell.value)[:count]
 
     def _cells(self, measure: str) -> Iterator[_Cell]:

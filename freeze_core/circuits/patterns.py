@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from freeze_core.arguments import check_flag, check_int, is_int, refuse
 from freeze_core.attention.layout import Sites
 from freeze_core.attention.sites import find_sites
 from freeze_core.circuits.measures import HeadMeasures
 from freeze_core.circuits.observing import arguments_of, device_of
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, shown
+from freeze_core.errors import InterventionError
 from freeze_core.freezing.requests import resolve
 from freeze_core.inputs import vocabulary_size
 from freeze_core.recording import record
@@ -74,10 +75,8 @@ def pattern_scores(
         >>> pattern_scores(model).top("prefix_matching", 5)  # doctest: +SKIP
     """
     for name, value, least in (("tokens", tokens, 2), ("n", n, 2), ("seed", seed, 0), ("batch_size", batch_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InterventionError(f"{name}={shown(value)}: must be an int of {least} at least")
-    if not isinstance(progress, bool):
-        raise InterventionError(f"progress={shown(progress)}: must be True or False")
+        check_int(name, value, least)
+    check_flag("progress", progress)
     resampling = Resampling(confidence, resamples, resampling_seed)
     sites = find_sites(model)
     chosen = [freeze.layer for freeze in resolve(InterventionConfig(layers), sites)]
@@ -103,8 +102,8 @@ def _repeated(model: nn.Module, tokens: int, n: int, first: object, seed: int) -
         raise InterventionError(
             f"{type(model).__name__} has no config that says vocab_size, so that no tokens are drawn"
         )
-    if first is not None and (isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < words):
-        raise InterventionError(f"first={shown(first)}: must be None or one of {words} token ids")
+    if first is not None and not (is_int(first) and 0 <= first < words):
+        refuse("first", first, f"None or one of {words} token ids")
     allowed = torch.tensor([word for word in range(words) if word not in _special(model, first)])
     if len(allowed) < tokens:
         raise InterventionError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from freeze_core.arguments import check_type, refuse
 from freeze_core.circuits.measures import HeadMeasures
-from freeze_core.errors import InterventionError, shown
 from freeze_core.plots.heatmap import draw_heatmaps
 from freeze_core.plots.style import array
 from freeze_core.scoring.scores import HeadScores
@@ -30,8 +30,7 @@ def plot_head_scores(scores: HeadScores, unit: str | None = None) -> Any:
         InterventionError: `scores` is no `HeadScores`.
         ImportError: matplotlib is not installed.
     """
-    if not isinstance(scores, HeadScores):
-        raise InterventionError(f"scores={shown(scores)}: must be what score_heads returns")
+    check_type("scores", scores, HeadScores, "what score_heads returns")
     panels = {circuit.upper(): array(circuit, one, 2) for circuit, one in scores.scores.items()}
     exact = {circuit.upper(): array(circuit, one, 2) > 0 for circuit, one in scores.exact.items()}
     mixed = scores.method == "screened" and exact.keys() == panels.keys()
@@ -62,12 +61,11 @@ def plot_head_measures(measures: HeadMeasures, names: Sequence[str] | None = Non
         InterventionError: `measures` is none, or has no such name.
         ImportError: matplotlib is not installed.
     """
-    if not isinstance(measures, HeadMeasures):
-        raise InterventionError(f"measures={shown(measures)}: must be what pattern_scores or copying_scores returns")
+    check_type("measures", measures, HeadMeasures, "what pattern_scores or copying_scores returns")
     chosen = list(measures.values) if names is None else list(names)
     unknown = [name for name in chosen if name not in measures.values]
     if unknown or not chosen:
-        raise InterventionError(f"names={shown(names)}: must be some of {', '.join(measures.values)}")
+        refuse("names", names, f"some of {', '.join(measures.values)}")
     return draw_heatmaps(
         {name.replace("_", " "): array(name, measures.values[name], 2) for name in chosen},
         unit=measures.unit,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from freeze_core.errors import InterventionError, shown
+from freeze_core.arguments import check_type
 from freeze_core.plots.style import figure
 from freeze_core.studies.intervals import Estimate
 from freeze_core.studies.results import AblationStudy
@@ -36,8 +36,7 @@ def plot_ablation(study: AblationStudy) -> Any:
         InterventionError: `study` is no `AblationStudy`.
         ImportError: matplotlib is not installed.
     """
-    if not isinstance(study, AblationStudy):
-        raise InterventionError(f"study={shown(study)}: must be what run_circuit_ablation_study returns")
+    check_type("study", study, AblationStudy, "what run_circuit_ablation_study returns")
     rows = study.rows
     made = figure(3.0 * len(MEASURES), 1.8 + 0.35 * len(rows))
     axes = made.subplots(1, len(MEASURES), sharey=True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from freeze_core.arguments import is_int, refuse
 from freeze_core.errors import InterventionError, shown
 from freeze_core.extras import extra
 
@@ -86,7 +87,7 @@ def array(name: str, values: object, dimensions: int) -> np.ndarray[Any, np.dtyp
 def check_text(name: str, value: object) -> None:
     """Raises `InterventionError` for what is no text, or an empty one."""
     if not isinstance(value, str) or not value:
-        raise InterventionError(f"{name}={shown(value)}: must be a text, as a figure says what its numbers are")
+        refuse(name, value, "a text, as a figure says what its numbers are")
 
 
 def count_of(n: object) -> str:
@@ -97,8 +98,8 @@ def count_of(n: object) -> str:
     """
     if isinstance(n, str) and n:
         return n
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise InterventionError(f"n={shown(n)}: must be an int, over how many the numbers are means, or a text")
+    if not is_int(n) or n < 0:
+        refuse("n", n, "an int, over how many the numbers are means, or a text")
     return f"n = {n}"
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from freeze_core.arguments import check_flag, check_int, refuse
 from freeze_core.attention.layout import Sites
 from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, shown
+from freeze_core.errors import InterventionError
 from freeze_core.freezing.install import install, is_frozen
 from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.freezing.requests import resolve
@@ -21,7 +22,7 @@ from freeze_core.generators import Generators
 from freeze_core.inputs import logits_of, run
 from freeze_core.scoring.batches import IGNORED, Batch, copied
 from freeze_core.scoring.sweep import circuits_of
-from freeze_core.studies.checks import check_batch_size, check_progress, heads_by_layer
+from freeze_core.studies.checks import heads_by_layer
 from freeze_core.studies.dataset import batches_in, with_next_tokens
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.measures import Sums, sums
@@ -80,8 +81,8 @@ def run_circuit_ablation_study(
         >>> study = run_circuit_ablation_study(model, texts, [0, 1], [3], tokenizer=tokenizer)  # doctest: +SKIP
         >>> print(study.to_markdown())  # doctest: +SKIP
     """
-    check_batch_size(batch_size)
-    check_progress(progress)
+    check_int("batch_size", batch_size, 1)
+    check_flag("progress", progress)
     resampling = Resampling(confidence, resamples, resampling_seed)
     names, config = circuits_of(circuits), _config(layers, None if isinstance(heads, Mapping) else heads, fields)
     sites = find_sites(model, attention=config.attention)
@@ -89,7 +90,7 @@ def run_circuit_ablation_study(
         raise InterventionError("model is frozen: study it unfrozen, so that the clean run is its own")
     chosen = heads_by_layer(heads, config, sites) if isinstance(heads, Mapping) else None
     if chosen is not None and layers is not None:
-        raise InterventionError(f"layers={shown(layers)}: must be None where heads are a dict from layer to heads")
+        refuse("layers", layers, "None where heads are a dict from layer to heads")
     freezes = {name: _freezes(name, config, sites, chosen) for name in names}
     batches = batches_in(model, dataset, tokenizer, batch_size, name="dataset", least=2)
     if sum(batch.rows for batch in batches) < 2:

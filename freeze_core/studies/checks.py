@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -12,19 +12,7 @@ from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.requests import resolve
 
-__all__ = ["check_batch_size", "check_choice", "check_progress", "heads_by_layer", "refuse_equal", "refuse_infinite"]
-
-
-def check_batch_size(value: object) -> None:
-    """Raises `InterventionError` for what is no number of rows."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InterventionError(f"batch_size={shown(value)}: must be an int of 1 at least")
-
-
-def check_progress(value: object) -> None:
-    """Raises `InterventionError` for what is no yes or no."""
-    if not isinstance(value, bool):
-        raise InterventionError(f"progress={shown(value)}: must be True or False")
+__all__ = ["heads_by_layer", "refuse_equal", "refuse_infinite"]
 
 
 def heads_by_layer(heads: object, config: InterventionConfig, sites: Sites) -> dict[int, list[int]]:
@@ -42,12 +30,6 @@ def heads_by_layer(heads: object, config: InterventionConfig, sites: Sites) -> d
             raise InterventionError(f"heads={shown(dict(heads))}: names the same layer twice")
         chosen[freeze.layer] = sorted(freeze.heads)
     return dict(sorted(chosen.items()))
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raises `InterventionError` for what is none of those that there are."""
-    if not isinstance(value, str) or value not in allowed:
-        raise InterventionError(f"{name}={shown(value)}: must be one of {', '.join(allowed)}")
 
 
 def refuse_infinite(rows: Tensor, metric: str, number: int, where: str) -> Tensor:

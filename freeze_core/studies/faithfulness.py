@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from freeze_core.arguments import check_flag, check_int
 from freeze_core.attention.layout import Sites
 from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
@@ -24,7 +25,7 @@ from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.statistics import ActivationStatistics, digest_of
-from freeze_core.studies.checks import check_batch_size, check_progress, heads_by_layer, refuse_equal, refuse_infinite
+from freeze_core.studies.checks import heads_by_layer, refuse_equal, refuse_infinite
 from freeze_core.studies.faithful import RUNS, Faithfulness
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
@@ -106,8 +107,8 @@ def measure_faithfulness(
         ... )
         >>> found.faithfulness, found.completeness  # each a value with its interval  # doctest: +SKIP
     """
-    check_batch_size(batch_size)
-    check_progress(progress)
+    check_int("batch_size", batch_size, 1)
+    check_flag("progress", progress)
     resampling = Resampling(confidence, resamples, resampling_seed)
     (name,) = circuits_of([circuit])
     references = _check_freeze_type(freeze_type, corrupted)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freeze_core.errors import InterventionError, shown
+from freeze_core.arguments import check_int, refuse
 from freeze_core.extras import extra
 
 __all__ = ["Estimate", "Estimates", "Resampling"]
@@ -60,11 +60,10 @@ class Resampling:
     """
 
     def __init__(self, confidence: float, resamples: int, resampling_seed: int) -> None:
-        if isinstance(confidence, bool) or not isinstance(confidence, float) or not 0 < confidence < 1:
-            raise InterventionError(f"confidence={shown(confidence)}: must be a number in (0, 1), as 0.95")
-        for name, value, least in (("resamples", resamples, 100), ("resampling_seed", resampling_seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InterventionError(f"{name}={shown(value)}: must be an int of {least} at least")
+        if not isinstance(confidence, float) or not 0 < confidence < 1:
+            refuse("confidence", confidence, "a number in (0, 1), as 0.95")
+        check_int("resamples", resamples, 100)
+        check_int("resampling_seed", resampling_seed, 0)
         self.settings: dict[str, Any] = {
             "confidence": confidence,
             "resamples": resamples,

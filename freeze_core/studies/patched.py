@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freeze_core.errors import InterventionError, shown
+from freeze_core.arguments import check_choice, check_int
+from freeze_core.errors import InterventionError
 from freeze_core.extras import extra
 from freeze_core.files import parsed, read_file, write_file
-from freeze_core.studies.checks import check_choice
 from freeze_core.studies.intervals import Estimate, Estimates, Resampling
 from freeze_core.studies.statistics import average, ratio
 from freeze_core.studies.tables import as_latex, as_markdown, shown_with_interval, unit_of
@@ -150,8 +150,7 @@ class PatchingStudy:
         return as_latex(*self._table(top))
 
     def _table(self, top: int | None) -> tuple[list[str], list[list[str]], str]:
-        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
-            raise InterventionError(f"top={shown(top)}: must be None or an int, 1 or more")
+        check_int("top", top, 1, optional=True)
         by, metric = self.settings["by"], self.settings["metric"]
         ordered = sorted(self._cells(), key=lambda cell: -abs(self._estimate("effect", *cell).value))
         cells = [

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freeze_core.arguments import check_choice, check_flag, check_int, refuse
 from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, shown
+from freeze_core.errors import InterventionError
 from freeze_core.freezing.install import is_frozen
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.scoring.sweep import circuits_of
-from freeze_core.studies.checks import check_batch_size, check_choice, check_progress
 from freeze_core.studies.intervals import Resampling
 from freeze_core.studies.origin import origin_of
 from freeze_core.studies.pairs import pairs_of
@@ -95,8 +95,8 @@ def patch_activations(
     """
     check_choice("by", by, CELLS)
     check_choice("direction", direction, DIRECTIONS)
-    check_batch_size(batch_size)
-    check_progress(progress)
+    check_int("batch_size", batch_size, 1)
+    check_flag("progress", progress)
     resampling = Resampling(confidence, resamples, resampling_seed)
     configs = {
         name: InterventionConfig(
@@ -105,9 +105,7 @@ def patch_activations(
         for name in circuits_of(circuits)
     }
     if by == "position" and attention != "self":
-        raise InterventionError(
-            f"attention={shown(attention)}: must be 'self' with by='position', whose columns differ"
-        )
+        refuse("attention", attention, "'self' with by='position': other attention has columns of its own")
     sites = find_sites(model, attention=attention)
     if is_frozen(model):
         raise InterventionError("model is frozen: patch it unfrozen, so that both runs are its own")

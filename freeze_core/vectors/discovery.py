@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from freeze_core.arguments import check_flag, check_int, is_finite, refuse
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.draws import accumulation_dtype
 from freeze_core.freezing.install import is_frozen
@@ -22,7 +22,6 @@ from freeze_core.vectors.arguments import (
     check_columns,
     check_method,
     check_reached,
-    check_running,
     checked_strengths,
 )
 from freeze_core.vectors.effects import effects_of
@@ -119,7 +118,9 @@ def discover(
     """See `ExperimentalInterventions.discover_intervention_vector`."""
     resampling = Resampling(confidence, resamples, resampling_seed)
     several, where = checked_strengths(strengths), Positions(apply_positions)
-    check_running(batch_size, seed, progress)
+    check_int("batch_size", batch_size, 1)
+    check_int("seed", seed, 0, below=2**63)
+    check_flag("progress", progress)
     check_method(method, metric, targets, max_norm, steps)
     site = find_residual(model, layer)
     check_columns(site, where)
@@ -252,8 +253,8 @@ def _check_sizes(kinds: Sequence[Prompts], method: str) -> None:
 
 def _split(sizes: Sequence[int], paired: bool, held_out: object, seed: int) -> tuple[Rows, Rows]:
     """The rows to find a vector on, and those held out: at random, by row alone; pairs stay together."""
-    if isinstance(held_out, bool) or not isinstance(held_out, Real) or not 0 < float(held_out) < 1:
-        raise InterventionError(f"held_out={shown(held_out)}: must be the share of prompts to hold out, in (0, 1)")
+    if not is_finite(held_out) or not 0 < held_out < 1:
+        refuse("held_out", held_out, "the share of prompts to hold out, in (0, 1)")
     generator = torch.Generator().manual_seed(seed)
     found, apart = [], []
     for number, size in enumerate(sizes):

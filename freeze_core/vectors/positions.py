@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from freeze_core.errors import InterventionError, shown
+from freeze_core.arguments import is_distinct, is_index, refuse
+from freeze_core.errors import InterventionError
 from freeze_core.freezing.compile_checks import require
 from freeze_core.freezing.passes import Pass
 
@@ -125,11 +125,10 @@ def _mask(columns: Container[int], start: int, x: Tensor) -> Tensor:
 
 
 def _columns(given: object) -> tuple[int, ...]:
-    several = [] if isinstance(given, str | bytes | range) or not isinstance(given, Sequence) else list(given)
-    whole = all(isinstance(one, Integral) and not isinstance(one, bool) for one in several)
-    if not several or not whole or len(set(several)) < len(several):
-        raise InterventionError(
-            f"positions={shown(given)}: must be 'all', 'last', a list of distinct columns (ints), or a range of them "
-            "from 0 on, not empty"
+    if isinstance(given, range) or not is_distinct(given, is_index):
+        refuse(
+            "positions",
+            given,
+            "'all', 'last', a list of distinct columns (ints), or a range of them from 0 on, not empty",
         )
-    return tuple(int(one) for one in several)
+    return tuple(map(int, given))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
+from freeze_core.arguments import is_index, refuse
 from freeze_core.attention.layout import Sites
 from freeze_core.attention.sites import find_sites
-from freeze_core.errors import InterventionError, UnsupportedModelError, shown
+from freeze_core.errors import InterventionError, UnsupportedModelError
 from freeze_core.scoring.prefix import layers_of
 
 __all__ = ["ResidualSite", "find_residual", "stream_of", "with_stream"]
@@ -57,8 +57,8 @@ def find_residual(model: nn.Module, layer: object) -> ResidualSite:
             "stream after one of them: freeze heads instead"
         )
     size = len(layers)
-    if isinstance(layer, bool) or not isinstance(layer, Integral) or not -size <= int(layer) < size:
-        raise InterventionError(f"layer={shown(layer)}: must be an int in {-size} to {size - 1}, of {size} layers")
+    if not is_index(layer) or not -size <= int(layer) < size:
+        refuse("layer", layer, f"an int in {-size} to {size - 1}, of {size} layers")
     number = int(layer) % size
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from freeze_core.arguments import is_finite, is_int
 from freeze_core.files import parsed
 from freeze_core.studies.intervals import Resampling
 from freeze_core.vectors.effects import SteeringEffects
@@ -67,11 +67,10 @@ def check_made(made: InterventionVector) -> None:
     """Raises `ValueError` for what no discovery gives."""
     if made.vector.dim() != 1 or not made.vector.is_floating_point() or not bool(made.vector.isfinite().all()):
         raise ValueError("vector is no [hidden] of finite numbers")
-    if isinstance(made.layer, bool) or not isinstance(made.layer, int) or made.layer < 0:
+    if not is_int(made.layer) or made.layer < 0:
         raise ValueError(f"layer {made.layer}")
-    for number in (made.threshold, made.typical_norm):
-        if isinstance(number, bool) or not isinstance(number, float | int) or not math.isfinite(number):
-            raise ValueError("the threshold, or the norm of the stream, is no finite number")
+    if not is_finite(made.threshold) or not is_finite(made.typical_norm):
+        raise ValueError("the threshold, or the norm of the stream, is not a finite number")
     for values in (*made.held_out, made.cosines):
         if values.dtype != torch.float64 or values.dim() != 1 or not len(values) or not bool(values.isfinite().all()):
             raise ValueError("held-out projections, or cosines, are no finite numbers")

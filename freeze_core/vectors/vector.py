@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from freeze_core.arguments import check_flag, check_int
 from freeze_core.config import check_on_stale_cache
 from freeze_core.errors import InterventionError, shown
 from freeze_core.extras import extra
@@ -19,7 +20,7 @@ from freeze_core.identity import is_same_model, model_identity
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.statistics import digest_of
 from freeze_core.studies.intervals import Resampling
-from freeze_core.vectors.arguments import check_columns, check_reached, check_running, checked_strengths
+from freeze_core.vectors.arguments import check_columns, check_reached, checked_strengths
 from freeze_core.vectors.effects import SteeringEffects, effects_of
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.prompts import Prompts, digests
@@ -169,7 +170,9 @@ class InterventionVector:
             InterventionError: an argument that cannot be served, before anything is run; or what a pass cannot serve.
         """
         where, several = Positions(positions), checked_strengths(strengths)
-        check_running(batch_size, seed, progress)
+        check_int("batch_size", batch_size, 1)
+        check_int("seed", seed, 0, below=2**63)
+        check_flag("progress", progress)
         site = self._site(model)
         check_columns(site, where)
         if is_frozen(model):

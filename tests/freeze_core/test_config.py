@@ -11,14 +11,14 @@ from freeze_core import BackwardMode, CircuitType, FreezeType, InterventionConfi
 
 BAD = [
     ("layer_indices", [], "not empty"),
-    ("layer_indices", [True], "bool is no index"),
+    ("layer_indices", [True], "bool is not an index"),
     ("layer_indices", [0, 0], "repeated"),
     ("layer_indices", [1.0], "distinct ints"),
     ("layer_indices", "01", "distinct ints"),
     ("layer_indices", 3, "distinct ints"),
     ("head_indices", [], "not empty"),
     ("head_indices", [None], "distinct ints"),
-    ("head_indices", [False, 1], "bool is no index"),
+    ("head_indices", [False, 1], "bool is not an index"),
     ("circuit", "qv", "one of qk, ov, both, q, k, v"),
     ("circuit", None, "one of qk"),
     ("freeze_type", "ablate", "one of zero, mean, noise"),

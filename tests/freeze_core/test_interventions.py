@@ -66,7 +66,7 @@ def test_removal_and_nesting_with_circuits(model, ids):
         ({9: [0]}, {}, "9 is out of range"),
         ({0: [7]}, {}, "7 is out of range"),
         ({0: []}, {}, "not empty"),
-        ({0: [True]}, {}, "bool is no index"),
+        ({0: [True]}, {}, "bool is not an index"),
         ({0: [0], -3: [1]}, {}, "same layer twice"),
         ({0: [0]}, {"circuit": "qk"}, "circuit: no such field"),
         ({0: [0]}, {"strenght": 1}, "strenght: no such field"),

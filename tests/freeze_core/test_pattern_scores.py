@@ -213,9 +213,9 @@ def test_a_frozen_model_is_looked_at_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("args", "options", "message"),
     [
-        ((1,), {}, "tokens=1: must be an int of 2 at least"),
+        ((1,), {}, "tokens=1: must be an int of at least 2"),
         ((97,), {}, "tokens=97: must be at most 96"),
-        ((5, 1), {}, "n=1: must be an int of 2 at least"),
+        ((5, 1), {}, "n=1: must be an int of at least 2"),
         ((5, 2), {"layers": [3]}, "layer_indices"),
         ((5, 2), {"first": 97}, "first=97: must be None or one of 97 token ids"),
         ((5, 2), {"first": True}, "first=True"),
