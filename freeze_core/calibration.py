@@ -11,11 +11,10 @@ from tqdm.auto import tqdm
 
 from freeze_core.activations import Recording
 from freeze_core.arguments import check_flag, refuse
-from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.requests import resolve
+from freeze_core.freezing.unfrozen import unfrozen_sites
 from freeze_core.identity import model_identity
 from freeze_core.recording import record
 from freeze_core.statistics import ActivationStatistics, LayerStatistics
@@ -71,12 +70,10 @@ def calibrate(
         InterventionError: no batch, a frozen model, a batch without a real token, or activations that are not finite.
     """
     config = InterventionConfig(layer_indices=layers, attention=attention)
-    sites = find_sites(model, attention=config.attention)
+    sites = unfrozen_sites(model, config.attention)
     check_flag("progress", progress)
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
         refuse("batches", batches, "an iterable of token ids, or of dicts")
-    if is_frozen(model):
-        raise InterventionError("model is frozen: calibrate it unfrozen, so that the statistics are its own")
     wanted = [freeze.layer for freeze in resolve(config, sites)]
     moments = {(layer, role): _Moments() for layer in wanted for role in ROLES}
     tokens = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,15 @@ class Generators:
         torch.set_rng_state(states[0])
         for device, state in zip(self._devices, states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Puts them back at the end to the states that they have now."""
+        before = self.states()
+        try:
+            yield
+        finally:
+            self.put(before)
 
     def drew(self, before: list[Tensor]) -> bool:
         """Whether anything was drawn since `before`."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from freeze_core.activations import LayerActivations
 from freeze_core.attention.layout import AttentionSite, Sites
 from freeze_core.attention.shards import unsharded
-from freeze_core.attention.sites import find_sites
 from freeze_core.circuits.heads import Factored
 from freeze_core.circuits.linear import Affine, pulled_back, wide
 from freeze_core.circuits.maps import layer_around, norm_before, reading_map, writing_map
@@ -25,9 +24,9 @@ from freeze_core.circuits.moved import not_moved, recorded
 from freeze_core.circuits.norms import folded
 from freeze_core.circuits.observing import Flow, device_of, observed, same, source_of, undisturbed
 from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError, UnsupportedModelError
-from freeze_core.freezing.install import is_frozen
+from freeze_core.errors import UnsupportedModelError
 from freeze_core.freezing.requests import resolve
+from freeze_core.freezing.unfrozen import unfrozen_sites
 
 __all__ = ["copying_scores"]
 
@@ -56,10 +55,8 @@ def copying_scores(model: nn.Module, layers: Sequence[int] | None = None) -> Hea
         InterventionError: a layer that is out of range, or a frozen model.
     """
     with torch.inference_mode(False):  # whose tensors have no derivatives
-        sites = find_sites(model)
+        sites = unfrozen_sites(model)
         chosen = [sites.by_layer[freeze.layer] for freeze in resolve(InterventionConfig(layers), sites)]
-        if is_frozen(model):
-            raise InterventionError("model is frozen: look at its circuits unfrozen")
         scores = _scores(model, sites, chosen)
     about = (
         f"{type(model).__name__}: sum of the eigenvalues of W_E W_V W_O W_U over the sum of their magnitudes, of each "

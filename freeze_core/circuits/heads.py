@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from freeze_core.arguments import check_flag, is_distinct, is_int, refuse
 from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.shards import unsharded
-from freeze_core.attention.sites import find_sites
 from freeze_core.circuits.bilinear import score_form
 from freeze_core.circuits.linear import Affine
 from freeze_core.circuits.maps import layer_around, norm_before, reading_map, writing_map
@@ -24,8 +23,8 @@ from freeze_core.circuits.moved import not_moved, recorded
 from freeze_core.circuits.observing import observed, undisturbed
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
-from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.requests import resolve
+from freeze_core.freezing.unfrozen import unfrozen_sites
 from freeze_core.vocabulary import Role
 
 __all__ = ["Factored", "HeadCircuits", "head_circuits"]
@@ -201,10 +200,8 @@ def head_circuits(
             refuse(name, value, "an int")
     with torch.inference_mode(False):  # whose tensors have no derivatives
         config = InterventionConfig([layer], [head], attention=attention)
-        sites = find_sites(model, attention=attention)
+        sites = unfrozen_sites(model, attention)
         (freeze,) = resolve(config, sites)
-        if is_frozen(model):
-            raise InterventionError("model is frozen: look at its circuits unfrozen")
         site, number = sites.by_layer[freeze.layer], freeze.heads[0]
         maps = _maps(model, site, number, layer_around(model, sites, site), fold_norm)
         forms: dict[int, Tensor] | str

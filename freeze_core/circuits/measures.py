@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freeze_core.arguments import check_choice, check_int
 from freeze_core.extras import extra
-from freeze_core.studies.tables import as_latex, as_markdown
+from freeze_core.results.tables import as_latex, as_markdown
 
 __all__ = ["HeadMeasures"]
 

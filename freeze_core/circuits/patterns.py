@@ -23,7 +23,7 @@ from freeze_core.errors import InterventionError
 from freeze_core.freezing.requests import resolve
 from freeze_core.inputs import vocabulary_size
 from freeze_core.recording import record
-from freeze_core.studies.intervals import Resampling
+from freeze_core.results.intervals import Resampling
 
 __all__ = ["pattern_scores"]
 

@@ -9,8 +9,8 @@ from freeze_core.arguments import check_type, refuse
 from freeze_core.circuits.measures import HeadMeasures
 from freeze_core.plots.heatmap import draw_heatmaps
 from freeze_core.plots.style import array
+from freeze_core.results.tables import UNITS
 from freeze_core.scoring.scores import HeadScores
-from freeze_core.studies.tables import UNITS
 
 __all__ = ["plot_head_measures", "plot_head_scores"]
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from freeze_core.arguments import check_type
 from freeze_core.plots.style import figure
-from freeze_core.studies.intervals import Estimate
-from freeze_core.studies.results import AblationStudy
+from freeze_core.results.intervals import Estimate
+from freeze_core.studies.ablation_result import AblationStudy
 
 __all__ = ["plot_ablation"]
 

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 from freeze_core.arguments import check_flag, check_int, refuse
 from freeze_core.attention.layout import Sites
-from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.install import install, is_frozen
+from freeze_core.freezing.install import FrozenCircuits, install
 from freeze_core.freezing.plan import LayerFreeze
-from freeze_core.freezing.requests import resolve
-from freeze_core.generators import Generators
-from freeze_core.inputs import logits_of, run
-from freeze_core.scoring.batches import IGNORED, Batch, copied
+from freeze_core.freezing.unfrozen import unfrozen_sites
+from freeze_core.results.intervals import Resampling
+from freeze_core.results.provenance import provenance_of
+from freeze_core.runs.dataset import batches_in, with_next_tokens
+from freeze_core.runs.measuring import measure
+from freeze_core.scoring.batches import IGNORED, Batch
 from freeze_core.scoring.sweep import circuits_of
-from freeze_core.studies.checks import heads_by_layer
-from freeze_core.studies.dataset import batches_in, with_next_tokens
-from freeze_core.studies.intervals import Resampling
+from freeze_core.studies.ablation_result import CLEAN, AblationStudy
+from freeze_core.studies.head_sets import freezes_of, heads_by_layer
 from freeze_core.studies.measures import Sums, sums
-from freeze_core.studies.origin import origin_of
-from freeze_core.studies.patches import roles_of
-from freeze_core.studies.results import CLEAN, AblationStudy
 from freeze_core.vocabulary import CircuitType
 
 __all__ = ["run_circuit_ablation_study"]
@@ -85,21 +81,21 @@ def run_circuit_ablation_study(
     check_flag("progress", progress)
     resampling = Resampling(confidence, resamples, resampling_seed)
     names, config = circuits_of(circuits), _config(layers, None if isinstance(heads, Mapping) else heads, fields)
-    sites = find_sites(model, attention=config.attention)
-    if is_frozen(model):
-        raise InterventionError("model is frozen: study it unfrozen, so that the clean run is its own")
+    sites = unfrozen_sites(model, config.attention)
     chosen = heads_by_layer(heads, config, sites) if isinstance(heads, Mapping) else None
     if chosen is not None and layers is not None:
         refuse("layers", layers, "None where heads are a dict from layer to heads")
-    freezes = {name: _freezes(name, config, sites, chosen) for name in names}
+    freezes = {name: freezes_of(name, config, sites, chosen) for name in names}
     batches = batches_in(model, dataset, tokenizer, batch_size, name="dataset", least=2)
     if sum(batch.rows for batch in batches) < 2:
         raise InterventionError("dataset has one sequence: must have two at least, for intervals over sequences")
-    origin = origin_of(model, sites, batches)  # first, so that nothing that was measured is lost
+    provenance = provenance_of(model, sites, batches)  # first, so that nothing that was measured is lost
     batches = with_next_tokens(model, batches)
-    measured = _measured(model, sites, batches, freezes, progress)
+    runs = {name: partial(_frozen, sites, several) for name, several in freezes.items()}
+    measured = measure(model, batches, CLEAN, runs, _sums, task="ablation study", progress=progress)
     targets = torch.cat([(batch.labels != IGNORED).sum(1) for batch in batches if batch.labels is not None])
-    return AblationStudy(config, measured, targets, origin, resampling, chosen)
+    totals = {name: Sums(**values) for name, values in measured.items()}
+    return AblationStudy(config, totals, targets, provenance, resampling, chosen)
 
 
 def _config(layers: Any, heads: Any, fields: Mapping[str, Any]) -> InterventionConfig:
@@ -114,65 +110,9 @@ def _config(layers: Any, heads: Any, fields: Mapping[str, Any]) -> InterventionC
     return InterventionConfig(layers, heads, **fields)
 
 
-def _freezes(
-    circuit: str, config: InterventionConfig, sites: Sites, chosen: Mapping[int, Sequence[int]] | None
-) -> list[LayerFreeze]:
-    configs = [config]
-    if chosen is not None:
-        configs = [replace(config, layer_indices=[layer], head_indices=heads) for layer, heads in chosen.items()]
-    return [freeze for one in configs for freeze in resolve(one, sites, roles_of(circuit))]
+def _frozen(sites: Sites, freezes: Sequence[LayerFreeze], number: int) -> FrozenCircuits:
+    return install([(sites, freezes)])
 
 
-def _measured(
-    model: nn.Module,
-    sites: Sites,
-    batches: Sequence[Batch],
-    freezes: Mapping[str, Sequence[LayerFreeze]],
-    progress: bool,
-) -> dict[str, Sums]:
-    """The sums of all sequences, clean and under each circuit's freeze."""
-    found: dict[str, list[Sums]] = {name: [] for name in (CLEAN, *freezes)}
-    generators = Generators(model)
-    before = generators.states()
-    try:
-        with tqdm(total=len(batches) * len(found), desc="ablation study", unit="pass", disable=not progress) as bar:
-            for batch in batches:
-                start = generators.states()
-                clean = _logits(model, batch)
-                after = generators.states()
-                found[CLEAN].append(sums(batch, clean, clean))
-                bar.update()
-                for name, several in freezes.items():
-                    generators.put(start)
-                    with install([(sites, several)]):
-                        found[name].append(sums(batch, _logits(model, batch), clean))
-                    bar.update()
-                generators.put(after)
-    finally:
-        generators.put(before)
-    whole = {name: Sums(*map(torch.cat, zip(*several, strict=True))) for name, several in found.items()}
-    _refuse_infinite(whole)
-    return whole
-
-
-def _refuse_infinite(measured: Mapping[str, Sums]) -> None:
-    """Raises `InterventionError` for sums that no mean can be made of."""
-    for name, one in measured.items():
-        for measure, values in one._asdict().items():
-            if not bool(values.isfinite().all()):
-                row = int((~values.isfinite()).nonzero()[0])
-                raise InterventionError(
-                    f"the {measure} of sequence {row} is {float(values[row])} in the {name} run: there is no mean of "
-                    "it; leave out what the model holds to be impossible, or run it in a wider dtype"
-                )
-
-
-def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    with torch.no_grad():
-        logits = logits_of(run(model, copied(batch.arguments)))
-    if logits.shape[:2] != (batch.rows, batch.columns):
-        raise InterventionError(
-            f"{type(model).__name__} gave logits {list(logits.shape)} for a batch of {[batch.rows, batch.columns]} "
-            "[batch, token]: they must be of every token (no logits_to_keep=)"
-        )
-    return logits
+def _sums(number: int, batch: Batch, logits: Tensor, clean: Tensor, run: str) -> dict[str, Tensor]:
+    return sums(batch, logits, clean)._asdict()

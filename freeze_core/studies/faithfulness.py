@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from freeze_core.arguments import check_flag, check_int
 from freeze_core.attention.layout import Sites
-from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError, shown
-from freeze_core.freezing.install import is_frozen
-from freeze_core.freezing.plan import LayerFreeze, refuse_dependent
+from freeze_core.freezing.install import FrozenCircuits, install
+from freeze_core.freezing.plan import refuse_dependent
 from freeze_core.freezing.requests import resolve
-from freeze_core.generators import Generators
+from freeze_core.freezing.unfrozen import unfrozen_sites
 from freeze_core.recording import record
+from freeze_core.results.intervals import Resampling
+from freeze_core.results.provenance import provenance_of
+from freeze_core.runs.measuring import measure, refuse_equal, rows_of
+from freeze_core.runs.pairs import pairs_of, prompts
 from freeze_core.scoring.batches import Batch
-from freeze_core.scoring.metrics import Metric, metric_of
-from freeze_core.scoring.passes import Passes
+from freeze_core.scoring.metrics import metric_of
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.statistics import ActivationStatistics, digest_of
-from freeze_core.studies.checks import heads_by_layer, refuse_equal, refuse_infinite
-from freeze_core.studies.faithful import RUNS, Faithfulness
-from freeze_core.studies.intervals import Resampling
-from freeze_core.studies.origin import origin_of
-from freeze_core.studies.pairs import pairs_of, prompts
-from freeze_core.studies.patches import roles_of
+from freeze_core.studies.faithfulness_result import RUNS, Faithfulness
+from freeze_core.studies.head_sets import freezes_of, heads_by_layer
 from freeze_core.vocabulary import CircuitType, FreezeType, KVScope
 
 __all__ = ["measure_faithfulness"]
@@ -122,27 +120,42 @@ def measure_faithfulness(
         noise_std=noise_std,
         attention=attention,
     )
-    sites = find_sites(model, attention=config.attention)
-    if is_frozen(model):
-        raise InterventionError("model is frozen: measure it unfrozen, so that the clean pass is its own")
+    sites = unfrozen_sites(model, config.attention)
     sets = _sets(heads, sites, config)
+    others: list[Batch] = []
     if references:
         pairs = pairs_of(model, inputs, corrupted, tokenizer, batch_size, positions, "inputs")
         batches, others = [pair.clean for pair in pairs], [pair.corrupted for pair in pairs]
     else:
-        batches, others = prompts(model, inputs, tokenizer, batch_size, positions, "inputs"), []
-    measure = metric_of(metric, targets, batches, model)
-    question = _Question(model, sites, config, name, sets, measure)
-    question.refuse_dependent()
-    origin = origin_of(model, sites, [*batches, *others])  # first, so that nothing that was measured is lost
+        batches = prompts(model, inputs, tokenizer, batch_size, positions, "inputs")
+    measure_of = metric_of(metric, targets, batches, model)
+    for chosen in sets.values():
+        for freeze in freezes_of(name, config, sites, chosen):
+            refuse_dependent(sites.by_layer[freeze.layer], [freeze])
+    provenance = provenance_of(model, sites, [*batches, *others])  # first, so that nothing that was measured is lost
     if statistics is not None:
-        origin["statistics"] = digest_of(statistics.tensors().values())
+        provenance["statistics"] = digest_of(statistics.tensors().values())
+
+    @lru_cache(maxsize=1)  # the runs over a batch come one after the other
+    def config_of(number: int) -> InterventionConfig:
+        if not references:
+            return config
+        recording = record(model, others[number].arguments, list(sets["empty"]), attention=attention)
+        return replace(config, freeze_type=FreezeType.REFERENCE, reference=recording)
+
+    def frozen(chosen: Mapping[int, Sequence[int]], number: int) -> FrozenCircuits:
+        return install([(sites, freezes_of(name, config_of(number), sites, chosen))])
+
+    runs = {run: partial(frozen, chosen) for run, chosen in sets.items()}
     with torch.inference_mode(False):
-        values = _measured(question, batches, others, progress)
-    refuse_equal(measure.name, values["model"], values["empty"], "both unfrozen and with all heads frozen")
+        measured = measure(
+            model, batches, RUNS[0], runs, rows_of(measure_of), task="measure_faithfulness", progress=progress
+        )
+    values = {run: measured[run][measure_of.name] for run in RUNS}
+    refuse_equal(measure_of.name, values["model"], values["empty"], "both unfrozen and with all heads frozen")
     settings = {
         "heads": sets["complement"],
-        "metric": measure.name,
+        "metric": measure_of.name,
         "circuit": name,
         "freeze_type": str(FreezeType.REFERENCE if references else config.freeze_type),
         "kv_scope": str(config.kv_scope),
@@ -153,7 +166,7 @@ def measure_faithfulness(
         "targets": None if targets is None else torch.as_tensor(targets).tolist(),
         "positions": positions if isinstance(positions, str) else [int(one) for one in positions],
     }
-    return Faithfulness(values, settings, sum(map(len, sets["empty"].values())), origin, resampling)
+    return Faithfulness(values, settings, sum(map(len, sets["empty"].values())), provenance, resampling)
 
 
 def _check_freeze_type(freeze_type: object, corrupted: object) -> bool:
@@ -167,71 +180,8 @@ def _check_freeze_type(freeze_type: object, corrupted: object) -> bool:
 
 
 def _sets(heads: object, sites: Sites, config: InterventionConfig) -> dict[str, dict[int, list[int]]]:
-    """The heads of each layer that are frozen, by run."""
+    """The heads of each layer that are frozen, by run; in the first one none are."""
     chosen = heads_by_layer(heads, config, sites)
     every = {freeze.layer: list(freeze.heads) for freeze in resolve(config, sites)}
     rest = {layer: [head for head in several if head not in chosen.get(layer, [])] for layer, several in every.items()}
-    return dict(zip(RUNS, ({}, every, rest, chosen), strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class _Question:
-    """What is measured: which circuit of which heads is frozen in each run, and by which metric."""
-
-    model: nn.Module
-    sites: Sites
-    config: InterventionConfig
-    circuit: str
-    sets: Mapping[str, Mapping[int, Sequence[int]]]
-    metric: Metric
-
-    def freezes(self, run: str, config: InterventionConfig) -> list[LayerFreeze]:
-        """Those of one run."""
-        return [
-            freeze
-            for layer, heads in self.sets[run].items()
-            if heads
-            for freeze in resolve(
-                replace(config, layer_indices=[layer], head_indices=heads), self.sites, roles_of(self.circuit)
-            )
-        ]
-
-    def refuse_dependent(self) -> None:
-        """Raises `UnsupportedModelError` where heads that are frozen cannot be told from others."""
-        for run in RUNS:
-            for freeze in self.freezes(run, self.config):
-                refuse_dependent(self.sites.by_layer[freeze.layer], [freeze])
-
-
-def _measured(
-    question: _Question, batches: Sequence[Batch], others: Sequence[Batch], progress: bool
-) -> dict[str, Tensor]:
-    """The metric `[prompt]` of each run."""
-    generators = Generators(question.model)
-    before = generators.states()
-    found: dict[str, list[Tensor]] = {run: [] for run in RUNS}
-    try:
-        with tqdm(
-            total=len(batches) * len(RUNS), desc="measure_faithfulness", unit="pass", disable=not progress
-        ) as bar:
-            for number, batch in enumerate(batches):
-                config = _config(question, others[number], generators) if others else question.config
-                passes = Passes(question.model, question.sites, batch, generators)
-                with passes.running({}):
-                    for run in RUNS:
-                        freezes = question.freezes(run, config)
-                        logits = passes.whole(freezes) if run != RUNS[0] else passes.clean
-                        rows = question.metric.rows(number, batch, logits, passes.clean, run)
-                        found[run].append(refuse_infinite(rows, question.metric.name, number, run))
-                        bar.update()
-    finally:
-        generators.put(before)
-    return {run: torch.cat(rows) for run, rows in found.items()}
-
-
-def _config(question: _Question, corrupted: Batch, generators: Generators) -> InterventionConfig:
-    """The config that freezes at what is recorded on `corrupted`; the generators are left as they were."""
-    start, config = generators.states(), question.config
-    recording = record(question.model, corrupted.arguments, list(question.sets["empty"]), attention=config.attention)
-    generators.put(start)
-    return replace(config, freeze_type=FreezeType.REFERENCE, reference=recording)
+    return dict(zip(RUNS[1:], (every, rest, chosen), strict=True))

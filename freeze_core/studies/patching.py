@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.arguments import check_choice, check_flag, check_int, refuse
-from freeze_core.attention.sites import find_sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError
-from freeze_core.freezing.install import is_frozen
+from freeze_core.freezing.unfrozen import unfrozen_sites
+from freeze_core.results.intervals import Resampling
+from freeze_core.results.provenance import provenance_of
+from freeze_core.runs.pairs import pairs_of
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.scoring.sweep import circuits_of
-from freeze_core.studies.intervals import Resampling
-from freeze_core.studies.origin import origin_of
-from freeze_core.studies.pairs import pairs_of
-from freeze_core.studies.patch_sweep import PatchSweep, measured
-from freeze_core.studies.patched import CELLS, DIRECTIONS, PatchingStudy
+from freeze_core.studies.patch_runs import PatchSweep, measured
+from freeze_core.studies.patching_result import CELLS, DIRECTIONS, PatchingStudy
 from freeze_core.vocabulary import CircuitType, KVScope
 
 __all__ = ["patch_activations"]
@@ -106,9 +105,7 @@ def patch_activations(
     }
     if by == "position" and attention != "self":
         refuse("attention", attention, "'self' with by='position': other attention has columns of its own")
-    sites = find_sites(model, attention=attention)
-    if is_frozen(model):
-        raise InterventionError("model is frozen: patch it unfrozen, so that both runs are its own")
+    sites = unfrozen_sites(model, attention)
     pairs = pairs_of(model, clean, corrupted, tokenizer, batch_size, positions, "clean")
     columns = sorted({pair.clean.columns for pair in pairs})
     if by == "position" and len(columns) > 1:
@@ -116,7 +113,7 @@ def patch_activations(
     measure = metric_of(metric, targets, [pair.clean for pair in pairs], model)
     sweep = PatchSweep(model, sites, measure, configs, by, direction == "denoising", pairs, progress)
     patches = sweep.patches()
-    origin = origin_of(model, sites, [batch for pair in pairs for batch in pair])  # before anything can be lost
+    provenance = provenance_of(model, sites, [batch for pair in pairs for batch in pair])  # before anything can be lost
     with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
         values = measured(sweep, patches)
     settings = {
@@ -130,4 +127,4 @@ def patch_activations(
         "kv_scope": str(next(iter(configs.values())).kv_scope),
         "attention": attention,
     }
-    return PatchingStudy(*values, settings, origin, resampling)
+    return PatchingStudy(*values, settings, provenance, resampling)

@@ -25,12 +25,8 @@ def activations(model: nn.Module, site: ResidualSite, batches: Sequence[Batch]) 
     Raises:
         InterventionError: the layer did not run once, or gives no such stream, or what is not finite.
     """
-    generators = Generators(model)
-    before = generators.states()
-    try:
+    with Generators(model).restored():
         return torch.cat([_of_batch(model, site, batch) for batch in batches])
-    finally:
-        generators.put(before)
 
 
 def _of_batch(model: nn.Module, site: ResidualSite, batch: Batch) -> Tensor:

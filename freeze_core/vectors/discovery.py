@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from freeze_core.arguments import check_flag, check_int, is_finite, refuse
 from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.draws import accumulation_dtype
-from freeze_core.freezing.install import is_frozen
+from freeze_core.freezing.unfrozen import refuse_frozen
+from freeze_core.results.intervals import Resampling
+from freeze_core.results.provenance import provenance_of
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric, metric_of
-from freeze_core.studies.intervals import Resampling
-from freeze_core.studies.origin import origin_of
 from freeze_core.vectors.activations import activations
 from freeze_core.vectors.arguments import (
     check_columns,
@@ -124,8 +124,7 @@ def discover(
     check_method(method, metric, targets, max_norm, steps)
     site = find_residual(model, layer)
     check_columns(site, where)
-    if is_frozen(model):
-        raise InterventionError("model is frozen: find vectors in it unfrozen, so that its stream is its own")
+    refuse_frozen(model)
     kinds = [
         Prompts(model, given, name, tokenizer, batch_size)
         for given, name in ((positive, "positive"), (negative, "negative"))
@@ -146,7 +145,7 @@ def discover(
             check_reached(where, kinds[1], rows.tolist())
     with torch.inference_mode(False):
         # First, so that nothing that was measured is lost.
-        origin = origin_of(model, site.sites, [batch for part in batches for kind in part for batch in kind])
+        provenance = provenance_of(model, site.sites, [batch for part in batches for kind in part for batch in kind])
         seen = [activations(model, site, one) for one in batches[0]]
         options = Options(method, max_norm, 50 if steps is None else steps, seed, _dtype(model))
         find = _finder(model, site, seen, found, question, options)
@@ -174,7 +173,7 @@ def discover(
             losses=losses,
             effects=None,
             prompts=tuple(one for kind in batches[0] for one in digests(kind)),
-            origin=origin,
+            origin=provenance,
             resampling=resampling,
         )
         if question is None:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from freeze_core.errors import InterventionError
 from freeze_core.extras import extra
-from freeze_core.generators import Generators
-from freeze_core.inputs import logits_of, run
+from freeze_core.freezing.install import FrozenCircuits
+from freeze_core.results.intervals import Estimate, Resampling
+from freeze_core.results.tables import unit_of
+from freeze_core.runs.measuring import measure, rows_of
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric
-from freeze_core.studies.intervals import Estimate, Resampling
-from freeze_core.studies.tables import unit_of
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.sites import ResidualSite
 from freeze_core.vectors.steered import Addition, steer
 
-__all__ = ["CONTROLS", "EffectRow", "SteeringEffects", "effects_of", "logits_at"]
+__all__ = ["CONTROLS", "EffectRow", "SteeringEffects", "effects_of"]
 
 CONTROLS = 8
 """Random vectors of the same length that a vector is compared with."""
@@ -141,7 +139,7 @@ def effects_of(
     site: ResidualSite,
     vector: Tensor,
     batches: Sequence[Batch],
-    measure: Metric,
+    metric: Metric,
     strengths: Sequence[float],
     positions: Positions,
     seed: int,
@@ -149,13 +147,26 @@ def effects_of(
     progress: bool,
 ) -> SteeringEffects:
     """The effects of `vector` `[hidden]`, and of random ones that are drawn by `seed`."""
-    vectors = {"vector": vector} | {
-        f"random vector {number}": one for number, one in enumerate(_random_vectors(vector, seed))
+    controls = [f"random vector {number}" for number in range(CONTROLS)]
+    vectors = {"vector": vector, **dict(zip(controls, _random_vectors(vector, seed), strict=True))}
+    runs = {
+        f"{name}, at strength {strength}": partial(_steered, site, positions, name, one, strength)
+        for name, one in vectors.items()
+        for strength in strengths
     }
-    clean, rows = _measured(model, site, vectors, batches, measure, strengths, positions, progress)
-    steered = rows.pop("vector")
-    controls = torch.stack(list(rows.values()), dim=1)
-    return SteeringEffects(measure.name, str(positions), tuple(strengths), clean, steered, controls, resampling)
+    measured = measure(model, batches, "unsteered", runs, rows_of(metric), task="steering", progress=progress)
+    rows = [values[metric.name] for values in measured.values()]
+    table = torch.stack(rows[1:]).view(len(vectors), len(strengths), -1)
+    return SteeringEffects(
+        metric.name, str(positions), tuple(strengths), rows[0], table[0], table[1:].transpose(0, 1), resampling
+    )
+
+
+def _steered(
+    site: ResidualSite, positions: Positions, name: str, vector: Tensor, strength: float, number: int
+) -> FrozenCircuits:
+    delta = None if strength == 0 else strength * vector
+    return steer(site, Addition(delta, positions, name), "ignore")
 
 
 def _random_vectors(vector: Tensor, seed: int) -> Tensor:
@@ -163,64 +174,3 @@ def _random_vectors(vector: Tensor, seed: int) -> Tensor:
     drawn = torch.randn(CONTROLS, len(vector), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     scaled: Tensor = drawn * (vector.double().norm() / drawn.norm(dim=1, keepdim=True))
     return scaled.to(vector.dtype)
-
-
-def _measured(
-    model: nn.Module,
-    site: ResidualSite,
-    vectors: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    measure: Metric,
-    strengths: Sequence[float],
-    positions: Positions,
-    progress: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The metric of each prompt without a vector `[prompt]`, and with each at each strength `[strength, prompt]`.
-
-    All passes over a batch draw the same dropout; torch's generators are put back.
-    """
-    generators = Generators(model)
-    before = generators.states()
-    found: dict[str, list[list[Tensor]]] = {name: [[] for _ in strengths] for name in vectors}
-    unsteered = []
-    total = len(batches) * (1 + len(vectors) * len(strengths))
-    try:
-        with torch.no_grad(), tqdm(total=total, desc="steering", unit="pass", disable=not progress) as bar:
-            for number, batch in enumerate(batches):
-                start = generators.states()
-                clean = logits_at(model, batch)
-                after = generators.states()
-                unsteered.append(measure.rows(number, batch, clean, clean, "unsteered"))
-                bar.update()
-                for name, vector in vectors.items():
-                    for place, strength in enumerate(strengths):
-                        generators.put(start)
-                        delta = None if strength == 0 else strength * vector
-                        with steer(site, Addition(delta, positions, name), "ignore"):
-                            logits = logits_at(model, batch)
-                        what = f"{name}, at strength {strength:g}"
-                        found[name][place].append(measure.rows(number, batch, logits, clean, what))
-                        bar.update()
-                generators.put(after)
-    finally:
-        generators.put(before)
-    whole = {name: torch.stack([torch.cat(one) for one in several]) for name, several in found.items()}
-    clean_rows = torch.cat(unsteered)
-    for name, values in {"unsteered": clean_rows, **whole}.items():
-        if not bool(values.isfinite().all()):
-            raise InterventionError(
-                f"metric={measure.name} is not finite for some prompt, {name}: there is no mean of it; leave the "
-                "prompt out, add less of the vector, or run in a wider dtype"
-            )
-    return clean_rows, whole
-
-
-def logits_at(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits at a batch's positions `[row, position, word]`."""
-    logits = logits_of(run(model, batch.arguments))
-    if logits.dim() != 3 or logits.shape[:2] != (batch.rows, batch.columns):
-        raise InterventionError(
-            f"{type(model).__name__} gave logits {list(logits.shape)} for {[batch.rows, batch.columns]} [batch, "
-            "token]: they must be of every token (no logits_to_keep=)"
-        )
-    return batch.at_positions(logits)

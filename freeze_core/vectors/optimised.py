@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError
 from freeze_core.generators import Generators
+from freeze_core.runs.measuring import logits_at
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric
-from freeze_core.vectors.effects import logits_at
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.sites import ResidualSite
 from freeze_core.vectors.steered import Addition, steer
@@ -59,9 +59,11 @@ def optimised(
     vector = (drawn * (START * bound / drawn.norm())).to(device, dtype).requires_grad_()
     best, losses = vector.detach().clone(), list[float]()
     generators = Generators(model)
-    before = generators.states()
-    clean = _clean(model, batches, generators) if measure.name == "kl" else [torch.empty(0)] * len(batches)
-    try:
+    before, clean = generators.states(), [torch.empty(0)] * len(batches)
+    with generators.restored():
+        if measure.name == "kl":
+            with torch.no_grad():
+                clean = [logits_at(model, batch) for batch in batches]
         for step in range(steps + 1):
             with torch.enable_grad(), steer(site, Addition(vector, positions, "optimised"), "ignore"):
                 generators.put(before)
@@ -79,8 +81,6 @@ def optimised(
                     length = WAY * bound * 2 * (1 - step / steps) / (steps + 1)  # these add up to the way
                     vector -= gradient * (length / gradient.norm().clamp(min=torch.finfo(dtype).tiny))
                     vector *= min(1.0, bound / float(vector.norm()))
-    finally:
-        generators.put(before)
     return best.cpu(), torch.tensor(losses, dtype=torch.float64)
 
 
@@ -88,14 +88,6 @@ def _generator(seed: int, start: int) -> torch.Generator:
     """By a hash: `seed` itself draws the random vectors that what is found is compared with."""
     digest = hashlib.sha256(f"start {start} of {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _clean(model: nn.Module, batches: Sequence[Batch], generators: Generators) -> list[Tensor]:
-    before = generators.states()
-    with torch.no_grad():
-        clean = [logits_at(model, batch) for batch in batches]
-    generators.put(before)
-    return clean
 
 
 def _with_gradient(

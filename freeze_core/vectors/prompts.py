@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError, shown
+from freeze_core.runs.dataset import tokens_of
 from freeze_core.scoring.batches import Batch, batches_of
 from freeze_core.statistics import digest_of
-from freeze_core.studies.dataset import tokens_of
 
 __all__ = ["Prompts", "digests"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freeze_core.extras import extra
-from freeze_core.studies.intervals import Estimate, Resampling
+from freeze_core.results.intervals import Estimate, Resampling
 
 __all__ = ["Separation", "Stability", "projections", "separation", "split_cosines", "stability"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from freeze_core.arguments import is_finite, is_int
 from freeze_core.files import parsed
-from freeze_core.studies.intervals import Resampling
+from freeze_core.results.intervals import Resampling
 from freeze_core.vectors.effects import SteeringEffects
 
 if TYPE_CHECKING:

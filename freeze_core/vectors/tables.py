@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from freeze_core.studies.tables import UNITS, as_latex, as_markdown, shown_with_interval
+from freeze_core.results.tables import UNITS, as_latex, as_markdown, shown_with_interval
 
 if TYPE_CHECKING:
     from freeze_core.vectors.effects import SteeringEffects

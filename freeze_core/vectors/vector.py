@@ -15,11 +15,12 @@ from freeze_core.config import check_on_stale_cache
 from freeze_core.errors import InterventionError, shown
 from freeze_core.extras import extra
 from freeze_core.files import read_file, write_file
-from freeze_core.freezing.install import FrozenCircuits, is_frozen
+from freeze_core.freezing.install import FrozenCircuits
+from freeze_core.freezing.unfrozen import refuse_frozen
 from freeze_core.identity import is_same_model, model_identity
+from freeze_core.results.intervals import Resampling
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.statistics import digest_of
-from freeze_core.studies.intervals import Resampling
 from freeze_core.vectors.arguments import check_columns, check_reached, checked_strengths
 from freeze_core.vectors.effects import SteeringEffects, effects_of
 from freeze_core.vectors.positions import Positions
@@ -175,8 +176,7 @@ class InterventionVector:
         check_flag("progress", progress)
         site = self._site(model)
         check_columns(site, where)
-        if is_frozen(model):
-            raise InterventionError("model is frozen: evaluate it unfrozen, so that the unsteered run is its own")
+        refuse_frozen(model)
         given = Prompts(model, prompts, "prompts", tokenizer, batch_size)
         if len(given) < 2:
             raise InterventionError("prompts has one prompt: must have two at least, for intervals over prompts")

@@ -24,10 +24,10 @@ from freeze_core import (
     run_circuit_ablation_study,
 )
 from freeze_core.files import read_file, write_file
+from freeze_core.results.intervals import Resampling
 from freeze_core.scoring.batches import batches_of
-from freeze_core.studies.intervals import Resampling
+from freeze_core.studies.ablation_result import FORMAT
 from freeze_core.studies.measures import sums
-from freeze_core.studies.results import FORMAT
 from pytest_circuitfreeze.models import tiny_model
 
 DEFAULT = ["gpt2", "llama", "mistral_gqa", "falcon_mqa"]
@@ -191,7 +191,7 @@ def test_labels_of_padding_are_no_targets() -> None:
 def test_what_is_infinite_has_no_mean() -> None:
     model = tiny_model("gpt2")
     model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, IDS[2, 1:2], -torch.inf))
-    with pytest.raises(InterventionError, match="the loss of sequence 2 is inf in the clean run"):
+    with pytest.raises(InterventionError, match="metric=loss is inf for row 2 of batch 0, clean"):
         study(model, IDS)
 
 

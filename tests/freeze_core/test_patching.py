@@ -20,7 +20,8 @@ from freeze_core import (
 )
 from freeze_core.attention.sites import find_sites
 from freeze_core.freezing.install import install
-from freeze_core.studies.patches import by_position, roles_of
+from freeze_core.studies.head_sets import roles_of
+from freeze_core.studies.patch_plan import by_position
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()

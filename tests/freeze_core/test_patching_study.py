@@ -24,8 +24,8 @@ from freeze_core import (
     patch_activations,
 )
 from freeze_core.files import read_file, write_file
-from freeze_core.studies.patched import FORMAT
-from freeze_core.studies.tables import as_latex
+from freeze_core.results.tables import as_latex
+from freeze_core.studies.patching_result import FORMAT
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()

@@ -100,7 +100,7 @@ def test_what_a_result_is_of_is_found_out_before_any_pass(module: str, monkeypat
     def failing(*args: Any) -> None:
         raise LookupError("no version")
 
-    monkeypatch.setattr(f"freeze_core.{package}.{module}.origin_of", failing)
+    monkeypatch.setattr(f"freeze_core.{package}.{module}.provenance_of", failing)
     calls: dict[str, Any] = {
         "ablation": lambda: run_circuit_ablation_study(model, NEGATIVE, [0], [0], progress=False),
         "patching": lambda: patch_activations(model, POSITIVE, NEGATIVE, **METRIC, progress=False),

@@ -14,11 +14,11 @@ from freeze_core.attention.layout import Sites
 from freeze_core.config import InterventionConfig
 from freeze_core.errors import UnsupportedModelError
 from freeze_core.freezing.plan import LayerFreeze
-from freeze_core.freezing.requests import resolve
 from freeze_core.scoring.sweep import interventions
-from freeze_core.vocabulary import CircuitType, FreezeType, Role
+from freeze_core.studies.head_sets import freezes_of, roles_of
+from freeze_core.vocabulary import FreezeType, Role
 
-__all__ = ["Patch", "by_head", "by_position", "roles_of"]
+__all__ = ["Patch", "by_head", "by_position"]
 
 LARGEST = 2**26
 """Numbers that composed activations hold at once: 256 MiB in float32."""
@@ -29,11 +29,6 @@ class Patch(NamedTuple):
 
     freeze: LayerFreeze
     cells: list[tuple[str, int]]
-
-
-def roles_of(circuit: str) -> tuple[Role, ...]:
-    """The activations that a circuit consists of."""
-    return ("z",) if circuit == "z" else CircuitType(circuit).roles
 
 
 def by_head(sites: Sites, configs: Mapping[str, InterventionConfig], source: Recording) -> Iterator[list[Patch]]:
@@ -73,7 +68,7 @@ def by_position(
 
 def _at(sites: Sites, config: InterventionConfig, circuit: str, reference: Recording, position: int) -> Patch:
     (layer,) = reference
-    (freeze,) = resolve(_recorded(config, layer, reference), sites, roles_of(circuit))
+    (freeze,) = freezes_of(circuit, _recorded(config, layer, reference), sites)
     return Patch(freeze, [(circuit, position)])
 
 

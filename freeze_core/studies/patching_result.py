@@ -15,9 +15,9 @@ from freeze_core.arguments import check_choice, check_int
 from freeze_core.errors import InterventionError
 from freeze_core.extras import extra
 from freeze_core.files import parsed, read_file, write_file
-from freeze_core.studies.intervals import Estimate, Estimates, Resampling
+from freeze_core.results.intervals import Estimate, Estimates, Resampling
+from freeze_core.results.tables import as_latex, as_markdown, shown_with_interval, unit_of
 from freeze_core.studies.statistics import average, ratio
-from freeze_core.studies.tables import as_latex, as_markdown, shown_with_interval, unit_of
 from freeze_core.vocabulary import KVScope
 
 __all__ = ["CELLS", "DIRECTIONS", "PatchingStudy"]

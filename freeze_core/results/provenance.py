@@ -14,10 +14,10 @@ from freeze_core.identity import model_identity
 from freeze_core.scoring.batches import Batch
 from freeze_core.statistics import digest_of
 
-__all__ = ["origin_of"]
+__all__ = ["provenance_of"]
 
 
-def origin_of(model: nn.Module, sites: Sites, batches: Sequence[Batch]) -> dict[str, str]:
+def provenance_of(model: nn.Module, sites: Sites, batches: Sequence[Batch]) -> dict[str, str]:
     """The model (class, dtype, a hash of its weights), a hash of the data, and the versions of what ran."""
     given = [
         (name, values)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from freeze_core.extras import extra
-from freeze_core.studies.intervals import Estimate, Resampling
+from freeze_core.results.intervals import Estimate, Resampling
+from freeze_core.results.tables import as_latex, as_markdown, shown_with_interval, unit_of
 from freeze_core.studies.statistics import average, ratio
-from freeze_core.studies.tables import as_latex, as_markdown, shown_with_interval, unit_of
 
 __all__ = ["RUNS", "Faithfulness"]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from freeze_core.studies.intervals import Estimate
+from freeze_core.results.intervals import Estimate
 
 if TYPE_CHECKING:
-    from freeze_core.studies.results import AblationStudy, Row
+    from freeze_core.studies.ablation_result import AblationStudy, Row
 
 __all__ = ["UNITS", "as_latex", "as_markdown", "latex", "markdown", "protected", "shown_with_interval", "unit_of"]
 

@@ -16,10 +16,10 @@ from freeze_core.config import InterventionConfig, config_of, parts_of
 from freeze_core.errors import InterventionError
 from freeze_core.extras import extra
 from freeze_core.files import parsed, read_file, write_file
-from freeze_core.studies.intervals import Estimate, Resampling
+from freeze_core.results.intervals import Estimate, Resampling
+from freeze_core.results.tables import latex, markdown
 from freeze_core.studies.measures import Sums
 from freeze_core.studies.statistics import accuracy, effect_size, mean, perplexity
-from freeze_core.studies.tables import latex, markdown
 
 __all__ = ["CLEAN", "AblationStudy", "Row"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError
+from freeze_core.runs.dataset import batches_in
 from freeze_core.scoring.batches import Batch
-from freeze_core.studies.dataset import batches_in
 
 __all__ = ["Pair", "pairs_of", "prompts"]
 

@@ -18,13 +18,13 @@ from freeze_core.freezing.padding_mask import prompt_of
 from freeze_core.freezing.requests import resolve
 from freeze_core.generators import Generators
 from freeze_core.recording import record
+from freeze_core.runs.measuring import logits_at, refuse_equal, refuse_infinite
+from freeze_core.runs.pairs import Pair
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric
 from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.sweep import interventions
-from freeze_core.studies.checks import refuse_equal, refuse_infinite
-from freeze_core.studies.pairs import Pair
-from freeze_core.studies.patches import by_head, by_position
+from freeze_core.studies.patch_plan import by_head, by_position
 
 __all__ = ["PatchSweep", "measured"]
 
@@ -77,7 +77,8 @@ class PatchSweep:
             where: whose `logits` these are, for errors.
         """
         rows = self.metric.rows(number, self.pairs[number].clean, logits, clean, where)
-        return refuse_infinite(rows, self.metric.name, number, where)
+        refuse_infinite(rows, self.metric.name, number, where)
+        return rows
 
 
 class Unpatched(NamedTuple):
@@ -103,10 +104,9 @@ def measured(sweep: PatchSweep, patches: Mapping[int, int]) -> tuple[dict[str, T
         InterventionError: it is the same in both runs, or what a pass cannot serve.
     """
     generators = Generators(sweep.model)
-    before = generators.states()
     patched: dict[tuple[str, int, int], list[Tensor]] = defaultdict(list)
     baselines = []
-    try:
+    with generators.restored():
         runs = [_unpatched(sweep, number, generators) for number in range(len(sweep.pairs))]
         clean, corrupted = (torch.cat([getattr(run, name) for run in runs]) for name in ("clean", "corrupted"))
         refuse_equal(sweep.metric.name, clean, corrupted, "in the clean and in the corrupted run")
@@ -117,8 +117,6 @@ def measured(sweep: PatchSweep, patches: Mapping[int, int]) -> tuple[dict[str, T
                 baselines.append(baseline)
                 for cell, rows in cells.items():
                     patched[cell].append(rows)
-    finally:
-        generators.put(before)
     baseline = torch.cat(baselines)  # made as the patched ones are made
     both = (clean, baseline) if sweep.denoising else (baseline, corrupted)
     return _tables(sweep, {cell: torch.cat(rows) for cell, rows in patched.items()}), *both
@@ -126,17 +124,12 @@ def measured(sweep: PatchSweep, patches: Mapping[int, int]) -> tuple[dict[str, T
 
 def _unpatched(sweep: PatchSweep, number: int, generators: Generators) -> Unpatched:
     start, pair = generators.states(), sweep.pairs[number]
-    corrupted = _logits(sweep, pair.corrupted, generators)
-    generators.put(start)
-    clean = _logits(sweep, pair.clean, generators)
+    with torch.no_grad():
+        corrupted = logits_at(sweep.model, pair.corrupted)
+        generators.put(start)
+        clean = logits_at(sweep.model, pair.clean)
     rows = sweep.rows(number, clean, clean, "clean"), sweep.rows(number, corrupted, clean, "corrupted")
     return Unpatched(start, *rows)
-
-
-def _logits(sweep: PatchSweep, batch: Batch, generators: Generators) -> Tensor:
-    passes = Passes(sweep.model, sweep.sites, batch, generators)
-    with passes.running({}):
-        return passes.clean
 
 
 def _of_pair(
@@ -156,7 +149,8 @@ def _of_pair(
     else:
         patches = by_position(sweep.sites, sweep.configs, recorded(into), recorded(source))
     generators.put(start)
-    clean = _logits(sweep, pair.clean, generators) if sweep.denoising else None
+    with torch.no_grad():
+        clean = logits_at(sweep.model, pair.clean) if sweep.denoising else None
     generators.put(start)
     passes = Passes(sweep.model, sweep.sites, into, generators)
     found: dict[tuple[str, int, int], Tensor] = {}

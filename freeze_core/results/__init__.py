@@ -1,0 +1,1 @@
+"""What results have in common: intervals, tables, and of which model and data they are."""
