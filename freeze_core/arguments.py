@@ -32,12 +32,12 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_index(value: object) -> TypeGuard[Integral]:
+def is_index(value: object) -> TypeGuard[int]:
     """The same for integers of any library, such as NumPy's."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_finite(value: object, least: float = -math.inf, most: float = math.inf) -> TypeGuard[Real]:
+def is_finite(value: object, least: float = -math.inf, most: float = math.inf) -> TypeGuard[float]:
     """Whether `value` is a finite real number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
@@ -64,7 +64,8 @@ def check_flag(name: str, value: object) -> None:
 def check_int(name: str, value: object, least: int, *, below: float = math.inf, optional: bool = False) -> None:
     """Raises `InterventionError` unless `value` is an int from `least` on, or `None` where that is allowed."""
     if not (value is None and optional) and not (is_int(value) and least <= value < below):
-        refuse(name, value, f"{'None or ' * optional}an int of at least {least}")
+        limit = f" and less than {below}" if below < math.inf else ""
+        refuse(name, value, f"{'None or ' * optional}an int of at least {least}{limit}")
 
 
 def check_type(name: str, value: object, kind: type, what: str) -> None:

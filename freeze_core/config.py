@@ -7,25 +7,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from os import PathLike
 from typing import TypeVar
 
 from torch import Tensor
 
 from freeze_core.activations import Recording
 from freeze_core.arguments import check_choice, check_flag, check_type, is_distinct, is_finite, is_index, refuse
-from freeze_core.errors import InterventionError
-from freeze_core.files import parsed, read_file, write_file
+from freeze_core.files import Saved, parsed, under
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import ATTENTION, BackwardMode, CircuitType, FreezeType, KVScope
 
 __all__ = ["InterventionConfig", "check_config", "check_on_stale_cache", "config_of", "parts_of"]
 
-FORMAT = "circuitfreeze-config-1"
-
 
 @dataclass
-class InterventionConfig:
+class InterventionConfig(Saved):
     """Which circuit of which heads is held at which value; checked when built and again when used.
 
     Args:
@@ -51,6 +47,9 @@ class InterventionConfig:
     Raises:
         InterventionError: naming the field, the value and what is allowed.
     """
+
+    file_format = "circuitfreeze-config-1"
+    file_title = "config"
 
     layer_indices: Sequence[int] | None = None
     head_indices: Sequence[int] | None = None
@@ -99,28 +98,12 @@ class InterventionConfig:
         """A copy of its own, checked anew: what the caller changes later does not reach it."""
         return dataclasses.replace(self)
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Writes the config to a safetensors file, whole or not at all, with its statistics and its recording.
-
-        Raises:
-            InterventionError: a field was changed to what is not allowed.
-            OSError: the file cannot be written.
-        """
-        tensors, facts = parts_of(self.checked())
-        write_file(path, FORMAT, tensors, facts)
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return parts_of(self.checked())
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> InterventionConfig:
-        """Reads what `save` wrote; tensors lie on the CPU.
-
-        Raises:
-            InterventionError: the file is not there, or holds no config.
-        """
-        tensors, facts = read_file(path, FORMAT, "config")
-        try:
-            return config_of(tensors, facts)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InterventionError(f"config of {path}: not what save writes ({error})") from error
+    def _of_parts(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> InterventionConfig:
+        return config_of(tensors, facts)
 
 
 def parts_of(config: InterventionConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -148,18 +131,14 @@ def config_of(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Interv
         KeyError, TypeError, ValueError: one is missing, or no such thing.
     """
     fields = parsed(facts["config"])
-
-    def under(name: str) -> dict[str, Tensor]:
-        return {rest: tensors[whole] for whole in tensors if (rest := whole.removeprefix(f"{name}.")) != whole}
-
     known = {"statistics": "statistics" in facts, "reference": fields["freeze_type"] == FreezeType.REFERENCE}
     for whole in tensors:
         if not known.get(whole.partition(".")[0]):
             raise ValueError(f"a tensor {whole}, which no field of this config has")
     if "statistics" in facts:
-        fields["statistics"] = ActivationStatistics.of(under("statistics"), parsed(facts["statistics"]))
+        fields["statistics"] = ActivationStatistics.of(under("statistics", tensors), parsed(facts["statistics"]))
     if fields["freeze_type"] == FreezeType.REFERENCE:
-        fields["reference"] = Recording.of(under("reference"), fields["attention"])
+        fields["reference"] = Recording.of(under("reference", tensors), fields["attention"])
     return InterventionConfig(**fields)
 
 
@@ -168,7 +147,7 @@ _Choice = TypeVar("_Choice", bound=StrEnum)
 
 def _choice(field: str, value: object, options: type[_Choice]) -> _Choice:
     check_choice(field, value, options)
-    return options(value)
+    return options(str(value))
 
 
 def _check_indices(field: str, value: object) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 from uuid import uuid4
 
 import torch
@@ -22,10 +23,51 @@ from torch import Tensor
 
 from freeze_core.errors import InterventionError
 
-__all__ = ["parsed", "read_file", "write_file"]
+__all__ = ["Saved", "as_json", "check_values", "parsed", "read_file", "under", "write_file"]
 
 DIGEST = " sha256:"
 """What stands between kind and digest in the format of a file."""
+
+
+class Saved(ABC):
+    """What a file can hold, as tensors and facts: safetensors, written whole or not at all."""
+
+    file_format: ClassVar[str]
+    """The kind of the file, with the version of its format."""
+
+    file_title: ClassVar[str]
+    """What a user calls it, for errors."""
+
+    @abstractmethod
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors, by name, and all else as text."""
+
+    @classmethod
+    @abstractmethod
+    def _of_parts(cls, tensors: dict[str, Tensor], facts: dict[str, str]) -> Self:
+        """What has these parts; raises `AttributeError`, `LookupError`, `TypeError` or `ValueError` for others."""
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes all of it to a safetensors file, whole or not at all.
+
+        Raises:
+            InterventionError: it was changed to something that is not allowed.
+            OSError: the file cannot be written.
+        """
+        write_file(path, self.file_format, *self._parts())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Reads what `save` wrote; tensors are on the CPU.
+
+        Raises:
+            InterventionError: the file is missing, damaged, or holds something else.
+        """
+        tensors, facts = read_file(path, cls.file_format, cls.file_title)
+        try:
+            return cls._of_parts(tensors, facts)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InterventionError(f"{cls.file_title} of {path}: not what save writes ({error})") from error
 
 
 def write_file(path: str | PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
@@ -95,3 +137,26 @@ def parsed(text: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def as_json(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Facts as the texts that `parsed` reads."""
+    return {name: json.dumps(fact) for name, fact in facts.items()}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix` and a dot, by the rest of their names."""
+    return {rest: tensor for name, tensor in tensors.items() if (rest := name.removeprefix(f"{prefix}.")) != name}
+
+
+def check_values(name: str, values: Tensor, *sizes: int | None, finite: bool = True) -> None:
+    """Raises `ValueError` unless `values` are numbers in float64 of these sizes; `None` is any size from 1 on."""
+    fits = values.dim() == len(sizes) and all(
+        found == size if size is not None else found > 0 for found, size in zip(values.shape, sizes, strict=True)
+    )
+    if values.dtype != torch.float64 or not fits or (finite and not bool(values.isfinite().all())):
+        shape = ", ".join("n" if size is None else str(size) for size in sizes)
+        raise ValueError(
+            f"{name} must be {'finite ' * finite}numbers [{shape}] in float64, and is {values.dtype} "
+            f"{list(values.shape)}"
+        )

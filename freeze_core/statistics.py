@@ -5,18 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from os import PathLike
 
 import torch
 from torch import Tensor
 
-from freeze_core.errors import InterventionError
-from freeze_core.files import read_file, write_file
+from freeze_core.files import Saved
 from freeze_core.vocabulary import ROLES, Role
 
 __all__ = ["ActivationStatistics", "LayerStatistics", "digest_of"]
-
-FORMAT = "circuitfreeze-statistics-1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +49,8 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-class ActivationStatistics(Mapping[int, LayerStatistics]):
+class ActivationStatistics(Saved, Mapping[int, LayerStatistics]):
     """A mapping from layer to its statistics.
-
-    Saved and loaded as safetensors, so that no pickle is ever read.
 
     Args:
         layers: the statistics.
@@ -64,6 +58,9 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
         identity: what the model is called, see `freeze_core.identity`.
         attention: whose they are: `self`, `cross` or `encoder`.
     """
+
+    file_format = "circuitfreeze-statistics-1"
+    file_title = "statistics"
 
     def __init__(
         self, layers: Mapping[int, LayerStatistics], tokens: int, identity: str, attention: str = "self"
@@ -114,19 +111,9 @@ class ActivationStatistics(Mapping[int, LayerStatistics]):
                 raise ValueError(f"{name} has values that no calibration gives")
         return cls(layers, int(facts["tokens"]), facts["identity"], facts["attention"])
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Writes the statistics, with the model's identity, to a safetensors file."""
-        write_file(path, FORMAT, self.tensors(), self.facts())
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return self.tensors(), self.facts()
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> ActivationStatistics:
-        """Reads what `save` wrote.
-
-        Raises:
-            InterventionError: the file is not there, or is no file of statistics.
-        """
-        tensors, facts = read_file(path, FORMAT, "statistics")
-        try:
-            return cls.of(tensors, facts)
-        except (KeyError, ValueError) as error:
-            raise InterventionError(f"statistics of {path}: not what save writes, {error} is amiss") from error
+    def _of_parts(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> ActivationStatistics:
+        return cls.of(tensors, facts)

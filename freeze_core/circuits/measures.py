@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from freeze_core.arguments import check_choice, check_int
-from freeze_core.extras import extra
-from freeze_core.results.tables import as_latex, as_markdown
+from freeze_core.results.intervals import Estimate
+from freeze_core.results.tables import Table, frame, shown_with_interval
 
 __all__ = ["HeadMeasures"]
 
@@ -58,30 +58,27 @@ class HeadMeasures:
         Raises:
             ImportError: pandas is not installed.
         """
-        pandas = extra("pandas", "to_frame makes a pandas DataFrame; HeadMeasures.values has the same numbers")
         rows = [(*cell, self.n, self.unit) for measure in self.values for cell in self._cells(measure)]
-        return pandas.DataFrame(rows, columns=[*_Cell._fields, "n", "unit"])
+        return frame(rows, [*_Cell._fields, "n", "unit"])
 
     def to_markdown(self, count: int = 10) -> str:
         """The `count` largest heads of each measure, and below them what they are."""
-        return as_markdown(self._headers(), self._table(count), self.about)
+        return self._table(count).markdown()
 
     def to_latex(self, count: int = 10) -> str:
         """The same with its caption as LaTeX, for the package booktabs."""
-        return as_latex(self._headers(), self._table(count), self.about)
+        return self._table(count).latex()
 
-    def _headers(self) -> list[str]:
-        return ["measure", "head", f"value ({self.unit})"]
-
-    def _table(self, count: int) -> list[list[str]]:
-        return [
+    def _table(self, count: int) -> Table:
+        rows = [
             [measure.replace("_", " "), f"{cell.layer}.{cell.head}", self._shown(cell)]
             for measure in self.values
             for cell in self._largest(measure, count)
         ]
+        return Table(["measure", "head", f"value ({self.unit})"], rows, self.about)
 
     def _shown(self, cell: _Cell) -> str:
-        return f"{cell.value:.3g} [{cell.low:.3g}, {cell.high:.3g}]" if self.low else f"{cell.value:.3g}"
+        return shown_with_interval(Estimate(cell.value, cell.low, cell.high)) if self.low else f"{cell.value:.3g}"
 
     def _largest(self, measure: str, count: int) -> list[_Cell]:
         check_int("count", count, 1)

@@ -88,8 +88,7 @@ def pattern_scores(
         n,
         "share of attention",
         f"{type(model).__name__}: mean attention of each head (layer.head) on {tokens} distinct random tokens that "
-        f"come twice; n = {n} sequences. In brackets {100 * confidence:g} % expanded percentile bootstrap "
-        "intervals over sequences.",
+        f"come twice; n = {n} sequences. {resampling.note('sequences')}.",
         {measure: low for measure, (low, _) in ends.items()},
         {measure: high for measure, (_, high) in ends.items()},
     )

@@ -52,7 +52,7 @@ def plot_vector_effect(table: Any, *, unit: str | None = None, title: str = "", 
         ImportError: matplotlib is not installed.
     """
     if isinstance(table, SteeringEffects):
-        rows = table.flat()
+        rows = table.records()
         table = {name: [row[name] for row in rows] for name in rows[0]}
     if (
         hasattr(table, "keys")

@@ -71,6 +71,16 @@ class Resampling:
         }
         self._stats = extra("scipy.stats", "intervals are made by scipy")
 
+    @classmethod
+    def taken_from(cls, settings: dict[str, Any]) -> Resampling:
+        """The resampling among the settings of a study, from which it is taken out."""
+        return cls(*(settings.pop(name) for name in ("confidence", "resamples", "resampling_seed")))
+
+    def note(self, what: str) -> str:
+        """What a caption says of the intervals in brackets, over `what` is drawn anew."""
+        percent = f"{100 * self.settings['confidence']:g}"
+        return f"In brackets {percent} % expanded percentile bootstrap intervals over {what}"
+
     def estimate(self, statistic: Callable[..., Any], *values: Tensor, paired: bool = True) -> Estimate:
         """`statistic(*values, axis)` of `values`, each `[sequence]`, with its expanded percentile interval.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.attention.layout import Sites
+from freeze_core.files import parsed
 from freeze_core.identity import model_identity
 from freeze_core.scoring.batches import Batch
 from freeze_core.statistics import digest_of
 
-__all__ = ["provenance_of"]
+__all__ = ["plain", "provenance_in", "provenance_of"]
 
 
 def provenance_of(model: nn.Module, sites: Sites, batches: Sequence[Batch]) -> dict[str, str]:
@@ -35,3 +36,18 @@ def provenance_of(model: nn.Module, sites: Sites, batches: Sequence[Batch]) -> d
         "data": data,
         **{name: version(name) for name in ("pytest-circuitfreeze", "torch", "transformers", "scipy")},
     }
+
+
+def provenance_in(facts: Mapping[str, str]) -> dict[str, str]:
+    """What the facts of a file say of its model and data, the model first.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: nothing, or of no model.
+    """
+    told: dict[str, str] = parsed(facts["origin"])
+    return {"model": told.pop("model"), **told}
+
+
+def plain(value: Any) -> Any:
+    """An argument as JSON holds it: indices, ids or positions as ints and lists, texts and `None` as they are."""
+    return value if value is None or isinstance(value, str) else torch.as_tensor(value).tolist()

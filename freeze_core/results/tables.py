@@ -1,22 +1,18 @@
-"""A study as a table for people: Markdown, and LaTeX for a paper."""
+"""Results as tables: a DataFrame to compute with, Markdown to read, and LaTeX for a paper."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from freeze_core.extras import extra
 from freeze_core.results.intervals import Estimate
 
-if TYPE_CHECKING:
-    from freeze_core.studies.ablation_result import AblationStudy, Row
-
-__all__ = ["UNITS", "as_latex", "as_markdown", "latex", "markdown", "protected", "shown_with_interval", "unit_of"]
-
-
-HEADERS = ["circuit", "perplexity", "accuracy (%)", "KL to clean (nats/token)", "effect size (d)", "p", "p, adjusted"]
+__all__ = ["UNITS", "Framed", "Printed", "Table", "frame", "interval_columns", "shown_with_interval", "unit_of"]
 
 UNITS = {"logit_difference": "logits", "loss": "nats/token", "kl": "nats/token", "probability": "probability"}
 """Of the built-in metrics; one of the user's own has a unit of its own."""
@@ -31,60 +27,74 @@ SPECIAL = {letter: f"\\{letter}" for letter in "%_&#${}"} | {
 """What LaTeX would not print as it stands."""
 
 
-def markdown(study: AblationStudy) -> str:
-    """The table, and below it what it is of."""
-    return as_markdown(HEADERS, _cells(study), _caption(study))
+class Table(NamedTuple):
+    """Cells under headers, and a caption that says of what they are."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str
+
+    def markdown(self) -> str:
+        """The table, with its caption below."""
+        rows = [[_unmarked(cell) for cell in row] for row in self.rows]
+        headers = [_unmarked(header) for header in self.headers]
+        table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+        return f"{table}\n\n{_unmarked(self.caption)}\n"
+
+    def latex(self) -> str:
+        """A `table` environment with rules of booktabs."""
+        table = tabulate(self.rows, self.headers, tablefmt="latex_booktabs", disable_numparse=True)
+        # A row must not begin with what the end of the row before it would take for an option.
+        table = re.sub(r"^( *)([\[*])", r"\1{\2}", table, flags=re.MULTILINE)
+        caption = "".join(SPECIAL.get(letter, letter) for letter in self.caption)
+        return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{caption}}}", "\\end{table}", ""])
 
 
-def latex(study: AblationStudy) -> str:
-    """A `table` environment with rules of booktabs."""
-    return as_latex(HEADERS, _cells(study), _caption(study))
+class Framed(ABC):
+    """A result that a DataFrame can hold."""
+
+    @abstractmethod
+    def records(self) -> list[dict[str, Any]]:
+        """The rows of the frame, each by the names of the columns."""
+
+    def to_frame(self) -> Any:
+        """A tidy pandas `DataFrame`: one row a measurement, with the columns that the class lists.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return frame(self.records())
 
 
-def as_markdown(headers: Sequence[str], cells: Sequence[Sequence[str]], caption: str) -> str:
-    """A table, and below it what it is of."""
-    rows = [[_unmarked(cell) for cell in row] for row in cells]
-    table = tabulate(rows, [_unmarked(header) for header in headers], tablefmt="github", disable_numparse=True)
-    return f"{table}\n\n{_unmarked(caption)}\n"
+class Printed(ABC):
+    """A result that is printed as one table, or several."""
+
+    @abstractmethod
+    def _tables(self) -> list[Table]:
+        """The tables, in order."""
+
+    def to_markdown(self) -> str:
+        """The numbers with intervals and units, and a caption that says of what they are."""
+        return "\n".join(table.markdown() for table in self._tables())
+
+    def to_latex(self) -> str:
+        """The same as LaTeX, for the package booktabs."""
+        return "\n".join(table.latex() for table in self._tables())
 
 
-def as_latex(headers: Sequence[str], cells: Sequence[Sequence[str]], caption: str) -> str:
-    """A `table` environment with rules of booktabs."""
-    table = protected(tabulate(cells, headers, tablefmt="latex_booktabs", disable_numparse=True))
-    return "\n".join(["\\begin{table}", "\\centering", table, f"\\caption{{{_escaped(caption)}}}", "\\end{table}", ""])
+def frame(rows: Sequence[Any], columns: Sequence[str] | None = None) -> Any:
+    """A pandas `DataFrame`.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    pandas = extra("pandas", "to_frame makes a DataFrame; the attributes of a result have the same numbers")
+    return pandas.DataFrame(rows) if columns is None else pandas.DataFrame(rows, columns=columns)
 
 
-def _escaped(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
-    return "".join(SPECIAL.get(letter, letter) for letter in text)
-
-
-def protected(table: str) -> str:
-    """A LaTeX table, none of whose rows begins with what the end of the row before it would take for an option."""
-    return re.sub(r"^( *)([\[*])", r"\1{\2}", table, flags=re.MULTILINE)
-
-
-def _unmarked(text: str) -> str:
-    """Text that Markdown prints as it stands: a metric of the user's own may be called `<lambda>`."""
-    return re.sub(r"([\\<|*`])", r"\\\1", text)
-
-
-def _cells(study: AblationStudy) -> list[list[str]]:
-    clean = study.clean
-    first = [clean.circuit, shown_with_interval(clean.perplexity), shown_with_interval(clean.accuracy, 100), *4 * ["-"]]
-    return [first, *(_of(row) for row in study.rows)]
-
-
-def _of(row: Row) -> list[str]:
-    return [
-        row.circuit,
-        shown_with_interval(row.perplexity),
-        shown_with_interval(row.accuracy, 100),
-        shown_with_interval(row.kl),
-        shown_with_interval(row.effect_size),
-        f"{row.p_value:.2g}",
-        f"{row.p_adjusted:.2g}",
-    ]
+def interval_columns(name: str, estimate: Estimate) -> dict[str, float]:
+    """An estimate as columns of a frame: the number, and the ends of its interval."""
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def shown_with_interval(estimate: Estimate, unit: float = 1) -> str:
@@ -93,26 +103,11 @@ def shown_with_interval(estimate: Estimate, unit: float = 1) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _caption(study: AblationStudy) -> str:
-    config, resampling = study.config, study.resampling.settings
-    where = f"{_named(config.layer_indices, 'layer')}, {_named(config.head_indices, 'query head')}"
-    if study.heads is not None:
-        where = ", ".join(f"layer {layer} {_named(heads, 'query head')}" for layer, heads in study.heads.items())
-    how = f"{config.freeze_type}, strength {config.strength:g}, kv_scope {config.kv_scope}"
-    return (
-        f"{study.origin['model']}, {where}, each circuit frozen alone: {how}. "
-        f"n = {len(study.targets)} sequences, {int(study.targets.sum())} predicted tokens. In brackets "
-        f"{100 * resampling['confidence']:g} % expanded percentile bootstrap intervals over sequences; p of a paired "
-        "sign-flip test of the mean loss, adjusted for all circuits (Benjamini-Yekutieli)."
-    )
-
-
-def _named(indices: Sequence[int] | None, what: str) -> str:
-    if indices is None:
-        return f"all {what}s"
-    return f"{what}{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
-
-
 def unit_of(metric: str) -> str:
     """Of a built-in metric its unit, else its name."""
     return UNITS.get(metric, metric)
+
+
+def _unmarked(text: str) -> str:
+    """Text that Markdown prints as it stands: a metric of the user's own may be called `<lambda>`."""
+    return re.sub(r"([\\<|*`])", r"\\\1", text)

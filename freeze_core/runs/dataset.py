@@ -12,7 +12,7 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.scoring.batches import IGNORED, Batch, batches_of
 from freeze_core.scoring.labels import with_labels
 
-__all__ = ["batches_in", "tokens_of", "with_next_tokens"]
+__all__ = ["batches_in", "refuse_single", "tokens_of", "with_next_tokens"]
 
 
 def with_next_tokens(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
@@ -32,6 +32,12 @@ def with_next_tokens(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
                 "sequences of two real tokens at least"
             )
     return batches
+
+
+def refuse_single(name: str, rows: int, what: str) -> None:
+    """Raises `InterventionError` for a single row, over which there are no intervals."""
+    if rows < 2:
+        raise InterventionError(f"{name} has one {what}: must have two at least, for intervals over {what}s")
 
 
 def batches_in(

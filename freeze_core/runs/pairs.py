@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError
-from freeze_core.runs.dataset import batches_in
+from freeze_core.runs.dataset import batches_in, refuse_single
 from freeze_core.scoring.batches import Batch
 
 __all__ = ["Pair", "pairs_of", "prompts"]
@@ -36,8 +36,7 @@ def prompts(
         InterventionError: fewer than two prompts, or some that cannot be read.
     """
     batches = batches_in(model, inputs, tokenizer, batch_size, positions, name=name, least=1)
-    if sum(batch.rows for batch in batches) < 2:
-        raise InterventionError(f"{name} has one prompt: must have two at least, for intervals over prompts")
+    refuse_single(name, sum(batch.rows for batch in batches), "prompt")
     return batches
 
 

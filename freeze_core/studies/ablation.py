@@ -18,13 +18,13 @@ from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.freezing.unfrozen import unfrozen_sites
 from freeze_core.results.intervals import Resampling
 from freeze_core.results.provenance import provenance_of
-from freeze_core.runs.dataset import batches_in, with_next_tokens
+from freeze_core.runs.dataset import batches_in, refuse_single, with_next_tokens
 from freeze_core.runs.measuring import measure
 from freeze_core.scoring.batches import IGNORED, Batch
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.studies.ablation_result import CLEAN, AblationStudy
 from freeze_core.studies.head_sets import freezes_of, heads_by_layer
-from freeze_core.studies.measures import Sums, sums
+from freeze_core.studies.next_token import Sums, sums
 from freeze_core.vocabulary import CircuitType
 
 __all__ = ["run_circuit_ablation_study"]
@@ -87,8 +87,7 @@ def run_circuit_ablation_study(
         refuse("layers", layers, "None where heads are a dict from layer to heads")
     freezes = {name: freezes_of(name, config, sites, chosen) for name in names}
     batches = batches_in(model, dataset, tokenizer, batch_size, name="dataset", least=2)
-    if sum(batch.rows for batch in batches) < 2:
-        raise InterventionError("dataset has one sequence: must have two at least, for intervals over sequences")
+    refuse_single("dataset", sum(batch.rows for batch in batches), "sequence")
     provenance = provenance_of(model, sites, batches)  # first, so that nothing that was measured is lost
     batches = with_next_tokens(model, batches)
     runs = {name: partial(_frozen, sites, several) for name, several in freezes.items()}

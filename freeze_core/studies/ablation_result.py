@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from freeze_core.config import InterventionConfig, config_of, parts_of
-from freeze_core.errors import InterventionError
-from freeze_core.extras import extra
-from freeze_core.files import parsed, read_file, write_file
+from freeze_core.files import Saved, as_json, check_values, parsed, under
+from freeze_core.results.estimators import effect_size, mean, perplexity
 from freeze_core.results.intervals import Estimate, Resampling
-from freeze_core.results.tables import latex, markdown
-from freeze_core.studies.measures import Sums
-from freeze_core.studies.statistics import accuracy, effect_size, mean, perplexity
+from freeze_core.results.provenance import provenance_in
+from freeze_core.results.tables import Framed, Printed, Table, interval_columns, shown_with_interval
+from freeze_core.studies.next_token import Sums
 
 __all__ = ["CLEAN", "AblationStudy", "Row"]
 
 CLEAN = "clean"
 """The name of the run without a freeze."""
 
-FORMAT = "circuitfreeze-ablation-study-1"
+HEADERS = ["circuit", "perplexity", "accuracy (%)", "KL to clean (nats/token)", "effect size (d)", "p", "p, adjusted"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Row:
     p_adjusted: float
 
 
-class AblationStudy:
+class AblationStudy(Framed, Printed, Saved):
     """Measurements of an ablation study; the table is made of them when it is asked for, and the same each time.
 
     Args:
@@ -64,7 +61,14 @@ class AblationStudy:
         origin: of which model, data and versions.
         resampling: how intervals and tests are made.
         heads: of each layer, where they were asked for so; `config` then names none.
+
+    Its frame has one row a circuit: `circuit`; `perplexity`, `accuracy`, `kl` and `effect_size` with their `_low` and
+    `_high`; `p_value`, `p_adjusted`, `clean_perplexity` and `clean_accuracy`, `n` sequences, `tokens` predicted, and
+    `freeze_type`, `kv_scope` and `strength`.
     """
+
+    file_format = "circuitfreeze-ablation-study-1"
+    file_title = "ablation study"
 
     def __init__(
         self,
@@ -128,24 +132,18 @@ class AblationStudy:
     def _of(self, sums: Sums) -> tuple[Estimate, Estimate]:
         return (
             self.resampling.estimate(perplexity, sums.loss, self.targets),
-            self.resampling.estimate(accuracy, sums.correct, self.targets),
+            self.resampling.estimate(mean, sums.correct, self.targets),
         )
 
-    def to_frame(self) -> Any:
-        """A tidy pandas `DataFrame`, one row a circuit; `n` sequences, `tokens` predicted, and `clean_` what was.
+    def records(self) -> list[dict[str, Any]]:
+        """The rows of the frame."""
+        return [self._record(row) for row in self.rows]
 
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        pandas = extra("pandas", "to_frame makes a DataFrame; rows has the same numbers")
-        return pandas.DataFrame([self._flat(row) for row in self.rows])
-
-    def _flat(self, row: Row) -> dict[str, Any]:
-        flat: dict[str, Any] = {"circuit": row.circuit}
+    def _record(self, row: Row) -> dict[str, Any]:
+        record: dict[str, Any] = {"circuit": row.circuit}
         for name in ("perplexity", "accuracy", "kl", "effect_size"):
-            value, low, high = getattr(row, name)
-            flat |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        return flat | {
+            record |= interval_columns(name, getattr(row, name))
+        return record | {
             "p_value": row.p_value,
             "p_adjusted": row.p_adjusted,
             "clean_perplexity": self.clean.perplexity.value,
@@ -157,58 +155,72 @@ class AblationStudy:
             "strength": float(self.config.strength),
         }
 
-    def to_markdown(self) -> str:
-        """The table with intervals and units, and a line that says of what it is."""
-        return markdown(self)
+    def _tables(self) -> list[Table]:
+        rows = [
+            [
+                row.circuit,
+                shown_with_interval(row.perplexity),
+                shown_with_interval(row.accuracy, 100),
+                shown_with_interval(row.kl),
+                shown_with_interval(row.effect_size),
+                f"{row.p_value:.2g}",
+                f"{row.p_adjusted:.2g}",
+            ]
+            for row in (self.clean, *self.rows)
+        ]
+        rows[0][3:] = 4 * ["-"]  # the clean run is what the others are compared with
+        return [Table(HEADERS, rows, self._caption())]
 
-    def to_latex(self) -> str:
-        """The table with its caption as LaTeX, for the package booktabs."""
-        return latex(self)
+    def _caption(self) -> str:
+        config = self.config
+        where = f"{_named(config.layer_indices, 'layer')}, {_named(config.head_indices, 'query head')}"
+        if self.heads is not None:
+            where = ", ".join(f"layer {layer} {_named(heads, 'query head')}" for layer, heads in self.heads.items())
+        return (
+            f"{self.origin['model']}, {where}, each circuit frozen alone: {config.freeze_type}, strength "
+            f"{config.strength:g}, kv_scope {config.kv_scope}. n = {len(self.targets)} sequences, "
+            f"{int(self.targets.sum())} predicted tokens. {self.resampling.note('sequences')}; p of a paired sign-flip "
+            "test of the mean loss, adjusted for all circuits (Benjamini-Yekutieli)."
+        )
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Writes all measurements, and what makes them again, to a safetensors file."""
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         parts, config = parts_of(self.config)
         tensors = {f"config.{name}": tensor for name, tensor in parts.items()} | {"targets": self.targets}
         for circuit, sums in self.sums.items():
             tensors |= {f"sums.{circuit}.{name}": values for name, values in sums._asdict().items()}
-        facts = {
-            "config": config,
-            "circuits": list(self.sums),
-            "origin": self.origin,
-            "resampling": self.resampling.settings,
-            "heads": None if self.heads is None else list(self.heads.items()),
-        }
-        write_file(path, FORMAT, tensors, {name: json.dumps(fact) for name, fact in facts.items()})
+        return tensors, as_json(
+            {
+                "config": config,
+                "circuits": list(self.sums),
+                "origin": self.origin,
+                "resampling": self.resampling.settings,
+                "heads": None if self.heads is None else list(self.heads.items()),
+            }
+        )
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> AblationStudy:
-        """Reads what `save` wrote.
+    def _of_parts(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> AblationStudy:
+        circuits, targets = parsed(facts["circuits"]), tensors["targets"]
+        sums = {one: Sums(*(tensors[f"sums.{one}.{name}"] for name in Sums._fields)) for one in circuits}
+        if circuits[:1] != [CLEAN] or len(sums) < max(2, len(circuits)):
+            raise ValueError(f"of the runs {circuits}")
+        if targets.dtype != torch.int64 or targets.dim() != 1 or len(targets) < 2 or int(targets.min()) < 1:
+            raise ValueError("targets must be numbers of tokens, of at least two sequences")
+        for circuit, of_circuit in sums.items():
+            for name, values in of_circuit._asdict().items():
+                check_values(f"{name} of {circuit}", values, len(targets))
+        heads = parsed(facts.get("heads", "null"))  # files of earlier versions have none
+        return cls(
+            config_of(under("config", tensors), parsed(facts["config"])),
+            sums,
+            targets,
+            provenance_in(facts),
+            Resampling(**parsed(facts["resampling"])),
+            None if heads is None else dict(heads),
+        )
 
-        Raises:
-            InterventionError: the file is not there, or holds no study.
-        """
-        tensors, facts = read_file(path, FORMAT, "ablation study")
-        try:
-            parts = {name.removeprefix("config."): tensors[name] for name in tensors if name.startswith("config.")}
-            circuits = parsed(facts["circuits"])
-            sums = {one: Sums(*(tensors[f"sums.{one}.{name}"] for name in Sums._fields)) for one in circuits}
-            _check(circuits, sums, tensors["targets"])
-            config = config_of(parts, parsed(facts["config"]))
-            origin, resampling = parsed(facts["origin"]), Resampling(**parsed(facts["resampling"]))
-            heads = parsed(facts.get("heads", "null"))  # files of earlier versions have none
-            origin = {"model": origin.pop("model"), **origin}
-            return cls(config, sums, tensors["targets"], origin, resampling, None if heads is None else dict(heads))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InterventionError(f"ablation study of {path}: not what save writes ({error})") from error
 
-
-def _check(circuits: list[str], sums: Mapping[str, Sums], targets: Tensor) -> None:
-    """Raises `ValueError` for what no study has measured."""
-    if circuits[:1] != [CLEAN] or len(sums) < max(2, len(circuits)):
-        raise ValueError(f"of the runs {circuits}")
-    if targets.dtype != torch.int64 or targets.dim() != 1 or len(targets) < 2 or int(targets.min()) < 1:
-        raise ValueError("targets are no numbers of tokens of two sequences at least")
-    for circuit, one in sums.items():
-        for name, values in one._asdict().items():
-            if values.dtype != torch.float64 or values.shape != targets.shape or not bool(values.isfinite().all()):
-                raise ValueError(f"{name} of {circuit} is no finite number for each sequence")
+def _named(indices: Sequence[int] | None, what: str) -> str:
+    if indices is None:
+        return f"all {what}s"
+    return f"{what}{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"

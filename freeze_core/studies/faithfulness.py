@@ -20,7 +20,7 @@ from freeze_core.freezing.requests import resolve
 from freeze_core.freezing.unfrozen import unfrozen_sites
 from freeze_core.recording import record
 from freeze_core.results.intervals import Resampling
-from freeze_core.results.provenance import provenance_of
+from freeze_core.results.provenance import plain, provenance_of
 from freeze_core.runs.measuring import measure, refuse_equal, rows_of
 from freeze_core.runs.pairs import pairs_of, prompts
 from freeze_core.scoring.batches import Batch
@@ -163,8 +163,8 @@ def measure_faithfulness(
         "seed": int(config.seed),
         "noise_std": config.noise_std,
         "attention": attention,
-        "targets": None if targets is None else torch.as_tensor(targets).tolist(),
-        "positions": positions if isinstance(positions, str) else [int(one) for one in positions],
+        "targets": plain(targets),
+        "positions": plain(positions),
     }
     return Faithfulness(values, settings, sum(map(len, sets["empty"].values())), provenance, resampling)
 

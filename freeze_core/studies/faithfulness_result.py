@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from freeze_core.extras import extra
+from freeze_core.arguments import check_type, is_int
+from freeze_core.files import Saved, as_json, check_values, parsed
+from freeze_core.results.estimators import average, ratio
 from freeze_core.results.intervals import Estimate, Resampling
-from freeze_core.results.tables import as_latex, as_markdown, shown_with_interval, unit_of
-from freeze_core.studies.statistics import average, ratio
+from freeze_core.results.provenance import provenance_in
+from freeze_core.results.tables import Framed, Printed, Table, shown_with_interval, unit_of
 
 __all__ = ["RUNS", "Faithfulness"]
 
@@ -33,7 +35,7 @@ NAMED = 12
 """Of so many heads at most a caption says which; `Faithfulness.settings` does of any."""
 
 
-class Faithfulness:
+class Faithfulness(Framed, Printed, Saved):
     """Measurements of a set of heads; ratios are made of them when they are asked for, and the same each time.
 
     Args:
@@ -43,7 +45,13 @@ class Faithfulness:
         all_heads: how many the model has.
         origin: of which model, data, statistics and versions.
         resampling: how intervals are made.
+
+    Its frame has one row a `quantity` (the four runs, `gap`, `faithfulness`, `completeness`): `value`, `low`, `high`,
+    `unit`, `n` prompts, `metric`, `circuit` and `freeze_type`.
     """
+
+    file_format = "circuitfreeze-faithfulness-1"
+    file_title = "faithfulness"
 
     def __init__(
         self,
@@ -98,34 +106,17 @@ class Faithfulness:
         ratios = [("faithfulness", self.faithfulness, "ratio"), ("completeness", self.completeness, "ratio")]
         return [*((name, one, unit) for name, one in {**self.means, "gap": self.gap}.items()), *ratios]
 
-    def to_frame(self) -> Any:
-        """A tidy pandas `DataFrame`, one row a `quantity`: the four runs, `gap`, `faithfulness`, `completeness`.
-
-        Its other columns: `value`, `low`, `high`, `unit`, `n` prompts, `metric`, `circuit` and `freeze_type`.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        pandas = extra("pandas", "to_frame makes a DataFrame; means and faithfulness have the same numbers")
+    def records(self) -> list[dict[str, Any]]:
+        """The rows of the frame."""
         told = {name: self.settings[name] for name in ("metric", "circuit", "freeze_type")}
-        return pandas.DataFrame(
-            [
-                {"quantity": quantity, **estimate._asdict(), "unit": unit, "n": self.n, **told}
-                for quantity, estimate, unit in self._rows
-            ]
-        )
+        return [
+            {"quantity": quantity, **estimate._asdict(), "unit": unit, "n": self.n, **told}
+            for quantity, estimate, unit in self._rows
+        ]
 
-    def to_markdown(self) -> str:
-        """The table with intervals and units, and a line that says of what it is."""
-        return as_markdown(*self._table())
-
-    def to_latex(self) -> str:
-        """The table with its caption as LaTeX, for the package booktabs."""
-        return as_latex(*self._table())
-
-    def _table(self) -> tuple[list[str], list[list[str]], str]:
-        cells = [[MEANT[quantity], shown_with_interval(estimate), unit] for quantity, estimate, unit in self._rows]
-        return ["quantity", "value", "unit"], cells, self._caption()
+    def _tables(self) -> list[Table]:
+        rows = [[MEANT[quantity], shown_with_interval(estimate), unit] for quantity, estimate, unit in self._rows]
+        return [Table(["quantity", "value", "unit"], rows, self._caption())]
 
     def _caption(self) -> str:
         settings = self.settings
@@ -137,6 +128,25 @@ class Faithfulness:
             f"{self.origin['model']}, {settings['circuit']} of {chosen} of "
             f"{self.all_heads} heads{heads}: {settings['freeze_type']}{calibrated}, strength "
             f"{settings['strength']:g}, kv_scope {settings['kv_scope']}. m is {settings['metric']}; n = {self.n} "
-            f"prompts. In brackets {100 * settings['confidence']:g} % expanded percentile bootstrap "
-            "intervals over prompts."
+            f"prompts. {self.resampling.note('prompts')}."
         )
+
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        settings = self.settings | {"heads": list(self.settings["heads"].items())}  # JSON has no ints as keys
+        facts = as_json({"settings": settings, "all_heads": self.all_heads, "origin": self.origin})
+        return {f"values.{run}": rows for run, rows in self.values.items()}, facts
+
+    @classmethod
+    def _of_parts(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Faithfulness:
+        values = {run: tensors[f"values.{run}"] for run in RUNS}
+        for run, rows in values.items():
+            check_values(run, rows, len(values[RUNS[0]]))
+        settings, all_heads = parsed(facts["settings"]), parsed(facts["all_heads"])
+        resampling = Resampling.taken_from(settings)
+        heads = {layer: list(map(int, of_layer)) for layer, of_layer in settings["heads"]}
+        if len(values[RUNS[0]]) < 2 or not all(map(is_int, (all_heads, *heads))):
+            raise ValueError("there must be at least two prompts, and heads by layer")
+        for name in ("metric", "circuit", "freeze_type", "kv_scope"):
+            check_type(name, settings[name], str, "a name")
+        check_type("strength", settings["strength"], float, "a number")
+        return cls(values, settings | {"heads": heads}, all_heads, provenance_in(facts), resampling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class PatchSweep:
         """Those that are patched."""
         return [freeze.layer for freeze in resolve(next(iter(self.configs.values())), self.sites)]
 
-    def patches(self) -> dict[int, int]:
+    def counts(self) -> dict[int, int]:
         """How many patches a pair has, by layer.
 
         Raises:
@@ -81,39 +81,27 @@ class PatchSweep:
         return rows
 
 
-class Unpatched(NamedTuple):
-    """The runs of a pair as they are.
-
-    Args:
-        start: the states of the generators, from which every run of the pair draws.
-        clean, corrupted: the metric `[row]`.
-    """
-
-    start: list[Tensor]
-    clean: Tensor
-    corrupted: Tensor
-
-
-def measured(sweep: PatchSweep, patches: Mapping[int, int]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def measured(sweep: PatchSweep, counts: Mapping[int, int]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The metric of each prompt: patched, by circuit `[layer, cell, prompt]`, clean `[prompt]` and corrupted.
 
     Args:
-        patches: how many a pair has, by layer.
+        counts: how many patches a pair has, by layer.
 
     Raises:
         InterventionError: it is the same in both runs, or what a pass cannot serve.
     """
-    generators = Generators(sweep.model)
+    generators, numbers = Generators(sweep.model), range(len(sweep.pairs))
     patched: dict[tuple[str, int, int], list[Tensor]] = defaultdict(list)
     baselines = []
     with generators.restored():
-        runs = [_unpatched(sweep, number, generators) for number in range(len(sweep.pairs))]
-        clean, corrupted = (torch.cat([getattr(run, name) for run in runs]) for name in ("clean", "corrupted"))
+        # Every run of a pair draws from the states in which its unpatched runs start.
+        starts, *unpatched = zip(*(_unpatched(sweep, number, generators) for number in numbers), strict=True)
+        clean, corrupted = map(torch.cat, unpatched)
         refuse_equal(sweep.metric.name, clean, corrupted, "in the clean and in the corrupted run")
-        total = sum(patches.values()) * len(runs)
+        total = sum(counts.values()) * len(sweep.pairs)
         with tqdm(total=total, desc="patch_activations", unit="patch", disable=not sweep.progress) as bar:
-            for number, run in enumerate(runs):
-                baseline, cells = _of_pair(sweep, number, patches, run.start, generators, bar)
+            for number in numbers:
+                baseline, cells = _of_pair(sweep, number, counts, starts[number], generators, bar)
                 baselines.append(baseline)
                 for cell, rows in cells.items():
                     patched[cell].append(rows)
@@ -122,14 +110,14 @@ def measured(sweep: PatchSweep, patches: Mapping[int, int]) -> tuple[dict[str, T
     return _tables(sweep, {cell: torch.cat(rows) for cell, rows in patched.items()}), *both
 
 
-def _unpatched(sweep: PatchSweep, number: int, generators: Generators) -> Unpatched:
+def _unpatched(sweep: PatchSweep, number: int, generators: Generators) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The states from which a pair draws, and the metric `[row]` of its clean and of its corrupted run."""
     start, pair = generators.states(), sweep.pairs[number]
     with torch.no_grad():
         corrupted = logits_at(sweep.model, pair.corrupted)
         generators.put(start)
         clean = logits_at(sweep.model, pair.clean)
-    rows = sweep.rows(number, clean, clean, "clean"), sweep.rows(number, corrupted, clean, "corrupted")
-    return Unpatched(start, *rows)
+    return start, sweep.rows(number, clean, clean, "clean"), sweep.rows(number, corrupted, clean, "corrupted")
 
 
 def _of_pair(

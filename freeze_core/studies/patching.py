@@ -13,7 +13,7 @@ from freeze_core.config import InterventionConfig
 from freeze_core.errors import InterventionError
 from freeze_core.freezing.unfrozen import unfrozen_sites
 from freeze_core.results.intervals import Resampling
-from freeze_core.results.provenance import provenance_of
+from freeze_core.results.provenance import plain, provenance_of
 from freeze_core.runs.pairs import pairs_of
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.scoring.sweep import circuits_of
@@ -112,18 +112,18 @@ def patch_activations(
         raise InterventionError(f"clean has batches of {columns} columns: must all have as many with by='position'")
     measure = metric_of(metric, targets, [pair.clean for pair in pairs], model)
     sweep = PatchSweep(model, sites, measure, configs, by, direction == "denoising", pairs, progress)
-    patches = sweep.patches()
+    counts = sweep.counts()
     provenance = provenance_of(model, sites, [batch for pair in pairs for batch in pair])  # before anything can be lost
     with torch.inference_mode(False):  # whose tensors do not tell whether they were written to
-        values = measured(sweep, patches)
+        values = measured(sweep, counts)
     settings = {
         "metric": measure.name,
         "by": by,
         "circuits": list(configs),
         "direction": direction,
-        "targets": None if targets is None else torch.as_tensor(targets).tolist(),
-        "positions": positions if isinstance(positions, str) else [int(one) for one in positions],
-        "layers": None if layers is None else [int(one) for one in layers],
+        "targets": plain(targets),
+        "positions": plain(positions),
+        "layers": plain(layers),
         "kv_scope": str(next(iter(configs.values())).kv_scope),
         "attention": attention,
     }

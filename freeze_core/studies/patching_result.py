@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from freeze_core.arguments import check_choice, check_int
-from freeze_core.errors import InterventionError
-from freeze_core.extras import extra
-from freeze_core.files import parsed, read_file, write_file
+from freeze_core.files import Saved, as_json, check_values, parsed
+from freeze_core.results.estimators import average, ratio
 from freeze_core.results.intervals import Estimate, Estimates, Resampling
-from freeze_core.results.tables import as_latex, as_markdown, shown_with_interval, unit_of
-from freeze_core.studies.statistics import average, ratio
+from freeze_core.results.provenance import provenance_in
+from freeze_core.results.tables import Framed, Table, interval_columns, shown_with_interval, unit_of
 from freeze_core.vocabulary import KVScope
 
 __all__ = ["CELLS", "DIRECTIONS", "PatchingStudy"]
-
-FORMAT = "circuitfreeze-patching-study-1"
 
 CELLS = ("head", "position")
 DIRECTIONS = ("denoising", "noising")
 
 
-class PatchingStudy:
+class PatchingStudy(Framed, Saved):
     """Measurements of a study of patches; tables are made of them when they are asked for, and the same each time.
 
     Args:
@@ -39,7 +34,14 @@ class PatchingStudy:
             metric of one's own its name.
         origin: of which model, data and versions.
         resampling: how intervals are made.
+
+    Its frame has one row a patch: `circuit`, `layer`, `head` or `position`, `effect` and `normalised` with their `_low`
+    and `_high`, `clean` and `corrupted` (the metric of the runs as they are), `gap` with its ends, `n` pairs of
+    prompts, `metric`, `unit` (of all but `normalised`) and `direction`.
     """
+
+    file_format = "circuitfreeze-patching-study-1"
+    file_title = "patching study"
 
     def __init__(
         self,
@@ -102,18 +104,9 @@ class PatchingStudy:
             table[patched] = found
         return Estimates(*tables)
 
-    def to_frame(self) -> Any:
-        """A tidy pandas `DataFrame`, one row a patch.
-
-        Its columns: `circuit`, `layer`, `head` or `position`, `effect` and `normalised` with their `_low` and `_high`,
-        `clean` and `corrupted` (the metric of the runs as they are), `gap` with its ends, `n` pairs of prompts,
-        `metric`, `unit` (of all but `normalised`) and `direction`.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        pandas = extra("pandas", "to_frame makes a DataFrame; effect and normalised have the same numbers")
-        return pandas.DataFrame([self._flat(*cell) for cell in self._cells()])
+    def records(self) -> list[dict[str, Any]]:
+        """The rows of the frame."""
+        return [self._record(*cell) for cell in self._cells()]
 
     def _cells(self) -> list[tuple[str, int, int]]:
         return [
@@ -122,15 +115,16 @@ class PatchingStudy:
             for layer, cell in (~values.isnan().any(-1)).nonzero().tolist()
         ]
 
-    def _flat(self, circuit: str, layer: int, cell: int) -> dict[str, Any]:
-        flat: dict[str, Any] = {"circuit": circuit, "layer": layer, self.settings["by"]: cell}
-        for name in ("effect", "normalised"):
-            value, low, high = self._estimate(name, circuit, layer, cell)
-            flat |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        return flat | {
+    def _record(self, circuit: str, layer: int, cell: int) -> dict[str, Any]:
+        return {
+            "circuit": circuit,
+            "layer": layer,
+            self.settings["by"]: cell,
+            **interval_columns("effect", self._estimate("effect", circuit, layer, cell)),
+            **interval_columns("normalised", self._estimate("normalised", circuit, layer, cell)),
             "clean": float(self.clean.mean()),
             "corrupted": float(self.corrupted.mean()),
-            **dict(zip(("gap", "gap_low", "gap_high"), self.gap, strict=True)),
+            **interval_columns("gap", self.gap),
             "n": self.n,
             "metric": self.settings["metric"],
             "unit": unit_of(self.settings["metric"]),
@@ -142,29 +136,23 @@ class PatchingStudy:
         return Estimate(*(float(one[layer, cell]) for one in tables))
 
     def to_markdown(self, top: int | None = 10) -> str:
-        """The `top` largest effects with intervals, or all, and a line that says of what they are."""
-        return as_markdown(*self._table(top))
+        """The `top` largest effects with intervals, or all, and a caption that says of what they are."""
+        return self._table(top).markdown()
 
     def to_latex(self, top: int | None = 10) -> str:
         """The same with its caption as LaTeX, for the package booktabs."""
-        return as_latex(*self._table(top))
+        return self._table(top).latex()
 
-    def _table(self, top: int | None) -> tuple[list[str], list[list[str]], str]:
+    def _table(self, top: int | None) -> Table:
         check_int("top", top, 1, optional=True)
         by, metric = self.settings["by"], self.settings["metric"]
         ordered = sorted(self._cells(), key=lambda cell: -abs(self._estimate("effect", *cell).value))
-        cells = [
-            [
-                circuit,
-                str(layer),
-                str(cell),
-                shown_with_interval(self._estimate("effect", circuit, layer, cell)),
-                shown_with_interval(self._estimate("normalised", circuit, layer, cell)),
-            ]
-            for circuit, layer, cell in ordered[:top]
+        rows = [
+            [*map(str, cell), *(shown_with_interval(self._estimate(name, *cell)) for name in ("effect", "normalised"))]
+            for cell in ordered[:top]
         ]
         headers = ["circuit", "layer", by, f"effect ({unit_of(metric)})", "normalised"]
-        return headers, cells, self._caption(len(cells), len(ordered))
+        return Table(headers, rows, self._caption(len(rows), len(ordered)))
 
     def _caption(self, shown_ones: int, all_ones: int) -> str:
         settings = self.settings
@@ -178,51 +166,28 @@ class PatchingStudy:
             f"run into the {runs[1]} one, normalised so that 0 is {runs[1]} and 1 {runs[0]}"
             f"{scope}. {which} on {settings['metric']}, which is {float(self.clean.mean()):.3g} in the "
             f"clean and {float(self.corrupted.mean()):.3g} in the corrupted run, a gap of "
-            f"{shown_with_interval(self.gap)}. n = {self.n} pairs of prompts. In brackets "
-            f"{100 * settings['confidence']:g} % expanded percentile bootstrap intervals over prompts, each by itself."
+            f"{shown_with_interval(self.gap)}. n = {self.n} pairs of prompts. "
+            f"{self.resampling.note('prompts')}, each by itself."
         )
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Writes all measurements, and what makes them again, to a safetensors file."""
-        tensors = {f"values.{name}": values for name, values in self.values.items()}
-        facts = {"settings": self.settings, "origin": self.origin}
-        write_file(
-            path,
-            FORMAT,
-            tensors | {"clean": self.clean, "corrupted": self.corrupted},
-            {name: json.dumps(fact) for name, fact in facts.items()},
-        )
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        values = {f"values.{name}": values for name, values in self.values.items()}
+        facts = as_json({"settings": self.settings, "origin": self.origin})
+        return values | {"clean": self.clean, "corrupted": self.corrupted}, facts
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> PatchingStudy:
-        """Reads what `save` wrote.
-
-        Raises:
-            InterventionError: the file is not there, or holds no study of patches.
-        """
-        tensors, facts = read_file(path, FORMAT, "patching study")
-        try:
-            settings, origin = parsed(facts["settings"]), parsed(facts["origin"])
-            resampling = Resampling(*(settings.pop(one) for one in ("confidence", "resamples", "resampling_seed")))
-            values = {name: tensors[f"values.{name}"] for name in settings["circuits"]}
-            _check(values, tensors["clean"], tensors["corrupted"], settings)
-            origin = {"model": origin.pop("model"), **origin}
-            return cls(values, tensors["clean"], tensors["corrupted"], settings, origin, resampling)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InterventionError(f"patching study of {path}: not what save writes ({error})") from error
-
-
-def _check(values: Mapping[str, Tensor], clean: Tensor, corrupted: Tensor, settings: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for what no study has measured."""
-    for name, rows in (("clean", clean), ("corrupted", corrupted)):
-        if rows.dtype != torch.float64 or rows.dim() != 1 or len(rows) < 2 or not bool(rows.isfinite().all()):
-            raise ValueError(f"{name} is no finite number for each of two prompts at least")
-    shapes = {tuple(one.shape) for one in values.values()}
-    for name, one in values.items():
-        if one.dtype != torch.float64 or one.dim() != 3 or one.shape[-1] != len(clean) or len(shapes) > 1:
-            raise ValueError(f"{name} is no number for each patch and prompt")
-    if len(clean) != len(corrupted) or not isinstance(settings["metric"], str):
-        raise ValueError("clean and corrupted are no pairs, or it is not said by which metric they were measured")
-    check_choice("by", settings["by"], CELLS)
-    check_choice("direction", settings["direction"], DIRECTIONS)
-    check_choice("kv_scope", settings["kv_scope"], tuple(KVScope))
+    def _of_parts(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> PatchingStudy:
+        settings, clean, corrupted = parsed(facts["settings"]), tensors["clean"], tensors["corrupted"]
+        resampling = Resampling.taken_from(settings)
+        values = {name: tensors[f"values.{name}"] for name in settings["circuits"]}
+        check_values("clean", clean, None)
+        check_values("corrupted", corrupted, len(clean))
+        shape = values[settings["circuits"][0]].shape[:2]
+        for name, of_circuit in values.items():
+            check_values(name, of_circuit, *shape, len(clean), finite=False)
+        if len(clean) < 2 or not isinstance(settings["metric"], str):
+            raise ValueError("there must be at least two pairs of prompts, and the name of a metric")
+        check_choice("by", settings["by"], CELLS)
+        check_choice("direction", settings["direction"], DIRECTIONS)
+        check_choice("kv_scope", settings["kv_scope"], KVScope)
+        return cls(values, clean, corrupted, settings, provenance_in(facts), resampling)

@@ -18,12 +18,7 @@ from freeze_core.results.provenance import provenance_of
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.vectors.activations import activations
-from freeze_core.vectors.arguments import (
-    check_columns,
-    check_method,
-    check_reached,
-    checked_strengths,
-)
+from freeze_core.vectors.arguments import check_columns, check_method, check_reached, checked_strengths
 from freeze_core.vectors.effects import effects_of
 from freeze_core.vectors.methods import CLOSED, mean_difference
 from freeze_core.vectors.optimised import optimised
@@ -33,7 +28,7 @@ from freeze_core.vectors.separation import projections, split_cosines
 from freeze_core.vectors.sites import ResidualSite, find_residual
 from freeze_core.vectors.vector import InterventionVector
 
-__all__ = ["discover"]
+__all__ = ["discover_intervention_vector"]
 
 SPLITS = 100
 """How often the prompts are halved for the cosine of the halves; once where a vector is found by gradients."""
@@ -91,31 +86,79 @@ class Question:
         return ids[rows.to(ids.device)]
 
 
-def discover(
+def discover_intervention_vector(
     model: nn.Module,
     positive: Any,
     negative: Any,
     layer: int,
-    method: str,
+    method: str = "mean_difference",
     *,
-    positions: str | Sequence[int],
-    held_out: float,
-    seed: int,
-    metric: str | Callable[..., Any] | None,
-    targets: Any,
-    strengths: Sequence[float],
-    apply_positions: str | Sequence[int],
-    metric_positions: str | Sequence[int],
-    max_norm: float | None,
-    steps: int | None,
-    tokenizer: Any,
-    batch_size: int,
-    confidence: float,
-    resamples: int,
-    resampling_seed: int,
-    progress: bool,
+    positions: str | Sequence[int] = "last",
+    held_out: float = 0.5,
+    seed: int = 0,
+    metric: str | Callable[..., Any] | None = None,
+    targets: Any = None,
+    strengths: Sequence[float] = (1.0,),
+    apply_positions: str | Sequence[int] = "all",
+    metric_positions: str | Sequence[int] = "last",
+    max_norm: float | None = None,
+    steps: int | None = None,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    confidence: float = 0.95,
+    resamples: int = 9_999,
+    resampling_seed: int = 0,
+    progress: bool = True,
 ) -> InterventionVector:
-    """See `ExperimentalInterventions.discover_intervention_vector`."""
+    """A vector of the residual stream that leads from negative to positive prompts, judged on prompts held out.
+
+    Prompts are split by `seed` into those that the vector is found on and those that it is judged on; where there
+    are as many positive as negative ones they are pairs, in order, and split together. What is judged: how well
+    projections on the vector tell held-out prompts apart (AUC, accuracy), how alike the vectors of halves of the
+    others are, and, with a `metric`, what adding the vector does to it on held-out negative prompts, beside random
+    vectors of the same length. The model runs as it is, in its own mode; no parameter, gradient, flag or generator
+    of it is touched.
+
+    Args:
+        model: unfrozen; what it was again afterwards, whatever is raised.
+        positive, negative: token ids `[prompt, token]`, a dict of model arguments (with an `attention_mask` where
+            there is padding), an iterable of either, or a list of texts; four of each at least, each once.
+        layer: after which decoder layer; negative ones count from the end. That of the last is before the final
+            norm.
+        method: `mean_difference`; `principal_component`, of pairs' differences, not centred; or `optimised`, by
+            gradients: the vector whose adding to negative prompts raises `metric` most (lowers it where it is
+            `loss`), as long as `max_norm` at most. See `freeze_core.vectors.methods` and `.optimised`.
+        positions: where the stream is read, a prompt's mean over them: `last`, the last real token, `all`, those
+            that are not padding, or columns.
+        held_out: the share of prompts of each kind that is held out, in (0, 1); two at least, as are left.
+        seed: of the split, the halves, the random vectors, and where `optimised` starts.
+        metric: of the logits at `metric_positions`, as in `score_heads`.
+        targets: of a built-in metric, one prompt's for all, or of each negative prompt.
+        strengths: times which the vector is added; distinct finite numbers.
+        apply_positions: where it is added, as in `InterventionVector.apply`.
+        metric_positions: `all`, `last` or columns.
+        max_norm: of `optimised`; `None` is the length of the difference of means.
+        steps: of `optimised`; `None` is 50.
+        tokenizer: for texts, padded on its side; where positions are learned, right padding leaves them alone.
+        batch_size: how many texts are padded to one length and run at once.
+        confidence: of intervals, in (0, 1).
+        resamples: how often prompts are drawn anew for an interval, and signs for a test.
+        resampling_seed: of these draws.
+        progress: show a bar while effects are measured.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served.
+        InterventionError: an argument that cannot be served, before anything is run; or what a pass cannot serve.
+        ImportError: scipy is not installed.
+
+    Example:
+        >>> vector = ExperimentalInterventions().discover_intervention_vector(  # doctest: +SKIP
+        ...     model, glad, sad, layer=12, tokenizer=tokenizer, metric="logit_difference", targets=(good, bad)
+        ... )
+        >>> print(vector.to_markdown())  # doctest: +SKIP
+        >>> with vector.apply(model, strength=2.0):  # doctest: +SKIP
+        ...     model.generate(**tokens)
+    """
     resampling = Resampling(confidence, resamples, resampling_seed)
     several, where = checked_strengths(strengths), Positions(apply_positions)
     check_int("batch_size", batch_size, 1)
@@ -151,20 +194,14 @@ def discover(
         find = _finder(model, site, seen, found, question, options)
         vector, losses = find(Rows(*(torch.arange(len(rows)) for rows in found)), 0)
         _refuse_nothing(vector, method)
-        splits = SPLITS if method in CLOSED else 1
-        cosines = split_cosines(
-            (len(found.positive), len(found.negative)),
-            paired,
-            lambda start, *half: find(Rows(*half), start)[0],
-            seed,
-            splits,
-        )
+        sizes, splits = (len(found.positive), len(found.negative)), SPLITS if method in CLOSED else 1
+        cosines = split_cosines(sizes, paired, lambda start, *half: find(Rows(*half), start)[0], seed, splits)
         held = [projections(activations(model, site, one), vector) for one in batches[1]]
         made = InterventionVector(
             vector=vector,
             layer=site.layer,
             method=method,
-            found=(len(found.positive), len(found.negative)),
+            found=sizes,
             typical_norm=float(torch.cat(seen).norm(dim=1).mean()),
             held_out=(held[0], held[1]),
             threshold=sum(float(projections(one, vector).mean()) for one in seen) / 2,

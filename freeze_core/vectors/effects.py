@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freeze_core.extras import extra
 from freeze_core.freezing.install import FrozenCircuits
+from freeze_core.results.estimators import average
 from freeze_core.results.intervals import Estimate, Resampling
-from freeze_core.results.tables import unit_of
+from freeze_core.results.tables import Framed, interval_columns, unit_of
 from freeze_core.runs.measuring import measure, rows_of
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric
@@ -51,7 +51,7 @@ class EffectRow:
 
 
 @dataclass(frozen=True, eq=False)
-class SteeringEffects:
+class SteeringEffects(Framed):
     """Measurements of a metric on prompts, without a vector and with it; the table is made of them when asked for.
 
     Args:
@@ -62,6 +62,9 @@ class SteeringEffects:
         steered: with the vector `[strength, prompt]`.
         controls: with each random vector `[strength, control, prompt]`.
         resampling: how intervals and tests are made.
+
+    Its frame has one row a `strength`: `metric`, `unit`, `clean`, `change`, `control` and `difference` with their
+    `_low` and `_high`, `control_largest`, `p_value`, `p_adjusted`, `n` prompts, how many `controls`, and `positions`.
     """
 
     metric: str
@@ -84,9 +87,9 @@ class SteeringEffects:
         return [
             EffectRow(
                 strength,
-                self.resampling.estimate(_mean, changes[number]),
-                self.resampling.estimate(_mean, controls[number]),
-                self.resampling.estimate(_mean, differences[number]),
+                self.resampling.estimate(average, changes[number]),
+                self.resampling.estimate(average, controls[number]),
+                self.resampling.estimate(average, differences[number]),
                 float(largest[number][largest[number].abs().argmax()]),
                 probabilities[number],
                 adjusted[number],
@@ -94,44 +97,26 @@ class SteeringEffects:
             for number, strength in enumerate(self.strengths)
         ]
 
-    def to_frame(self) -> Any:
-        """A tidy pandas `DataFrame`, one row a strength.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        pandas = extra("pandas", "to_frame makes a DataFrame; rows has the same numbers")
-        return pandas.DataFrame(self.flat())
-
-    def flat(self) -> list[dict[str, Any]]:
-        """The rows of the frame: each number with its interval, and `n` prompts."""
-        made = []
-        for row in self.rows:
-            flat: dict[str, Any] = {
+    def records(self) -> list[dict[str, Any]]:
+        """The rows of the frame."""
+        return [
+            {
                 "strength": row.strength,
                 "metric": self.metric,
                 "unit": unit_of(self.metric),
                 "clean": float(self.clean.mean()),
+                **interval_columns("change", row.change),
+                **interval_columns("control", row.control),
+                **interval_columns("difference", row.difference),
+                "control_largest": row.control_largest,
+                "p_value": row.p_value,
+                "p_adjusted": row.p_adjusted,
+                "n": len(self.clean),
+                "controls": self.controls.shape[1],
+                "positions": self.positions,
             }
-            for name in ("change", "control", "difference"):
-                value, low, high = getattr(row, name)
-                flat |= {name: value, f"{name}_low": low, f"{name}_high": high}
-            made.append(
-                flat
-                | {
-                    "control_largest": row.control_largest,
-                    "p_value": row.p_value,
-                    "p_adjusted": row.p_adjusted,
-                    "n": len(self.clean),
-                    "controls": self.controls.shape[1],
-                    "positions": self.positions,
-                }
-            )
-        return made
-
-
-def _mean(values: Any, axis: int) -> Any:
-    return values.mean(axis)
+            for row in self.rows
+        ]
 
 
 def effects_of(

@@ -131,4 +131,4 @@ def _columns(given: object) -> tuple[int, ...]:
             given,
             "'all', 'last', a list of distinct columns (ints), or a range of them from 0 on, not empty",
         )
-    return tuple(map(int, given))
+    return tuple(int(column) for column in given if is_index(column))

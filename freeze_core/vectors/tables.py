@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from freeze_core.results.tables import UNITS, as_latex, as_markdown, shown_with_interval
+from freeze_core.results.tables import UNITS, Table, shown_with_interval
 
 if TYPE_CHECKING:
     from freeze_core.vectors.effects import SteeringEffects
     from freeze_core.vectors.vector import InterventionVector
 
-__all__ = ["latex", "markdown"]
+__all__ = ["tables_of"]
 
 
-class Table(NamedTuple):
-    """Cells under headers, and what they are of."""
-
-    headers: list[str]
-    cells: list[list[str]]
-    caption: str
-
-
-def markdown(vector: InterventionVector) -> str:
-    """The tables, each with what it is of below."""
-    return "\n".join(as_markdown(*one) for one in _tables(vector))
-
-
-def latex(vector: InterventionVector) -> str:
-    """`table` environments with rules of booktabs."""
-    return "\n".join(as_latex(*one) for one in _tables(vector))
-
-
-def _tables(vector: InterventionVector) -> list[Table]:
+def tables_of(vector: InterventionVector) -> list[Table]:
+    """How well the vector tells held-out prompts apart, and what adding it does."""
     return [_separation(vector), *([_effects(vector, vector.effects)] if vector.effects else [])]
 
 
@@ -53,11 +36,15 @@ def _separation(vector: InterventionVector) -> Table:
     headers = ["method", "layer", "AUC", "accuracy (%)", "cosine of halves", "norm", "norm of the stream"]
     positive, negative = (len(one) for one in vector.held_out)
     how = "pairs" if vector.paired else "prompts"
-    of_halves = f", the middle {_percent(vector)} % of {steady.splits} random halvings" if steady.splits > 1 else ""
+    of_halves = (
+        f", the middle {100 * vector.resampling.settings['confidence']:g} % of {steady.splits} random halvings"
+        if steady.splits > 1
+        else ""
+    )
     caption = (
         f"{vector.origin['model']}, a vector of the residual stream after layer {vector.layer}, found on "
         f"{vector.found[0]} positive and {vector.found[1]} negative prompts, judged on n = {positive} positive and "
-        f"{negative} negative ones held out, by their projections on it. In brackets {_interval(vector)} over {how}. "
+        f"{negative} negative ones held out, by their projections on it. {vector.resampling.note(how)}. "
         f"The cosine is of the vectors of two halves of the prompts that it was found on{of_halves}; norms are mean "
         "lengths."
     )
@@ -84,16 +71,8 @@ def _effects(vector: InterventionVector, effects: SteeringEffects) -> Table:
     caption = (
         f"Change of {effects.metric}, {float(effects.clean.mean()):.3g} on average without the vector, when "
         f"the vector is added at positions {effects.positions}: n = {len(effects.clean)} prompts that it was not "
-        f"found on, beside the mean over {number} random vectors of the same norm. In brackets {_interval(vector)} "
-        "over prompts; p of a paired sign-flip test of the difference, adjusted for all strengths "
-        "(Benjamini-Yekutieli)."
+        f"found on, beside the mean over {number} random vectors of the same norm. "
+        f"{vector.resampling.note('prompts')}; p of a paired sign-flip test of the difference, adjusted for all "
+        "strengths (Benjamini-Yekutieli)."
     )
     return Table(headers, cells, caption)
-
-
-def _interval(vector: InterventionVector) -> str:
-    return f"{_percent(vector)} % expanded percentile bootstrap intervals"
-
-
-def _percent(vector: InterventionVector) -> str:
-    return f"{100 * vector.resampling.settings['confidence']:g}"

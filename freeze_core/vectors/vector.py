@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
 
-from freeze_core.arguments import check_flag, check_int
+from freeze_core.arguments import check_flag, check_int, is_finite, is_int
 from freeze_core.config import check_on_stale_cache
 from freeze_core.errors import InterventionError, shown
-from freeze_core.extras import extra
-from freeze_core.files import read_file, write_file
+from freeze_core.files import Saved, as_json, check_values, parsed, under
 from freeze_core.freezing.install import FrozenCircuits
 from freeze_core.freezing.unfrozen import refuse_frozen
 from freeze_core.identity import is_same_model, model_identity
-from freeze_core.results.intervals import Resampling
+from freeze_core.results.intervals import Estimate, Resampling
+from freeze_core.results.provenance import provenance_in
+from freeze_core.results.tables import Framed, Printed, Table, interval_columns
+from freeze_core.runs.dataset import refuse_single
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.statistics import digest_of
 from freeze_core.vectors.arguments import check_columns, check_reached, checked_strengths
@@ -28,16 +29,17 @@ from freeze_core.vectors.prompts import Prompts, digests
 from freeze_core.vectors.separation import Separation, Stability, separation, stability
 from freeze_core.vectors.sites import ResidualSite, find_residual
 from freeze_core.vectors.steered import Addition, steer
-from freeze_core.vectors.storing import check_made, fields_of, parts_of
-from freeze_core.vectors.tables import latex, markdown
+from freeze_core.vectors.tables import tables_of
 
 __all__ = ["InterventionVector"]
 
-FORMAT = "circuitfreeze-intervention-vector-1"
+
+PLAIN = ("layer", "method", "found", "typical_norm", "threshold", "paired", "prompts")
+"""Fields that a file has as facts as they are."""
 
 
 @dataclass(frozen=True, eq=False)
-class InterventionVector:
+class InterventionVector(Framed, Printed, Saved):
     """A vector of the residual stream after one decoder layer, with what it was found and judged on.
 
     Args:
@@ -56,7 +58,13 @@ class InterventionVector:
         prompts: a hash of each prompt that it was found on: it is not judged on those.
         origin: of which model, data and versions.
         resampling: how intervals are made.
+
+    Its frame has one row a strength, or one without effects: how the vector was found, `auc`, `accuracy` and `cosine`
+    with their `_low` and `_high`, and the columns of `effects`.
     """
+
+    file_format = "circuitfreeze-intervention-vector-1"
+    file_title = "intervention vector"
 
     vector: Tensor
     layer: int
@@ -178,8 +186,7 @@ class InterventionVector:
         check_columns(site, where)
         refuse_frozen(model)
         given = Prompts(model, prompts, "prompts", tokenizer, batch_size)
-        if len(given) < 2:
-            raise InterventionError("prompts has one prompt: must have two at least, for intervals over prompts")
+        refuse_single("prompts", len(given), "prompt")
         batches = given.batches(range(len(given)), metric_positions)
         check_reached(where, given, range(len(given)))
         for number, one in enumerate(digests(batches)):
@@ -206,14 +213,10 @@ class InterventionVector:
             )
         return site
 
-    def to_frame(self) -> Any:
-        """A tidy pandas `DataFrame` of the evaluation on held-out prompts: one row a strength, or one without effects.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        pandas = extra("pandas", "to_frame makes a DataFrame; separation, stability and effects have the same numbers")
-        flat: dict[str, Any] = {
+    def records(self) -> list[dict[str, Any]]:
+        """The rows of the frame."""
+        stability = self.stability
+        record: dict[str, Any] = {
             "layer": self.layer,
             "method": self.method,
             "norm": float(self.vector.double().norm()),
@@ -222,36 +225,57 @@ class InterventionVector:
             "n_found_negative": self.found[1],
             "n_positive": len(self.held_out[0]),
             "n_negative": len(self.held_out[1]),
+            **interval_columns("auc", self.separation.auc),
+            **interval_columns("accuracy", self.separation.accuracy),
+            **interval_columns("cosine", Estimate(*stability[:3])),
+            "splits": stability.splits,
         }
-        for name, (value, low, high) in self.separation._asdict().items():
-            flat |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        steady = self.stability
-        flat |= {"cosine": steady.value, "cosine_low": steady.low, "cosine_high": steady.high, "splits": steady.splits}
-        return pandas.DataFrame([flat | row for row in (self.effects.flat() if self.effects else [{}])])
+        return [record | row for row in (self.effects.records() if self.effects else [{}])]
 
-    def to_markdown(self) -> str:
-        """The tables with intervals and units, and lines that say of what they are."""
-        return markdown(self)
+    def _tables(self) -> list[Table]:
+        return tables_of(self)
 
-    def to_latex(self) -> str:
-        """The tables with their captions as LaTeX, for the package booktabs."""
-        return latex(self)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Writes the vector and all measurements to a safetensors file."""
-        write_file(path, FORMAT, *parts_of(self))
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors = {
+            "vector": self.vector,
+            "positive": self.held_out[0],
+            "negative": self.held_out[1],
+            "cosines": self.cosines,
+            "losses": self.losses,
+        }
+        facts: dict[str, Any] = {name: getattr(self, name) for name in PLAIN}
+        facts |= {"origin": dict(self.origin), "resampling": self.resampling.settings, "effects": None}
+        if self.effects:
+            tensors |= {f"effects.{name}": getattr(self.effects, name) for name in ("clean", "steered", "controls")}
+            facts["effects"] = {name: getattr(self.effects, name) for name in ("metric", "positions", "strengths")}
+        return tensors, as_json(facts)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> InterventionVector:
-        """Reads what `save` wrote; tensors lie on the CPU.
-
-        Raises:
-            InterventionError: the file is not there, or holds no vector.
-        """
-        tensors, facts = read_file(path, FORMAT, "intervention vector")
-        try:
-            made = cls(**fields_of(tensors, facts))
-            check_made(made)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InterventionError(f"intervention vector of {path}: not what save writes ({error})") from error
+    def _of_parts(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> InterventionVector:
+        values = {name: parsed(text) for name, text in facts.items() if name != "format"}
+        resampling, effects = Resampling(**values["resampling"]), None
+        if values["effects"] is not None:
+            told = values["effects"] | {"strengths": tuple(map(float, values["effects"]["strengths"]))}
+            effects = SteeringEffects(**told, **under("effects", tensors), resampling=resampling)
+            strengths, prompts = len(effects.strengths), len(effects.clean)
+            check_values("effects.clean", effects.clean, None)
+            check_values("effects.steered", effects.steered, strengths, prompts)
+            check_values("effects.controls", effects.controls, strengths, None, prompts)
+        for name in ("positive", "negative", "cosines"):
+            check_values(name, tensors[name], None)
+        made = cls(
+            **{name: values[name] for name in PLAIN} | {name: tuple(values[name]) for name in ("found", "prompts")},
+            **{name: tensors[name] for name in ("vector", "cosines", "losses")},
+            held_out=(tensors["positive"], tensors["negative"]),
+            effects=effects,
+            origin=provenance_in(facts),
+            resampling=resampling,
+        )
+        vector = made.vector
+        if vector.dim() != 1 or not vector.is_floating_point() or not bool(vector.isfinite().all()):
+            raise ValueError("vector must be finite numbers [hidden]")
+        if not is_int(made.layer) or made.layer < 0 or not all(map(is_finite, (made.threshold, made.typical_norm))):
+            raise ValueError("layer, threshold and typical_norm must be a layer and finite numbers")
+        if "identity" not in made.origin or len(made.found) != 2:
+            raise ValueError("there must be a model and numbers of prompts")
         return made

@@ -26,8 +26,7 @@ from freeze_core import (
 from freeze_core.files import read_file, write_file
 from freeze_core.results.intervals import Resampling
 from freeze_core.scoring.batches import batches_of
-from freeze_core.studies.ablation_result import FORMAT
-from freeze_core.studies.measures import sums
+from freeze_core.studies.next_token import sums
 from pytest_circuitfreeze.models import tiny_model
 
 DEFAULT = ["gpt2", "llama", "mistral_gqa", "falcon_mqa"]
@@ -205,10 +204,10 @@ def test_the_likeliest_is_told_of_logits_whose_logarithms_are_equal() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": torch.zeros(6, dtype=torch.int64)}, "targets are no numbers of tokens"),
-        ({"targets": torch.ones(6)}, "targets are no numbers of tokens"),
-        ({"sums.qk.loss": torch.full((6,), torch.nan, dtype=torch.float64)}, "loss of qk is no finite number"),
-        ({"sums.qk.kl": torch.zeros(5, dtype=torch.float64)}, "kl of qk is no finite number"),
+        ({"targets": torch.zeros(6, dtype=torch.int64)}, "targets must be numbers of tokens"),
+        ({"targets": torch.ones(6)}, "targets must be numbers of tokens"),
+        ({"sums.qk.loss": torch.full((6,), torch.nan, dtype=torch.float64)}, "loss of qk must be finite numbers"),
+        ({"sums.qk.kl": torch.zeros(5, dtype=torch.float64)}, "kl of qk must be finite numbers"),
         ({"sums.clean.kl": None}, "sums.clean.kl"),
         ({"config.statistics.0.q.mean": torch.zeros(1)}, "a tensor statistics.0.q.mean"),
     ],
@@ -216,9 +215,11 @@ def test_the_likeliest_is_told_of_logits_whose_logarithms_are_equal() -> None:
 def test_a_file_that_was_written_to_is_refused(tmp_path: Path, change: dict[str, Tensor | None], message: str) -> None:
     path = tmp_path / "study"
     study(tiny_model("gpt2"), IDS, circuits=["qk"]).save(path)
-    tensors, facts = read_file(path, FORMAT, "study")
+    tensors, facts = read_file(path, AblationStudy.file_format, "study")
     changed = {name: one for name, one in (tensors | change).items() if one is not None}
-    write_file(path, FORMAT, changed, {name: fact for name, fact in facts.items() if name != "format"})
+    write_file(
+        path, AblationStudy.file_format, changed, {name: fact for name, fact in facts.items() if name != "format"}
+    )
     with pytest.raises(InterventionError, match=message):
         AblationStudy.load(path)
 

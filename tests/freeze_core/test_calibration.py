@@ -10,7 +10,7 @@ from cache_names import CACHE, cache_of
 from safetensors.torch import save_file
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError
-from freeze_core.statistics import FORMAT, ActivationStatistics
+from freeze_core.statistics import ActivationStatistics
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -182,6 +182,6 @@ def test_statistics_without_what_is_to_be_frozen_are_refused(model, change):
     ],
 )
 def test_a_file_of_statistics_that_is_not_whole_is_refused(tensors, facts, tmp_path):
-    save_file(tensors, tmp_path / "statistics", {"format": FORMAT, **facts})
+    save_file(tensors, tmp_path / "statistics", {"format": ActivationStatistics.file_format, **facts})
     with pytest.raises(InterventionError, match="not what save writes"):
         ActivationStatistics.load(tmp_path / "statistics")

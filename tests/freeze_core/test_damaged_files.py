@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 from freeze_core import (
     AblationStudy,
     AttentionCircuitFreezer,
+    Faithfulness,
+    HeadScores,
     InterventionConfig,
     InterventionError,
     PatchingStudy,
+    measure_faithfulness,
     patch_activations,
     run_circuit_ablation_study,
     score_heads,
@@ -47,6 +50,8 @@ def saved(tmp_path_factory):
         folder / "patching"
     )
     sweep(folder / "sweep")
+    score_heads(model, IDS, "loss", layers=[1], circuits=["ov"], progress=False).save(folder / "scores")
+    measure_faithfulness(model, IDS, {0: [1]}, "logit_difference", targets=(3, 4), **few).save(folder / "faithfulness")
     return folder
 
 
@@ -57,6 +62,8 @@ LOADERS = {
     "ablation": AblationStudy.load,
     "patching": PatchingStudy.load,
     "sweep": sweep,
+    "scores": HeadScores.load,
+    "faithfulness": Faithfulness.load,
 }
 
 

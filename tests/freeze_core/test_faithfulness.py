@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from typesetting import typeset
 from freeze_core import (
     AttentionCircuitFreezer,
     ExperimentalInterventions,
+    Faithfulness,
     InterventionConfig,
     InterventionError,
     UnsupportedModelError,
     measure_faithfulness,
 )
+from freeze_core.files import read_file, write_file
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -164,6 +167,60 @@ def test_the_frame_and_the_tables_say_of_what_they_are() -> None:
     assert found.settings["heads"] == {0: [1], 2: [0, 2]}
     assert list(measured(model, heads={2: [1], 0: [3]}).settings["heads"]) == [0, 2]
     assert {"model", "identity", "data", "statistics", "torch"} <= found.origin.keys()
+
+
+def test_a_result_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    model = tiny_model("mistral_gqa")
+    statistics = FREEZER.calibrate(model, [OTHERS], progress=False)
+    before = measured(model, statistics=statistics, circuit="ov", targets=[[5, 7]] * 4, positions=[-1])
+    before.save(tmp_path / "faithfulness")
+    loaded = Faithfulness.load(tmp_path / "faithfulness")
+    assert loaded.to_frame().equals(before.to_frame())
+    assert (loaded.to_markdown(), loaded.to_latex()) == (before.to_markdown(), before.to_latex())
+    assert loaded.settings == before.settings
+    assert (loaded.all_heads, loaded.origin) == (before.all_heads, before.origin)
+    for run, rows in before.values.items():
+        assert torch.equal(loaded.values[run], rows)
+    again = measure_faithfulness(model, IDS, statistics=statistics, progress=False, **loaded.settings)
+    assert again.to_frame().equals(before.to_frame())
+    with pytest.raises(InterventionError, match=r"faithfulness of .*nowhere: cannot be read"):
+        Faithfulness.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts", "message"),
+    [
+        ({"values.empty": torch.zeros(3, dtype=torch.float64)}, {}, r"empty must be finite numbers \[4\]"),
+        ({"values.circuit": torch.full((4,), torch.nan, dtype=torch.float64)}, {}, "circuit must be finite numbers"),
+        ({"values.model": torch.zeros(4)}, {}, "model must be finite numbers"),
+        ({"values.complement": None}, {}, "values.complement"),
+        ({}, {"all_heads": '"many"'}, "heads by layer"),
+        ({}, {"settings": "{}"}, "confidence"),
+        ({}, {"settings": "[" * 200_000}, "nested too deeply"),
+        ({}, {"origin": "{}"}, "model"),
+        ({}, {"heads": [["first", [1]]]}, "heads by layer"),
+        ({}, {"strength": "full"}, "strength='full'"),
+        ({}, {"metric": 3}, "metric=3"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(
+    tmp_path: Path, tensors: dict[str, Tensor | None], facts: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "faithfulness"
+    measured(tiny_model("gpt2")).save(path)
+    whole, texts = read_file(path, Faithfulness.file_format, "faithfulness")
+    texts.pop("format")
+    settings = json.loads(texts["settings"])
+    texts["settings"] = json.dumps(settings | {name: facts[name] for name in facts.keys() & settings.keys()})
+    texts |= {name: facts[name] for name in facts.keys() - settings.keys()}
+    write_file(
+        path,
+        Faithfulness.file_format,
+        {name: rows for name, rows in (whole | tensors).items() if rows is not None},
+        texts,
+    )
+    with pytest.raises(InterventionError, match=f"not what save writes .*{message}"):
+        Faithfulness.load(path)
 
 
 @pytest.mark.latex

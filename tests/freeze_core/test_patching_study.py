@@ -24,8 +24,7 @@ from freeze_core import (
     patch_activations,
 )
 from freeze_core.files import read_file, write_file
-from freeze_core.results.tables import as_latex
-from freeze_core.studies.patching_result import FORMAT
+from freeze_core.results.tables import Table
 from pytest_circuitfreeze.models import tiny_model
 
 FREEZER = AttentionCircuitFreezer()
@@ -99,22 +98,22 @@ def test_a_study_is_made_again_from_its_file(tmp_path: Path) -> None:
     assert list(loaded.to_frame().columns[:3]) == ["circuit", "layer", "position"]
     with pytest.raises(InterventionError, match=r"patching study of .*nowhere: cannot be read"):
         PatchingStudy.load(tmp_path / "nowhere")
-    tensors, facts = read_file(tmp_path / "study", FORMAT, "study")
+    tensors, facts = read_file(tmp_path / "study", PatchingStudy.file_format, "study")
     del facts["format"]
     for change in (
         {"clean": torch.zeros(2)},
         {"values.z": tensors["values.z"][0]},
         {"corrupted": tensors["clean"][:2]},
     ):
-        write_file(tmp_path / "study", FORMAT, tensors | change, facts)
+        write_file(tmp_path / "study", PatchingStudy.file_format, tensors | change, facts)
         with pytest.raises(InterventionError, match="not what save writes"):
             PatchingStudy.load(tmp_path / "study")
     for name, value in (("direction", "sideways"), ("by", "layer"), ("kv_scope", "all"), ("metric", 3)):
         settings = json.dumps(json.loads(facts["settings"]) | {name: value})
-        write_file(tmp_path / "study", FORMAT, tensors, facts | {"settings": settings})
+        write_file(tmp_path / "study", PatchingStudy.file_format, tensors, facts | {"settings": settings})
         with pytest.raises(InterventionError, match=f"not what save writes .*{name}"):
             PatchingStudy.load(tmp_path / "study")
-    write_file(tmp_path / "study", FORMAT, tensors, facts | {"origin": "[" * 200_000})
+    write_file(tmp_path / "study", PatchingStudy.file_format, tensors, facts | {"origin": "[" * 200_000})
     with pytest.raises(InterventionError, match=r"not what save writes .*nested too deeply"):
         PatchingStudy.load(tmp_path / "study")
 
@@ -150,7 +149,7 @@ def test_names_are_printed_as_they_stand() -> None:
     assert "effect (\\<lambda>)" in text.splitlines()[0]
     assert "effects on \\<lambda>, which" in text
     assert "effects on \\ensuremath{<}lambda\\ensuremath{>}, which" in study.to_latex(top=1)
-    latex = as_latex(["[a]", "b"], [["[1]", "[2]"], ["*", "[3]"]], "\\ ^ ~ < >")
+    latex = Table(["[a]", "b"], [["[1]", "[2]"], ["*", "[3]"]], "\\ ^ ~ < >").latex()
     assert " {[}a]" in latex
     assert "\n {[}1] " in latex
     assert "& [2] " in latex
@@ -162,7 +161,7 @@ def test_names_are_printed_as_they_stand() -> None:
 
 @pytest.mark.latex
 def test_latex_compiles(tmp_path: Path) -> None:
-    names = as_latex(["[a]", "b"], [["*", "<"], ["[1]", "^"]], "\\~^<>[]")
+    names = Table(["[a]", "b"], [["*", "<"], ["[1]", "^"]], "\\~^<>[]").latex()
     typeset(patched(tiny_model("gpt2")).to_latex() + names, tmp_path)
 
 

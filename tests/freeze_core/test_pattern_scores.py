@@ -18,8 +18,8 @@ from freeze_core import (
     copying_scores,
     pattern_scores,
 )
+from freeze_core.results.estimators import mean
 from freeze_core.results.intervals import Resampling
-from freeze_core.studies.statistics import mean
 from pytest_circuitfreeze.loading import SMOLLM2, ModelLoadError, load_model, smollm2_gguf
 from pytest_circuitfreeze.models import tiny_model
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from freeze_core import InterventionConfig, InterventionError, InterventionVector
 from freeze_core.files import read_file, write_file
-from freeze_core.vectors.vector import FORMAT
 from pytest_circuitfreeze.models import tiny_model
 
 
@@ -69,12 +68,12 @@ BAD = [
 )
 def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, tensor: str, value: Tensor) -> None:
     discover(tiny_model("gpt2"), **METRIC).save(tmp_path / "vector")
-    tensors, facts = read_file(tmp_path / "vector", FORMAT, "intervention vector")
+    tensors, facts = read_file(tmp_path / "vector", InterventionVector.file_format, "intervention vector")
     del facts["format"]
-    write_file(tmp_path / "vector", FORMAT, {**tensors, tensor: value}, facts)
+    write_file(tmp_path / "vector", InterventionVector.file_format, {**tensors, tensor: value}, facts)
     with pytest.raises(InterventionError, match="not what save writes"):
         InterventionVector.load(tmp_path / "vector")
     for fact, text in (("layer", '"one"'), ("origin", "{}"), ("effects", "3"), ("found", "null"), *BAD):
-        write_file(tmp_path / "vector", FORMAT, tensors, {**facts, fact: text})
+        write_file(tmp_path / "vector", InterventionVector.file_format, tensors, {**facts, fact: text})
         with pytest.raises(InterventionError, match="not what save writes"):
             InterventionVector.load(tmp_path / "vector")

@@ -1,4 +1,4 @@
-"""The numbers of a study as functions of sequences' sums, along any axis, so that they can be drawn anew."""
+"""What is estimated of sequences, as functions along any axis, so that sequences can be drawn anew."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["accuracy", "average", "effect_size", "mean", "perplexity", "ratio"]
+__all__ = ["average", "effect_size", "mean", "perplexity", "ratio"]
 
 
 def mean(totals: Any, targets: Any, axis: int) -> Any:
@@ -17,11 +17,6 @@ def mean(totals: Any, targets: Any, axis: int) -> Any:
 def perplexity(losses: Any, targets: Any, axis: int) -> Any:
     """exp of the mean loss over all targets."""
     return np.exp(mean(losses, targets, axis))
-
-
-def accuracy(correct: Any, targets: Any, axis: int) -> Any:
-    """The share of all targets that were the likeliest."""
-    return mean(correct, targets, axis)
 
 
 def effect_size(changes: Any, axis: int) -> Any:
