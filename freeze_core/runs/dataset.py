@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freeze_core.arguments import refuse
 from freeze_core.errors import InterventionError, shown
 from freeze_core.scoring.batches import IGNORED, Batch, batches_of
 from freeze_core.scoring.labels import with_labels
 
-__all__ = ["batches_in", "refuse_single", "tokens_of", "with_next_tokens"]
+__all__ = ["batches_in", "listed_prompts", "refuse_single", "tokens_of", "with_next_tokens"]
 
 
 def with_next_tokens(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
@@ -61,16 +62,25 @@ def batches_in(
     Raises:
         InterventionError: no batch, or texts that cannot be made tokens.
     """
-    if isinstance(dataset, str):
-        raise InterventionError(f"{name}={shown(dataset)}: must be a list of texts, not one")
-    listed = dataset if isinstance(dataset, Tensor | Mapping) or not isinstance(dataset, Iterable) else list(dataset)
-    if isinstance(listed, list) and any(isinstance(one, str) for one in listed):
-        listed = tokens_of(listed, tokenizer, batch_size, name, least)
-    elif tokenizer is not None:
-        raise InterventionError("tokenizer: must be None for a data set of token ids; texts are what it is for")
-    elif isinstance(listed, list) and not listed:
-        raise InterventionError(f"{name} is empty: give at least two sequences")
-    return batches_of(model, listed, positions)
+    texts, prompts = listed_prompts(dataset, tokenizer, name)
+    return batches_of(model, tokens_of(prompts, tokenizer, batch_size, name, least) if texts else prompts, positions)
+
+
+def listed_prompts(given: Any, tokenizer: object, name: str) -> tuple[bool, Any]:
+    """Whether prompts are texts, and the prompts: a tensor and a dict as they are, others as a list.
+
+    Raises:
+        InterventionError: something else, no prompt, or a tokenizer that has no text.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        refuse(name, given, "token ids, dicts of model arguments, or a list of texts")
+    prompts: Any = given if isinstance(given, Tensor | Mapping) else list(given)
+    if not len(prompts):
+        raise InterventionError(f"{name} is empty: give some prompts")
+    texts = isinstance(prompts, list) and any(isinstance(prompt, str) for prompt in prompts)
+    if not texts and tokenizer is not None:
+        raise InterventionError("tokenizer: must be None for prompts of token ids; texts are what it is for")
+    return texts, prompts
 
 
 def tokens_of(

@@ -51,6 +51,7 @@ class Row:
     p_adjusted: float
 
 
+@dataclass(eq=False, repr=False)
 class AblationStudy(Framed, Printed, Saved):
     """Measurements of an ablation study; the table is made of them when it is asked for, and the same each time.
 
@@ -70,21 +71,12 @@ class AblationStudy(Framed, Printed, Saved):
     file_format = "circuitfreeze-ablation-study-1"
     file_title = "ablation study"
 
-    def __init__(
-        self,
-        config: InterventionConfig,
-        sums: Mapping[str, Sums],
-        targets: Tensor,
-        origin: Mapping[str, str],
-        resampling: Resampling,
-        heads: Mapping[int, Sequence[int]] | None = None,
-    ) -> None:
-        self.config = config
-        self.sums = dict(sums)
-        self.targets = targets
-        self.origin = dict(origin)
-        self.resampling = resampling
-        self.heads = None if heads is None else {layer: list(several) for layer, several in heads.items()}
+    config: InterventionConfig
+    sums: dict[str, Sums]
+    targets: Tensor
+    origin: dict[str, str]
+    resampling: Resampling
+    heads: dict[int, list[int]] | None = None
 
     @property
     def circuits(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +36,7 @@ NAMED = 12
 """Of so many heads at most a caption says which; `Faithfulness.settings` does of any."""
 
 
+@dataclass(eq=False, repr=False)
 class Faithfulness(Framed, Printed, Saved):
     """Measurements of a set of heads; ratios are made of them when they are asked for, and the same each time.
 
@@ -53,19 +55,14 @@ class Faithfulness(Framed, Printed, Saved):
     file_format = "circuitfreeze-faithfulness-1"
     file_title = "faithfulness"
 
-    def __init__(
-        self,
-        values: Mapping[str, Tensor],
-        settings: Mapping[str, Any],
-        all_heads: int,
-        origin: Mapping[str, str],
-        resampling: Resampling,
-    ) -> None:
-        self.values = dict(values)
-        self.settings = {**settings, **resampling.settings}
-        self.all_heads = all_heads
-        self.origin = dict(origin)
-        self.resampling = resampling
+    values: dict[str, Tensor]
+    settings: dict[str, Any]
+    all_heads: int
+    origin: dict[str, str]
+    resampling: Resampling
+
+    def __post_init__(self) -> None:
+        self.settings = self.settings | self.resampling.settings
 
     @property
     def n(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,7 @@ CELLS = ("head", "position")
 DIRECTIONS = ("denoising", "noising")
 
 
+@dataclass(eq=False, repr=False)
 class PatchingStudy(Framed, Saved):
     """Measurements of a study of patches; tables are made of them when they are asked for, and the same each time.
 
@@ -43,21 +45,15 @@ class PatchingStudy(Framed, Saved):
     file_format = "circuitfreeze-patching-study-1"
     file_title = "patching study"
 
-    def __init__(
-        self,
-        values: Mapping[str, Tensor],
-        clean: Tensor,
-        corrupted: Tensor,
-        settings: Mapping[str, Any],
-        origin: Mapping[str, str],
-        resampling: Resampling,
-    ) -> None:
-        self.values = dict(values)
-        self.clean = clean
-        self.corrupted = corrupted
-        self.settings = {**settings, **resampling.settings}
-        self.origin = dict(origin)
-        self.resampling = resampling
+    values: dict[str, Tensor]
+    clean: Tensor
+    corrupted: Tensor
+    settings: dict[str, Any]
+    origin: dict[str, str]
+    resampling: Resampling
+
+    def __post_init__(self) -> None:
+        self.settings = self.settings | self.resampling.settings
 
     @property
     def n(self) -> int:

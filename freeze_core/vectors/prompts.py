@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.errors import InterventionError, shown
-from freeze_core.runs.dataset import tokens_of
+from freeze_core.runs.dataset import listed_prompts, tokens_of
 from freeze_core.scoring.batches import Batch, batches_of
 from freeze_core.statistics import digest_of
 
@@ -37,18 +37,12 @@ class Prompts:
         self._tokenizer, self._batch_size = tokenizer, batch_size
         self._texts: list[str] = []
         self._batches: list[Batch] = []
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise InterventionError(f"{what}={shown(given)}: must be token ids, dicts of model arguments, or texts")
-        listed: Any = given if isinstance(given, Tensor | Mapping) else list(given)
-        if len(listed) == 0:
-            raise InterventionError(f"{what} is empty: give some prompts")
-        if isinstance(listed, list) and any(isinstance(one, str) for one in listed):
-            tokens_of(listed, tokenizer, batch_size, what, 1)  # which refuses what is none
-            self._texts = listed
-            return
-        if tokenizer is not None:
-            raise InterventionError("tokenizer: must be None for prompts of token ids; texts are what it is for")
-        self._batches = batches_of(model, listed, "all")
+        texts, prompts = listed_prompts(given, tokenizer, what)
+        if texts:
+            tokens_of(prompts, tokenizer, batch_size, what, 1)  # raises for texts that have no tokens
+            self._texts = prompts
+        else:
+            self._batches = batches_of(model, prompts, "all")
 
     def __len__(self) -> int:
         return len(self._texts) or sum(batch.rows for batch in self._batches)

@@ -263,11 +263,11 @@ def test_texts_are_sequences() -> None:
     ("dataset", "options", "message"),
     [
         ([], {}, "dataset is empty"),
-        (3, {}, "inputs=3"),
+        (3, {}, "dataset=3: must be token ids, dicts of model arguments, or a list of texts"),
         (IDS[:1], {}, "dataset has one sequence"),
         (IDS[:, :1], {}, "row 0 of batch 0 of dataset has no next token"),
         ({"inputs_embeds": torch.zeros(2, 3, 8)}, {}, "batch 0 of dataset has no next tokens"),
-        ("a text", {}, "must be a list of texts"),
+        ("a text", {}, "dataset='a text': must be token ids, dicts of model arguments, or a list of texts"),
         (["a b", "c d"], {}, "tokenizer=None"),
         (IDS, {"tokenizer": Tokenizer()}, "tokenizer: must be None"),
         (["a b", 3], {"tokenizer": Tokenizer()}, "text 1 of dataset is 3"),

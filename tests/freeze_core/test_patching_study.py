@@ -192,7 +192,7 @@ def test_without_a_gap_nothing_is_swept() -> None:
     [
         ([], [], {}, "clean is empty"),
         (CLEAN, [], {}, "corrupted is empty"),
-        (3, CORRUPTED, {}, "inputs=3"),
+        (3, CORRUPTED, {}, "clean=3: must be token ids"),
         (CLEAN[:1], CORRUPTED[:1], {}, "clean has one prompt: must have two at least"),
         (CLEAN, CORRUPTED[:2], {}, r"input_ids of batch 0 of clean is \[3, 6\] and of corrupted \[2, 6\]"),
         (CLEAN, CORRUPTED[:, :5], {}, r"input_ids of batch 0 of clean is \[3, 6\] and of corrupted \[3, 5\]"),
@@ -200,7 +200,7 @@ def test_without_a_gap_nothing_is_swept() -> None:
         (CLEAN, {"inputs_embeds": torch.zeros(3, 6, 32)}, {}, "input_ids of batch 0 of clean|inputs_embeds of batch 0"),
         (CLEAN, {"input_ids": CORRUPTED, "attention_mask": LEFT}, {}, "attention_mask of batch 0 of clean"),
         ({"input_ids": CLEAN, "attention_mask": LEFT}, CORRUPTED, {}, "attention_mask of batch 0 of clean"),
-        ("a text", CORRUPTED, {}, "clean='a text': must be a list of texts"),
+        ("a text", CORRUPTED, {}, "clean='a text': must be token ids, dicts of model arguments, or a list of texts"),
         (["a b", "c d"], CORRUPTED, {}, "tokenizer=None"),
         (CLEAN, CORRUPTED, {"tokenizer": len}, "tokenizer: must be None"),
         (CLEAN, CORRUPTED, {"by": "token"}, "by='token': must be one of head, position"),
