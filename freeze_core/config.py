@@ -152,7 +152,8 @@ def _choice(field: str, value: object, options: type[_Choice]) -> _Choice:
 
 def _check_indices(field: str, value: object) -> None:
     if value is not None and not is_distinct(value, is_index):
-        refuse(field, value, "None or a list of distinct ints that is not empty (a bool is not an index)")
+        allowed = "None or a list of distinct ints that is not empty"
+        refuse(field, value, f"{allowed} (a bool is not an index, and no index may be repeated)")
 
 
 def check_config(value: object) -> None:

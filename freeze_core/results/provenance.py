@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from freeze_core.attention.layout import Sites
 from freeze_core.files import parsed
 from freeze_core.identity import model_identity
-from freeze_core.scoring.batches import Batch
 from freeze_core.statistics import digest_of
+
+if TYPE_CHECKING:
+    from freeze_core.scoring.batches import Batch
 
 __all__ = ["plain", "provenance_in", "provenance_of"]
 
