@@ -255,17 +255,20 @@ class InterventionVector(Framed, Printed, Saved):
         values = {name: parsed(text) for name, text in facts.items() if name != "format"}
         resampling, effects = Resampling(**values["resampling"]), None
         if values["effects"] is not None:
-            told = values["effects"] | {"strengths": tuple(map(float, values["effects"]["strengths"]))}
-            effects = SteeringEffects(**told, **under("effects", tensors), resampling=resampling)
+            told = values["effects"] | under("effects", tensors)
+            told["strengths"] = tuple(map(float, told["strengths"]))
+            effects = SteeringEffects(**told, resampling=resampling)
             strengths, prompts = len(effects.strengths), len(effects.clean)
             check_values("effects.clean", effects.clean, None)
             check_values("effects.steered", effects.steered, strengths, prompts)
             check_values("effects.controls", effects.controls, strengths, None, prompts)
         for name in ("positive", "negative", "cosines"):
             check_values(name, tensors[name], None)
+        fields: dict[str, Any] = {name: values[name] for name in PLAIN}
+        fields |= {name: tuple(values[name]) for name in ("found", "prompts")}
+        fields |= {name: tensors[name] for name in ("vector", "cosines", "losses")}
         made = cls(
-            **{name: values[name] for name in PLAIN} | {name: tuple(values[name]) for name in ("found", "prompts")},
-            **{name: tensors[name] for name in ("vector", "cosines", "losses")},
+            **fields,
             held_out=(tensors["positive"], tensors["negative"]),
             effects=effects,
             origin=provenance_in(facts),
