@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from freeze_core.activations import Recording
 from freeze_core.arguments import check_choice, check_flag, check_type, is_distinct, is_finite, is_index, refuse
+from freeze_core.errors import InterventionError
 from freeze_core.files import Saved, parsed, under
 from freeze_core.statistics import ActivationStatistics
 from freeze_core.vocabulary import ATTENTION, BackwardMode, CircuitType, FreezeType, KVScope
 
-__all__ = ["InterventionConfig", "check_config", "check_on_stale_cache", "config_of", "parts_of"]
+__all__ = ["InterventionConfig", "check_config", "check_fields", "check_on_stale_cache", "config_of", "parts_of"]
 
 
 @dataclass
@@ -159,6 +160,17 @@ def _check_indices(field: str, value: object) -> None:
 def check_config(value: object) -> None:
     """Raises `InterventionError` unless `value` is a config."""
     check_type("config", value, InterventionConfig, "an InterventionConfig")
+
+
+def check_fields(fields: Mapping[str, object], taken: Collection[str], others: Collection[str] = ()) -> None:
+    """Raises `InterventionError` for a keyword that is not a field of a config, or one that a call has `taken` over.
+
+    Args:
+        others: the arguments that the call has in their place.
+    """
+    allowed = {*InterventionConfig.__dataclass_fields__.keys() - taken, *others}
+    if unknown := sorted(fields.keys() - allowed):
+        raise InterventionError(f"{', '.join(unknown)}: unknown argument; allowed are {', '.join(sorted(allowed))}")
 
 
 def check_on_stale_cache(value: object) -> None:

@@ -12,7 +12,7 @@ from freeze_core.activations import Recording
 from freeze_core.arguments import check_choice, check_flag, refuse
 from freeze_core.attention.sites import find_sites
 from freeze_core.calibration import calibrate
-from freeze_core.config import InterventionConfig, check_config, check_on_stale_cache
+from freeze_core.config import InterventionConfig, check_config, check_fields, check_on_stale_cache
 from freeze_core.diagnostics import gradient_behavior, intervention_effect
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.install import FreezeHandle, FrozenCircuits, install
@@ -258,10 +258,7 @@ def _freeze(
     head_indices: Sequence[int] | None,
     fields: Mapping[str, Any],
 ) -> FrozenCircuits:
-    allowed = set(InterventionConfig.__dataclass_fields__) - {"layer_indices", "head_indices", "circuit"}
-    unknown = sorted(set(fields) - allowed)
-    if unknown:
-        raise InterventionError(f"{', '.join(unknown)}: no such field; allowed are {', '.join(sorted(allowed))}")
+    check_fields(fields, {"circuit"})
     config = InterventionConfig(layer_indices, head_indices, circuit, **fields)
     return AttentionCircuitFreezer().freeze_circuits(model, config)
 

@@ -10,7 +10,7 @@ from torch import nn
 from freeze_core.arguments import refuse
 from freeze_core.attention.layout import AttentionSite
 from freeze_core.attention.sites import find_sites
-from freeze_core.config import InterventionConfig, check_on_stale_cache
+from freeze_core.config import InterventionConfig, check_fields, check_on_stale_cache
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
 from freeze_core.freezing.edits import Treatment
 from freeze_core.freezing.install import FrozenCircuits, install
@@ -52,10 +52,7 @@ class ExperimentalInterventions:
         """
         if not isinstance(heads, Mapping) or not heads:
             refuse("heads", heads, "a dict from layer to a list of heads, not empty")
-        taken = {"layer_indices", "head_indices", "circuit", "kv_scope"} & fields.keys()
-        unknown = sorted(taken | (fields.keys() - InterventionConfig.__dataclass_fields__.keys()))
-        if unknown:
-            raise InterventionError(f"{', '.join(unknown)}: no such field of a freeze of whole heads")
+        check_fields(fields, {"layer_indices", "head_indices", "circuit", "kv_scope"}, ["heads"])
         resolved = []
         for layer, chosen in heads.items():
             config = InterventionConfig(layer_indices=[layer], head_indices=chosen, **fields)

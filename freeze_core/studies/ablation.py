@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from freeze_core.arguments import check_flag, check_int, refuse
 from freeze_core.attention.layout import Sites
-from freeze_core.config import InterventionConfig
-from freeze_core.errors import InterventionError
+from freeze_core.config import InterventionConfig, check_fields
 from freeze_core.freezing.install import FrozenCircuits, install
 from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.freezing.unfrozen import unfrozen_sites
@@ -80,7 +79,10 @@ def run_circuit_ablation_study(
     check_int("batch_size", batch_size, 1)
     check_flag("progress", progress)
     resampling = Resampling(confidence, resamples, resampling_seed)
-    names, config = circuits_of(circuits), _config(layers, None if isinstance(heads, Mapping) else heads, fields)
+    names = circuits_of(circuits)
+    taken = {"layer_indices", "head_indices", "circuit", "backward_mode", "preserve_gradients"}
+    check_fields(fields, taken, ("layers", "heads", "circuits"))
+    config = InterventionConfig(layers, None if isinstance(heads, Mapping) else heads, **fields)
     sites = unfrozen_sites(model, config.attention)
     chosen = heads_by_layer(heads, config, sites) if isinstance(heads, Mapping) else None
     if chosen is not None and layers is not None:
@@ -95,18 +97,6 @@ def run_circuit_ablation_study(
     targets = torch.cat([(batch.labels != IGNORED).sum(1) for batch in batches if batch.labels is not None])
     totals = {name: Sums(**values) for name, values in measured.items()}
     return AblationStudy(config, totals, targets, provenance, resampling, chosen)
-
-
-def _config(layers: Any, heads: Any, fields: Mapping[str, Any]) -> InterventionConfig:
-    taken = {"layer_indices", "head_indices", "circuit", "backward_mode", "preserve_gradients"}
-    allowed = InterventionConfig.__dataclass_fields__.keys() - taken
-    unknown = sorted(fields.keys() - allowed)
-    if unknown:
-        raise InterventionError(
-            f"{', '.join(unknown)}: no such argument of a study, which has layers=, heads=, circuits= and "
-            f"{', '.join(sorted(allowed))}"
-        )
-    return InterventionConfig(layers, heads, **fields)
 
 
 def _frozen(sites: Sites, freezes: Sequence[LayerFreeze], number: int) -> FrozenCircuits:

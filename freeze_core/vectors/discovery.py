@@ -49,8 +49,8 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
-    """What of the model is asked of negative prompts, and where a vector is added meanwhile."""
+class PromptMetric:
+    """A metric of some of the negative prompts, and where a vector is added meanwhile."""
 
     prompts: Prompts
     metric: str | Callable[..., Any]
@@ -180,18 +180,18 @@ def discover_intervention_vector(
         for chosen in (found, apart)
     ]
     _refuse_repeated(batches)
-    question = None
+    on_prompts = None
     if metric is not None:
-        question = Question(kinds[1], metric, targets, metric_positions, where, model)
+        on_prompts = PromptMetric(kinds[1], metric, targets, metric_positions, where, model)
         for rows in (found.negative, apart.negative):
-            question.of(rows)  # which refuses what cannot be served, before anything is run
+            on_prompts.of(rows)  # which refuses what cannot be served, before anything is run
             check_reached(where, kinds[1], rows.tolist())
     with torch.inference_mode(False):
         # First, so that nothing that was measured is lost.
         provenance = provenance_of(model, site.sites, [batch for part in batches for kind in part for batch in kind])
         seen = [activations(model, site, one) for one in batches[0]]
         options = Options(method, max_norm, 50 if steps is None else steps, seed, _dtype(model))
-        find = _finder(model, site, seen, found, question, options)
+        find = _finder(model, site, seen, found, on_prompts, options)
         vector, losses = find(Rows(*(torch.arange(len(rows)) for rows in found)), 0)
         _refuse_nothing(vector, method)
         sizes, splits = (len(found.positive), len(found.negative)), SPLITS if method in CLOSED else 1
@@ -213,9 +213,9 @@ def discover_intervention_vector(
             origin=provenance,
             resampling=resampling,
         )
-        if question is None:
+        if on_prompts is None:
             return made
-        given, measure = question.of(apart.negative)
+        given, measure = on_prompts.of(apart.negative)
         effects = effects_of(model, site, vector, given, measure, several, where, seed, resampling, progress)
     return replace(made, effects=effects)
 
@@ -235,7 +235,7 @@ def _finder(
     site: ResidualSite,
     seen: Sequence[Tensor],
     found: Rows,
-    question: Question | None,
+    on_prompts: PromptMetric | None,
     options: Options,
 ) -> Callable[[Rows, int], tuple[Tensor, Tensor]]:
     """What finds a vector `[hidden]`, and the losses on the way, in some of the prompts that were seen.
@@ -248,19 +248,19 @@ def _finder(
             closed(seen[0][inside.positive], seen[1][inside.negative]).to(options.dtype),
             torch.empty(0, dtype=torch.float64),
         )
-    assert question is not None
-    asked = question
+    assert on_prompts is not None
+    prompt_metric = on_prompts
     difference = float(mean_difference(*seen).norm())
     bound = difference if options.max_norm is None else float(options.max_norm)
 
     def find(inside: Rows, start: int) -> tuple[Tensor, Tensor]:
-        batches, measure = asked.of(found.of(inside).negative)
+        batches, measure = prompt_metric.of(found.of(inside).negative)
         return optimised(
             model,
             site,
             batches,
             measure,
-            asked.positions,
+            prompt_metric.positions,
             hidden=seen[0].shape[1],
             bound=bound,
             steps=options.steps,

@@ -51,7 +51,7 @@ def test_the_one_line_functions_freeze_their_circuit(model, ids):
 
 
 def test_an_unknown_field_is_refused_by_name():
-    with pytest.raises(InterventionError, match=r"strenght: no such field; allowed are .*strength"):
+    with pytest.raises(InterventionError, match=r"strenght: unknown argument; allowed are .*strength"):
         freeze_qk_circuit(tiny_model("gpt2"), [0], [0], strenght=0.5)
 
 

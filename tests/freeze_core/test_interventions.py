@@ -68,8 +68,8 @@ def test_removal_and_nesting_with_circuits(model, ids):
         ({0: []}, {}, "not empty"),
         ({0: [True]}, {}, "bool is not an index"),
         ({0: [0], -3: [1]}, {}, "same layer twice"),
-        ({0: [0]}, {"circuit": "qk"}, "circuit: no such field"),
-        ({0: [0]}, {"strenght": 1}, "strenght: no such field"),
+        ({0: [0]}, {"circuit": "qk"}, "circuit: unknown argument; allowed are attention, backward_mode"),
+        ({0: [0]}, {"strenght": 1}, "strenght: unknown argument; allowed are .*strength"),
         ({0: [0]}, {"strength": 2}, "strength=2"),
     ],
 )
