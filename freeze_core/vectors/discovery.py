@@ -25,7 +25,7 @@ from freeze_core.vectors.optimised import optimised
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.prompts import Prompts, digests
 from freeze_core.vectors.separation import projections, split_cosines
-from freeze_core.vectors.sites import ResidualSite, find_residual
+from freeze_core.vectors.sites import find_residual
 from freeze_core.vectors.vector import InterventionVector
 
 __all__ = ["discover_intervention_vector"]
@@ -50,13 +50,12 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PromptMetric:
-    """A metric of some of the negative prompts, and where a vector is added meanwhile."""
+    """A metric of some of the negative prompts."""
 
     prompts: Prompts
     metric: str | Callable[..., Any]
     targets: Any
     metric_positions: str | Sequence[int]
-    positions: Positions
     model: nn.Module
 
     def of(self, rows: Tensor) -> tuple[list[Batch], Metric]:
@@ -182,7 +181,7 @@ def discover_intervention_vector(
     _refuse_repeated(batches)
     on_prompts = None
     if metric is not None:
-        on_prompts = PromptMetric(kinds[1], metric, targets, metric_positions, where, model)
+        on_prompts = PromptMetric(kinds[1], metric, targets, metric_positions, model)
         for rows in (found.negative, apart.negative):
             on_prompts.of(rows)  # which refuses what cannot be served, before anything is run
             check_reached(where, kinds[1], rows.tolist())
@@ -190,8 +189,27 @@ def discover_intervention_vector(
         # First, so that nothing that was measured is lost.
         provenance = provenance_of(model, site.sites, [batch for part in batches for kind in part for batch in kind])
         seen = [activations(model, site, one) for one in batches[0]]
-        options = Options(method, max_norm, 50 if steps is None else steps, seed, _dtype(model))
-        find = _finder(model, site, seen, found, on_prompts, options)
+        dtype, difference = _dtype(model), float(mean_difference(*seen).norm())
+
+        def find(inside: Rows, start: int) -> tuple[Tensor, Tensor]:
+            """A vector of some of the prompts, and the losses on the way; steps begin elsewhere for each `start`."""
+            if method in CLOSED:
+                vector = CLOSED[method](seen[0][inside.positive], seen[1][inside.negative])
+                return vector.to(dtype), torch.empty(0, dtype=torch.float64)
+            assert on_prompts is not None
+            return optimised(
+                model,
+                site,
+                *on_prompts.of(found.of(inside).negative),
+                where,
+                hidden=seen[0].shape[1],
+                bound=difference if max_norm is None else float(max_norm),
+                steps=50 if steps is None else steps,
+                seed=seed,
+                start=start,
+                dtype=dtype,
+            )
+
         vector, losses = find(Rows(*(torch.arange(len(rows)) for rows in found)), 0)
         _refuse_nothing(vector, method)
         sizes, splits = (len(found.positive), len(found.negative)), SPLITS if method in CLOSED else 1
@@ -218,58 +236,6 @@ def discover_intervention_vector(
         given, measure = on_prompts.of(apart.negative)
         effects = effects_of(model, site, vector, given, measure, several, where, seed, resampling, progress)
     return replace(made, effects=effects)
-
-
-class Options(NamedTuple):
-    """How a vector is found."""
-
-    method: str
-    max_norm: float | None
-    steps: int
-    seed: int
-    dtype: torch.dtype
-
-
-def _finder(
-    model: nn.Module,
-    site: ResidualSite,
-    seen: Sequence[Tensor],
-    found: Rows,
-    on_prompts: PromptMetric | None,
-    options: Options,
-) -> Callable[[Rows, int], tuple[Tensor, Tensor]]:
-    """What finds a vector `[hidden]`, and the losses on the way, in some of the prompts that were seen.
-
-    Where it takes steps it starts elsewhere for each number.
-    """
-    if options.method in CLOSED:
-        closed = CLOSED[options.method]
-        return lambda inside, start: (
-            closed(seen[0][inside.positive], seen[1][inside.negative]).to(options.dtype),
-            torch.empty(0, dtype=torch.float64),
-        )
-    assert on_prompts is not None
-    prompt_metric = on_prompts
-    difference = float(mean_difference(*seen).norm())
-    bound = difference if options.max_norm is None else float(options.max_norm)
-
-    def find(inside: Rows, start: int) -> tuple[Tensor, Tensor]:
-        batches, measure = prompt_metric.of(found.of(inside).negative)
-        return optimised(
-            model,
-            site,
-            batches,
-            measure,
-            prompt_metric.positions,
-            hidden=seen[0].shape[1],
-            bound=bound,
-            steps=options.steps,
-            seed=options.seed,
-            start=start,
-            dtype=options.dtype,
-        )
-
-    return find
 
 
 def _check_sizes(kinds: Sequence[Prompts], method: str) -> None:
