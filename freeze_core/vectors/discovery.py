@@ -18,7 +18,7 @@ from freeze_core.results.provenance import provenance_of
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric, metric_of
 from freeze_core.vectors.activations import activations
-from freeze_core.vectors.arguments import check_columns, check_method, check_reached, checked_strengths
+from freeze_core.vectors.checks import check_columns, check_method, check_reached, checked_strengths
 from freeze_core.vectors.effects import effects_of
 from freeze_core.vectors.methods import CLOSED, mean_difference
 from freeze_core.vectors.optimised import optimised

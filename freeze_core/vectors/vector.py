@@ -22,14 +22,14 @@ from freeze_core.results.tables import Framed, Printed, Table, interval_columns
 from freeze_core.runs.dataset import refuse_single
 from freeze_core.scoring.metrics import metric_of
 from freeze_core.statistics import digest_of
-from freeze_core.vectors.arguments import check_columns, check_reached, checked_strengths
+from freeze_core.vectors.checks import check_columns, check_reached, checked_strengths
 from freeze_core.vectors.effects import SteeringEffects, effects_of
 from freeze_core.vectors.positions import Positions
 from freeze_core.vectors.prompts import Prompts, digests
 from freeze_core.vectors.separation import Separation, Stability, separation, stability
 from freeze_core.vectors.sites import ResidualSite, find_residual
 from freeze_core.vectors.steered import Addition, steer
-from freeze_core.vectors.tables import tables_of
+from freeze_core.vectors.vector_tables import tables_of
 
 __all__ = ["InterventionVector"]
 
