@@ -54,8 +54,8 @@ def measure(
 
     def keep(name: str, logits: Tensor) -> None:
         values = measurement(number, batch, logits, clean_logits, name)
-        for measure, rows in values.items():
-            refuse_infinite(rows, measure, number, name)
+        for quantity, rows in values.items():
+            refuse_infinite(rows, quantity, number, name)
         found[name].append(values)
         bar.update()
 
@@ -74,8 +74,8 @@ def measure(
                 del logits  # before the next pass makes others
             generators.put(after)
     return {
-        name: {one: torch.cat([values[one] for values in several]) for one in several[0]}
-        for name, several in found.items()
+        name: {quantity: torch.cat([values[quantity] for values in of_batches]) for quantity in of_batches[0]}
+        for name, of_batches in found.items()
     }
 
 
