@@ -161,7 +161,7 @@ def measure_faithfulness(
         "kv_scope": str(config.kv_scope),
         "strength": float(config.strength),
         "seed": int(config.seed),
-        "noise_std": config.noise_std,
+        "noise_std": None if config.noise_std is None else float(config.noise_std),
         "attention": attention,
         "targets": plain(targets),
         "positions": plain(positions),
