@@ -19,7 +19,7 @@ from freeze_core.generators import Generators
 from freeze_core.recording import record
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric, metric_of
-from freeze_core.scoring.passes import Passes
+from freeze_core.scoring.batch_passes import BatchPasses
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.statistics import ActivationStatistics, digest_of
 from freeze_core.studies.checks import check_batch_size, check_progress, heads_by_layer, refuse_equal, refuse_infinite
@@ -213,7 +213,7 @@ def _measured(
         ) as bar:
             for number, batch in enumerate(batches):
                 config = _config(question, others[number], generators) if others else question.config
-                passes = Passes(question.model, question.sites, batch, generators)
+                passes = BatchPasses(question.model, question.sites, batch, generators)
                 with passes.running({}):
                     for run in RUNS:
                         freezes = question.freezes(run, config)

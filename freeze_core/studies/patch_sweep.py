@@ -20,7 +20,7 @@ from freeze_core.generators import Generators
 from freeze_core.recording import record
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric
-from freeze_core.scoring.passes import Passes
+from freeze_core.scoring.batch_passes import BatchPasses
 from freeze_core.scoring.sweep import interventions
 from freeze_core.studies.checks import refuse_equal, refuse_infinite
 from freeze_core.studies.pairs import Pair
@@ -134,7 +134,7 @@ def _unpatched(sweep: PatchSweep, number: int, generators: Generators) -> Unpatc
 
 
 def _logits(sweep: PatchSweep, batch: Batch, generators: Generators) -> Tensor:
-    passes = Passes(sweep.model, sweep.sites, batch, generators)
+    passes = BatchPasses(sweep.model, sweep.sites, batch, generators)
     with passes.running({}):
         return passes.clean
 
@@ -158,7 +158,7 @@ def _of_pair(
     generators.put(start)
     clean = _logits(sweep, pair.clean, generators) if sweep.denoising else None
     generators.put(start)
-    passes = Passes(sweep.model, sweep.sites, into, generators)
+    passes = BatchPasses(sweep.model, sweep.sites, into, generators)
     found: dict[tuple[str, int, int], Tensor] = {}
     with passes.running(counts):
         clean = passes.clean if clean is None else clean

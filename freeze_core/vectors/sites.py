@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from freeze_core.attention.sites import Sites, find_sites
 from freeze_core.errors import InterventionError, UnsupportedModelError, shown
-from freeze_core.scoring.prefix import layers_of
+from freeze_core.scoring.layer_cache import layers_of
 
 __all__ = ["ResidualSite", "find_residual", "stream_of", "with_stream"]
 

@@ -11,8 +11,9 @@ from running_twice import run_layers_twice
 
 from freeze_core import score_heads
 from freeze_core.generators import Generators
-from freeze_core.scoring import passes
-from freeze_core.scoring.remembered import remembering
+from freeze_core.scoring import batch_passes
+from freeze_core.scoring.patched_calls import PatchedModule, attach
+from freeze_core.scoring.projection_cache import ReuseOutput
 from pytest_circuitfreeze.models import tiny_model
 
 IDS = torch.arange(14).view(2, 7) * 5 % 97
@@ -21,7 +22,7 @@ IDS = torch.arange(14).view(2, 7) * 5 % 97
 @pytest.fixture(autouse=True)
 def hooks_stand_in_for_a_models_own_code(monkeypatch):
     """What a pass shows is looked at in code of torch and transformers alone; hooks imitate that, and count passes."""
-    monkeypatch.setattr(passes, "foreign_code", lambda model: None)
+    monkeypatch.setattr(batch_passes, "foreign_code", lambda model: None)
 
 
 def spread(logits):
@@ -104,7 +105,7 @@ def test_a_projection_that_is_given_something_else_runs_again():
     x, other = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
     with torch.no_grad():
         expected, of_other = linear(x), linear(other)
-        with running(linear) as runs, remembering([linear], generators):
+        with running(linear) as runs, attach([PatchedModule(linear, ReuseOutput(generators))]):
             first = linear(x)
             assert linear(x) is first
             assert torch.equal(linear(other), of_other)

@@ -10,8 +10,8 @@ from one_by_one import one_by_one
 from torch import nn
 
 from freeze_core import AttentionCircuitFreezer, InterventionError, score_heads
-from freeze_core.scoring import passes
-from freeze_core.scoring.stacked import TOKENS, stacks
+from freeze_core.scoring import batch_passes
+from freeze_core.scoring.batched_freezes import TOKENS, group_freezes
 from pytest_circuitfreeze.models import tiny_model
 
 IDS = torch.arange(14).view(2, 7) * 5 % 97
@@ -20,7 +20,7 @@ IDS = torch.arange(14).view(2, 7) * 5 % 97
 @pytest.fixture(autouse=True)
 def hooks_stand_in_for_a_models_own_code(monkeypatch):
     """What a pass shows is looked at in code of torch and transformers alone; hooks imitate that, and count passes."""
-    monkeypatch.setattr(passes, "foreign_code", lambda model: None)
+    monkeypatch.setattr(batch_passes, "foreign_code", lambda model: None)
 
 
 CIRCUITS = ("qk", "ov", "z")
@@ -100,7 +100,7 @@ def test_a_layer_runs_once_for_the_freezes_of_each_earlier_one():
     ("freezes", "most", "sizes"), [(18, 9, [9, 9]), (8, 18, [8]), (10, 4, [3, 3, 4]), (5, 2, [1] * 5)]
 )
 def test_stacks_are_as_few_and_as_even_as_can_be(freezes, most, sizes):
-    found = stacks(freezes, most)
+    found = group_freezes(freezes, most)
     assert [len(places) for places in found] == sizes
     assert [place for places in found for place in places] == list(range(freezes))
 

@@ -16,10 +16,10 @@ from freeze_core.errors import InterventionError, shown
 from freeze_core.freezing.install import is_frozen
 from freeze_core.scoring.attribution import attribution
 from freeze_core.scoring.batches import batches_of
-from freeze_core.scoring.checkpoint import Checkpoint
+from freeze_core.scoring.distributed import Processes, refuse_sharded
 from freeze_core.scoring.exact import exact
 from freeze_core.scoring.metrics import metric_of
-from freeze_core.scoring.processes import Processes, refuse_spread
+from freeze_core.scoring.progress import checkpoint_path
 from freeze_core.scoring.scores import HeadScores
 from freeze_core.scoring.screened import screened
 from freeze_core.scoring.sweep import Sweep, circuits_of, interventions
@@ -131,10 +131,10 @@ def score_heads(
             metric that is to be differentiated has no gradient.
     """
     processes = Processes(distributed, _device(model))
-    with processes.telling():
+    with processes.reporting():
         if method not in METHODS:
             raise InterventionError(f"method={shown(method)}: must be one of {', '.join(METHODS)}")
-        if method != "exact" and (checkpoint is not None or processes.several):
+        if method != "exact" and (checkpoint is not None or processes.size > 1):
             raise InterventionError(
                 f"checkpoint={shown(checkpoint)}, distributed={shown(distributed)}: must be None and False with "
                 f"method={method!r}, which is neither kept nor shared out; use method='exact'"
@@ -163,8 +163,8 @@ def score_heads(
         if is_frozen(model):
             raise InterventionError("model is frozen: score it unfrozen, so that the clean pass is its own")
         wanted = interventions(sites, configs)
-        refuse_spread(model, processes, checkpoint is not None)
-        file = None if checkpoint is None else Checkpoint(checkpoint)
+        refuse_sharded(model, processes, checkpoint is not None)
+        file = None if checkpoint is None else checkpoint_path(checkpoint)
         batches = batches_of(model, inputs, positions)
         measure = metric_of(metric, targets, batches, model)
         sweep = Sweep(model, sites, batches, measure, wanted, names, progress)
