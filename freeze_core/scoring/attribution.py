@@ -11,7 +11,6 @@ integrated gradients (M. Sundararajan, A. Taly and Q. Yan, "Axiomatic attributio
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ def attribution(sweep: Sweep, ig_steps: int) -> tuple[dict[str, Tensor], float]:
         ):
             for number, batch in enumerate(sweep.batches):
                 passes = BatchPasses(sweep.model, sweep.sites, _without_inference_tensors(batch), generators)
-                estimates = Estimates(passes, sites, partial(sweep.metric.values, number, batch), bar.update)
+                estimates = Estimates(sweep, number, passes, bar.update)
                 with estimates.running(gradients=not ig_steps):
                     clean_sum += estimates.clean
                     z = estimates.frozen_z(decompositions)

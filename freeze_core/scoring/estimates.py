@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from freeze_core.attention.sites import AttentionSite
 from freeze_core.errors import InterventionError, UnsupportedModelError
 from freeze_core.freezing.plan import LayerFreeze
 from freeze_core.scoring.batch_passes import BatchPasses
 from freeze_core.scoring.head_outputs import RecordOutputs, RecordZ, ReplaceOutputs
 from freeze_core.scoring.patched_calls import Action, PatchedModule, assign_actions, attach
 from freeze_core.scoring.shortcuts import close
+from freeze_core.scoring.sweep import Sweep
 from freeze_core.scoring.z_decomposition import ZDecomposition
 
 __all__ = ["Estimates"]
@@ -30,23 +30,18 @@ class Estimates:
     one pass under freezes of all layers shows of each layer what its own freeze does to its z.
 
     Args:
+        sweep: the layers in which something is frozen, and the metric.
+        number: of the batch.
         passes: runs them.
-        sites: the layers whose z is recorded.
-        measure: the metric `[row]` of logits, given the clean ones and what they are of.
         after_pass: called after each pass.
     """
 
-    def __init__(
-        self,
-        passes: BatchPasses,
-        sites: Mapping[int, AttentionSite],
-        measure: Callable[[Tensor, Tensor, str], Tensor],
-        after_pass: Callable[[], object],
-    ) -> None:
+    def __init__(self, sweep: Sweep, number: int, passes: BatchPasses, after_pass: Callable[[], object]) -> None:
+        self._sweep = sweep
+        self._number = number
         self._passes = passes
-        self._sites = sites
-        self._measure = measure
         self._after_pass = after_pass
+        self._sites = sites = {layer: sweep.sites.by_layer[layer] for layer in sweep.wanted}
         self._projections = {layer: PatchedModule(site.layout.output) for layer, site in sites.items()}
         self._attentions = {layer: PatchedModule(site.attention) for layer, site in sites.items()}
         self._outputs = {layer: RecordOutputs(site) for layer, site in sites.items()}
@@ -63,7 +58,7 @@ class Estimates:
             with torch.set_grad_enabled(gradients):
                 logits = self._run(records, self._outputs)
                 self._logits = logits.detach()
-                rows = self._measure(logits, self._logits, "unfrozen")
+                rows = self._metric(logits, "unfrozen")
             self.clean = float(rows.detach().sum())
             if gradients:
                 self._gradients = _gradients({layer: record.z for layer, record in records.items()}, rows)
@@ -135,13 +130,16 @@ class Estimates:
             between = [clean.lerp(one, share) for clean, one in zip(self._z[layer], frozen, strict=True)]
             record = RecordZ(self._sites[layer], between)
             with torch.enable_grad():
-                rows = self._measure(
-                    self._run({layer: record}), self._logits, f"on the way to a freeze of layer {layer}"
-                )
+                logits = self._run({layer: record})
+                rows = self._metric(logits, f"on the way to a freeze of layer {layer}")
             self._after_pass()
             for mean, gradient in zip(means, _gradients({layer: record.z}, rows)[layer], strict=True):
                 mean += gradient / ig_steps
         return means
+
+    def _metric(self, logits: Tensor, where: str) -> Tensor:
+        """The metric of each row `[row]`, with its gradient."""
+        return self._sweep.metric.values(self._number, self._passes.batch, logits, self._logits, where)
 
     def _run(
         self,

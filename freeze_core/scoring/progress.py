@@ -177,26 +177,21 @@ class Progress:
             source: of which argument the error is: `checkpoint` or `distributed`.
         """
         where = {"checkpoint": "when it was begun", "distributed": "in every process"}[source]
-        norms, metrics = ((first[name], other[name]) for name in ("sizes", "clean"))
         if first["drawn"] != other["drawn"]:
             raise InterventionError(
                 f"{source}: the passes over batch {batch} draw (dropout) from other states of torch's generators: call "
                 f"torch.manual_seed with the same seed as {where}"
             )
-        if not self._is_same(*norms):
-            raise InterventionError(
-                f"{source}: the clean logits of batch {batch} have norms {norms[0]:.9g} and {norms[1]:.9g}, and must "
-                f"have the same as {where}: use the same model (hooks and adapters, too), or another checkpoint"
-            )
-        if not self._is_same(*metrics):
-            raise InterventionError(
-                f"{source}: the metric of the clean pass over batch {batch} is {metrics[0]:.9g} and {metrics[1]:.9g} "
-                f"in sum, and must be the same as {where}: another metric has the same name; use the same one, or "
-                "another checkpoint"
-            )
-
-    def _is_same(self, one: float, other: float) -> bool:
-        return one == other or math.isclose(one, other, rel_tol=self._bound)
+        reasons = {
+            "sizes": ("norm of the clean logits", "another model (hooks and adapters, too)"),
+            "clean": ("metric of the clean pass, in sum,", "another metric of the same name"),
+        }
+        for name, (what, reason) in reasons.items():
+            if first[name] != other[name] and not math.isclose(first[name], other[name], rel_tol=self._bound):
+                raise InterventionError(
+                    f"{source}: the {what} over batch {batch} is {first[name]:.9g} and {other[name]:.9g}, and must be "
+                    f"the same as {where}: this is {reason}; use the same one, or another checkpoint"
+                )
 
 
 def checkpoint_path(path: str | PathLike[str]) -> Path:

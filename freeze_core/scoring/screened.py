@@ -9,7 +9,7 @@ world", 2005). The best heads are no such sample: they have larger scores, and l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from freeze_core.scoring.attribution import attribution
 from freeze_core.scoring.exact import exact
+from freeze_core.scoring.scores import HeadScores
 from freeze_core.scoring.sweep import Intervention, Sweep
 
-__all__ = ["Screening", "screened"]
+__all__ = ["screened"]
 
 DRAWN = 0.25
 """The share of what may be computed exactly that goes to drawn heads."""
@@ -33,25 +34,6 @@ start, and about two or three for the unembedding, which is done once a layer.""
 
 Placed = tuple[int, Intervention]
 """An intervention and its layer."""
-
-
-@dataclass(frozen=True, eq=False)
-class Screening:
-    """What a screened sweep found.
-
-    Args:
-        scores: by circuit `[layer, head]`, exact or estimated.
-        clean: the metric of the clean passes.
-        exact: by circuit `[layer, head]` bool, which scores are exact.
-        rest: by circuit the largest absolute score of an estimated head, if its error is at most that of those drawn.
-        confidence: by circuit, with which probability, at least, this holds for a further head that is drawn alike.
-    """
-
-    scores: Mapping[str, Tensor]
-    clean: float
-    exact: Mapping[str, Tensor]
-    rest: Mapping[str, float]
-    confidence: Mapping[str, float]
 
 
 class Candidates:
@@ -118,7 +100,7 @@ class Candidates:
         return estimates[~self.exact[circuit] & ~estimates.isnan()].abs()
 
 
-def screened(sweep: Sweep, ig_steps: int, top: int, budget: float) -> Screening:
+def screened(sweep: Sweep, ig_steps: int, top: int, budget: float) -> HeadScores:
     """Estimates all, and computes exactly the `top` best of each circuit and what `budget` allows of further ones.
 
     Args:
@@ -157,7 +139,8 @@ def screened(sweep: Sweep, ig_steps: int, top: int, budget: float) -> Screening:
             further.append(placed)
     if further:
         measure(further)
-    return Screening(candidates.scores, clean, candidates.exact, candidates.rest(errors), candidates.confidence(drawn))
+    found = (candidates.exact, candidates.rest(errors), candidates.confidence(drawn))
+    return HeadScores(candidates.scores, clean, sweep.metric.name, "screened", sweep.rows, *found)
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from freeze_core.freezing.install import is_frozen
 from freeze_core.freezing.plan import LayerFreeze, refuse_dependent, resolve
 from freeze_core.generators import Generators
 from freeze_core.recording import record
+from freeze_core.scoring.batch_passes import BatchPasses
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric, metric_of
-from freeze_core.scoring.batch_passes import BatchPasses
 from freeze_core.scoring.sweep import circuits_of
 from freeze_core.statistics import ActivationStatistics, digest_of
 from freeze_core.studies.checks import check_batch_size, check_progress, heads_by_layer, refuse_equal, refuse_infinite

@@ -18,9 +18,9 @@ from freeze_core.freezing.padding import prompt_of
 from freeze_core.freezing.plan import resolve
 from freeze_core.generators import Generators
 from freeze_core.recording import record
+from freeze_core.scoring.batch_passes import BatchPasses
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric
-from freeze_core.scoring.batch_passes import BatchPasses
 from freeze_core.scoring.sweep import interventions
 from freeze_core.studies.checks import refuse_equal, refuse_infinite
 from freeze_core.studies.pairs import Pair

@@ -117,7 +117,7 @@ def test_shares_of_three_processes_are_as_even_as_they_can_be(three: Told, name:
 REFUSALS = {
     "inputs": ["process 0 and process 1: inputs (", "process 0 and process 1: inputs ("],
     "model": ["process 0 and process 1: model's parameters (", "process 0 and process 1: model's parameters ("],
-    "hooks": ["the clean logits of batch 0 have norms"] * 2,
+    "hooks": ["the norm of the clean logits over batch 0 is"] * 2,
     "draws": ["distributed: the passes over batch 0 draw (dropout) from other states of torch's generators"] * 2,
     "metric": ["process 0 and process 1: metric (kl, and loss)", "process 0 and process 1: metric (kl, and loss)"],
     "argument": ["given up, process 1: InterventionError: strength=2.0", "InterventionError: strength=2.0"],

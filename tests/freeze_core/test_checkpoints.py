@@ -222,7 +222,7 @@ def test_other_versions_and_what_the_weights_do_not_tell_are_refused(begun, tmp_
         scored(tiny_model("gpt2"), path)
     model = tiny_model("gpt2")
     model.transformer.ln_f.register_forward_hook(lambda module, args, output: output * 1.001)
-    with pytest.raises(InterventionError, match=r"the clean logits of batch 0 have norms .*hooks and adapters"):
+    with pytest.raises(InterventionError, match=r"the norm of the clean logits over batch 0 is .*hooks and adapters"):
         scored(model, begun)
 
 
