@@ -252,10 +252,16 @@ def test_a_layer_whose_output_is_written_to_later_is_not_replayed():
 def test_actions_end_with_the_pass_whatever_is_raised():
     patch = PatchedModule(torch.nn.Linear(1, 1))
     other = PatchedModule(torch.nn.Linear(1, 1), refuse_run)
-    with pytest.raises(KeyboardInterrupt), assign_actions([(patch, negate_inputs), (other, run_module)]):
-        assert patch.action is negate_inputs
-        assert other.action is run_module
-        raise KeyboardInterrupt
+    seen = []
+
+    def fail():
+        with assign_actions([(patch, negate_inputs), (other, run_module)]):
+            seen.extend((patch.action, other.action))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert seen == [negate_inputs, run_module]
     assert patch.action is run_module
     assert other.action is refuse_run
 
