@@ -80,18 +80,12 @@ class Batch:
         return all(value.shape[:2] == (self.rows, self.columns) for value in tensors)
 
     def copies(self, count: int) -> Batch:
-        """The batch so many times, one below the other."""
+        """What a pass needs of the batch, so many times, one below the other. No metric is computed of copies."""
         arguments = {
             name: torch.cat([value] * count) if isinstance(value, Tensor) else value
             for name, value in self.arguments.items()
         }
-        rows = self.rows * count
-        made: dict[str, Any] = {
-            name: torch.cat([value] * count)
-            for name in ("positions", "mask", "real", "tokens", "labels")
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(self, arguments=arguments, rows=rows, **made)
+        return replace(self, arguments=arguments, rows=self.rows * count, positions=torch.cat([self.positions] * count))
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The row and the column of each position, as an index of values on `device`."""
@@ -137,8 +131,8 @@ def batches_of(model: nn.Module, inputs: object, positions: object) -> list[Batc
 def _check_positions(positions: object) -> None:
     if isinstance(positions, str) and positions in ("all", "last"):
         return
-    several = [] if isinstance(positions, str | bytes) or not isinstance(positions, Sequence) else list(positions)
-    if not several or any(isinstance(one, bool) or not isinstance(one, Integral) for one in several):
+    columns = [] if isinstance(positions, str | bytes) or not isinstance(positions, Sequence) else list(positions)
+    if not columns or any(isinstance(one, bool) or not isinstance(one, Integral) for one in columns):
         raise InterventionError(f"positions={shown(positions)}: must be 'all', 'last' or a list of columns (ints)")
 
 
@@ -148,33 +142,30 @@ def _batch(model: nn.Module, given: Any, positions: Any) -> Batch:
     given = copied(given)
     arguments = copied(model_arguments(model, given))
     decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    tokens = _tokens(arguments, decodes)
-    rows, columns = tokens.shape[:2]
-    mask = _mask(arguments, decodes, rows, columns)
-    told = _told(arguments, decodes, tokens, mask)
-    labels_given = arguments.get("labels") is not None
+    inputs = _inputs_of_logits(arguments, decodes)
+    mask = _padding_mask(arguments, decodes, *inputs.shape[:2])
+    columns = _columns(positions, mask)
+    batch = Batch(
+        given=given,
+        arguments=arguments,
+        rows=mask.shape[0],
+        columns=mask.shape[1],
+        positions=columns,
+        everywhere=positions == "all",
+        mask=mask,
+        real=mask.gather(1, columns),
+        tokens=_labels(arguments, decodes, inputs, mask),
+        labels_given=arguments.get("labels") is not None,
+        decodes=decodes,
+        labels=None,
+    )
     if not decodes:  # they would have the model take a loss of its own, of all positions
         arguments.pop("labels", None)
-    chosen = _positions(positions, mask)
-    batch = Batch(
-        given,
-        arguments,
-        rows,
-        columns,
-        chosen,
-        positions == "all",
-        mask,
-        mask.gather(1, chosen),
-        told,
-        labels_given,
-        decodes,
-        None,
-    )
     return replace(batch, labels=batch.own_labels if decodes else batch.next_labels)
 
 
-def _tokens(arguments: Mapping[str, Any], decodes: bool) -> Tensor:
-    """What has the rows and columns of the logits."""
+def _inputs_of_logits(arguments: Mapping[str, Any], decodes: bool) -> Tensor:
+    """The argument that has the rows and columns of the logits."""
     own = ("decoder_input_ids", "decoder_inputs_embeds", "labels") if decodes else ()
     for name in (*own, "input_ids", "inputs_embeds"):
         value = arguments.get(name)
@@ -183,34 +174,38 @@ def _tokens(arguments: Mapping[str, Any], decodes: bool) -> Tensor:
     raise InterventionError(f"inputs={shown(list(arguments))}: must hold input_ids [batch, token], not empty")
 
 
-def _mask(arguments: Mapping[str, Any], decodes: bool, rows: int, columns: int) -> Tensor:
+def _padding_mask(arguments: Mapping[str, Any], decodes: bool, rows: int, columns: int) -> Tensor:
     """Which tokens are real `[row, column]` bool, on the CPU."""
     name = "decoder_attention_mask" if decodes else "attention_mask"
     mask = arguments.get(name)
     if mask is None:
         return torch.ones(rows, columns, dtype=torch.bool)
     if not isinstance(mask, Tensor) or mask.shape != (rows, columns):
-        shape = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise InterventionError(f"{name} is {shape}: must be a padding mask {[rows, columns]} [batch, token]")
+        raise InterventionError(f"{name} is {_shape(mask)}: must be a padding mask {[rows, columns]} [batch, token]")
     real = mask.detach().cpu().bool()
     if not bool(real.any(1).all()):
         raise InterventionError(f"{name}: row {int((~real.any(1)).nonzero()[0])} has no real token; leave it out")
     return real
 
 
-def _told(arguments: Mapping[str, Any], decodes: bool, tokens: Tensor, mask: Tensor) -> Tensor | None:
-    """The labels, or the tokens of a decoder that none were given with, `[row, column]`; none of padding."""
-    given = arguments.get("labels")
-    if given is not None and (not isinstance(given, Tensor) or given.shape != mask.shape):
-        shape = list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
-        raise InterventionError(f"labels is {shape}: must be {list(mask.shape)} [batch, token]")
-    if given is None and (decodes or tokens.is_floating_point() or tokens.dim() > 2):
-        return None  # the inputs of such a decoder are the labels, shifted to the right
-    told = tokens if given is None else given
-    return told.detach().cpu().long().masked_fill(~mask, IGNORED)
+def _labels(arguments: Mapping[str, Any], decodes: bool, inputs: Tensor, mask: Tensor) -> Tensor | None:
+    """The labels, or the tokens of a decoder without labels, `[row, column]`; `IGNORED` at padding."""
+    labels = arguments.get("labels")
+    if labels is None:
+        if decodes or inputs.is_floating_point() or inputs.dim() > 2:
+            return None  # the inputs of such a decoder are the labels, shifted to the right
+        labels = inputs
+    if not isinstance(labels, Tensor) or labels.shape != mask.shape:
+        raise InterventionError(f"labels is {_shape(labels)}: must be {list(mask.shape)} [batch, token]")
+    return labels.detach().cpu().long().masked_fill(~mask, IGNORED)
 
 
-def _positions(positions: Any, mask: Tensor) -> Tensor:
+def _shape(value: object) -> object:
+    return list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _columns(positions: Any, mask: Tensor) -> Tensor:
+    """The columns of the positions `[row, position]`."""
     rows, columns = mask.shape
     if positions == "all":
         return torch.arange(columns).expand(rows, -1)

@@ -1,120 +1,135 @@
-"""The exact sweep: each head's circuit frozen in a forward of its own, equal ones once."""
+"""The exact sweep: each head's circuit is frozen in a pass of its own; freezes with the same effect are run once."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from freeze_core.errors import InterventionError
 from freeze_core.generators import Generators
-from freeze_core.scoring.checkpoint import Checkpoint
-from freeze_core.scoring.ledger import Ledger
-from freeze_core.scoring.metrics import Metric
-from freeze_core.scoring.passes import Passes
-from freeze_core.scoring.processes import Processes
-from freeze_core.scoring.question import question_of
-from freeze_core.scoring.sweep import Intervention, Sweep
+from freeze_core.scoring.batch_passes import BatchPasses
+from freeze_core.scoring.distributed import Processes
+from freeze_core.scoring.fingerprint import fingerprint_of
+from freeze_core.scoring.progress import Progress
+from freeze_core.scoring.sweep import Sweep
 
 __all__ = ["exact"]
 
-Stack = tuple[int, list[int]]
-"""A layer, and those of its interventions that are run together."""
-
 
 def exact(
-    sweep: Sweep, checkpoint: Checkpoint | None = None, processes: Processes | None = None
+    sweep: Sweep, path: Path | None = None, processes: Processes | None = None
 ) -> tuple[dict[str, Tensor], float]:
-    """Each circuit's scores `[layer, head]`, and the metric of the clean passes, means over all rows."""
+    """Each circuit's scores `[layer, head]`, and the metric of the clean passes, means over all rows.
+
+    Args:
+        path: of the checkpoint that the sweep goes on from.
+        processes: which share the sweep; `None` is this one alone.
+    """
     processes = processes or Processes(False)
     generators = Generators(sweep.model)
-    compared = checkpoint is not None or processes.several
-    question = question_of(sweep.model, sweep.batches, sweep.metric, sweep.wanted) if compared else {}
+    fingerprint = fingerprint_of(sweep) if path is not None or processes.size > 1 else {}
     count = len(sweep.placed)
-    ledger = Ledger(processes, checkpoint, question, len(sweep.batches), count)
+    progress = Progress(len(sweep.batches), count, fingerprint, processes, path)
     bar = tqdm(
         total=len(sweep.batches) * count,
-        initial=ledger.kept.done,
+        initial=progress.done,
         desc="score_heads",
         unit="freeze",
-        disable=not sweep.progress or processes.rank > 0,
+        disable=not sweep.show_progress or processes.rank > 0,
     )
     before = generators.states()
     try:
-        with bar, ledger.open():
+        with bar, progress.saved():
             for number, batch in enumerate(sweep.batches):
-                passes = Passes(sweep.model, sweep.sites, batch, generators)
-                _over_batch(number, passes, sweep.metric, sweep.wanted, ledger, bar)
+                passes = BatchPasses(sweep.model, sweep.sites, batch, generators)
+                _BatchSweep(sweep, number, passes, progress, processes, bar).run()
     finally:
         generators.put(before)
-    changes = [ledger.kept.change(index, sweep.rows) for index in range(count)]
-    return sweep.table(changes), ledger.kept.clean_mean(sweep.rows)
+    changes = [progress.change(index, sweep.rows) for index in range(count)]
+    return sweep.table(changes), progress.clean_mean(sweep.rows)
 
 
-def _over_batch(
-    number: int,
-    passes: Passes,
-    metric: Metric,
-    wanted: Mapping[int, Sequence[Intervention]],
-    ledger: Ledger,
-    bar: Any,
-) -> None:
-    """What is left of one batch. The clean pass is run in any case: later ones draw from where it ends."""
-    numbered = dict(zip(wanted, _stretches(map(len, wanted.values())), strict=True))
-    left = {index for indices in numbered.values() for index in ledger.left(number, indices)}
-    counts = {layer: len(several) for layer, several in wanted.items()}
-    with passes.running(counts if left else {}):
-        clean = metric.rows(number, passes.batch, passes.clean, passes.clean, "unfrozen")
-        ledger.start(number, clean, passes)
-        for turn, several in enumerate(ledger.rounds(_stacks(passes, numbered, left))):
-            mine = ledger.share(several, number + turn)
-            with closing(_frozen(passes, wanted, numbered, mine)) as frozen:  # not when its last reference is gone
-                for layer, index, logits in frozen:
-                    one = wanted[layer][index - numbered[layer].start]
-                    where = f"under {' and '.join(f'{name} of {head}' for name, head in one.heads)} of {layer}"
-                    change = metric.rows(number, passes.batch, logits, passes.clean, where) - clean
-                    if bool(change.isnan().any()):
-                        raise InterventionError(
-                            f"metric={metric.name} is infinite in batch {number}, both unfrozen and {where}: the "
-                            "change is no number; score something that is finite"
-                        )
-                    ledger.add(number, index, float(change.sum()))
-                    bar.update()
-            bar.update(ledger.settle(number))
+class _Group(NamedTuple):
+    """What is still to be run of the interventions of one layer that run together: their indices within the layer.
+
+    Args:
+        first: the index of the layer's first intervention among those of the sweep.
+    """
+
+    layer: int
+    first: int
+    indices: Sequence[int]
 
 
-def _stacks(passes: Passes, numbered: Mapping[int, range], left: Collection[int]) -> Iterator[list[Stack]]:
-    """Of each layer what is left of it, stack by stack."""
-    for layer, indices in numbered.items():
-        places = passes.stacks(len(indices))
-        stacks = [[index for index in indices[one.start : one.stop] if index in left] for one in places]
-        yield [(layer, stack) for stack in stacks if stack]
+@dataclass(frozen=True, eq=False)
+class _BatchSweep:
+    """The sweep over one batch."""
 
+    sweep: Sweep
+    number: int
+    passes: BatchPasses
+    progress: Progress
+    processes: Processes
+    bar: Any
 
-def _frozen(
-    passes: Passes,
-    wanted: Mapping[int, Sequence[Intervention]],
-    numbered: Mapping[int, range],
-    stacks: Sequence[Stack],
-) -> Generator[tuple[int, int, Tensor]]:
-    """The logits under each intervention of some stacks, with its layer and its index."""
-    for layer, of_layer in groupby(stacks, key=itemgetter(0)):
-        indices = [index for _, stack in of_layer for index in stack]
-        freezes = [one.freeze for one in wanted[layer]]
-        places = [index - numbered[layer].start for index in indices]
-        with closing(passes.frozen(layer, freezes, places)) as frozen:
+    def run(self) -> None:
+        """Runs what is missing. The clean pass is run in any case: later batches draw from where it ends."""
+        counts = {layer: len(of_layer) for layer, of_layer in self.sweep.wanted.items()}
+        with self.passes.running(counts if self.progress.missing(self.number) else {}):
+            clean = self._metric(self.passes.clean, "unfrozen")
+            self.progress.begin(self.number, clean, self.passes)
+            for turn, groups in enumerate(_rounds(self._missing_groups(), self.processes.size)):
+                share = self.processes.share(groups, self.number + turn)
+                for _, of_layer in groupby(share, key=lambda group: group.layer):
+                    self._run_groups(list(of_layer), clean)
+                self.bar.update(self.progress.merge(self.number))
+
+    def _missing_groups(self) -> Iterator[list[_Group]]:
+        """Of each layer the groups of which something is missing."""
+        missing, first = self.progress.missing(self.number), 0
+        for layer, of_layer in self.sweep.wanted.items():
+            groups = self.passes.groups(len(of_layer))
+            left = [[index for index in group if first + index in missing] for group in groups]
+            yield [_Group(layer, first, indices) for indices in left if indices]
+            first += len(of_layer)
+
+    def _run_groups(self, groups: Sequence[_Group], clean: Tensor) -> None:
+        """Scores interventions of one layer."""
+        layer, first, _ = groups[0]
+        wanted = self.sweep.wanted[layer]
+        indices = [index for group in groups for index in group.indices]
+        # An error that is held on to would hold the generator, too, and with it the patches of the projections.
+        with closing(self.passes.frozen(layer, [one.freeze for one in wanted], indices)) as frozen:
             for index, logits in zip(indices, frozen, strict=True):
-                yield layer, index, logits
+                where = f"under {' and '.join(f'{name} of {head}' for name, head in wanted[index].heads)} of {layer}"
+                change = self._metric(logits, where) - clean
+                if bool(change.isnan().any()):
+                    raise InterventionError(
+                        f"metric={self.sweep.metric.name} is infinite in batch {self.number}, both unfrozen and "
+                        f"{where}: the change is no number; score something that is finite"
+                    )
+                self.progress.add(self.number, first + index, float(change.sum()))
+                self.bar.update()
+
+    def _metric(self, logits: Tensor, where: str) -> Tensor:
+        """The metric of each row `[row]`."""
+        return self.sweep.metric.rows(self.number, self.passes.batch, logits, self.passes.clean, where)
 
 
-def _stretches(lengths: Iterable[int]) -> Iterator[range]:
-    """Stretches of these lengths, one after the other."""
-    start = 0
-    for length in lengths:
-        yield range(start, start + length)
-        start += length
+def _rounds(layers: Iterable[list[_Group]], processes: int) -> Iterator[list[_Group]]:
+    """The groups between two exchanges: those of as many layers as have one for each process."""
+    groups: list[_Group] = []
+    for of_layer in layers:
+        groups += of_layer
+        if len(groups) >= processes:
+            yield groups
+            groups = []
+    if groups:
+        yield groups

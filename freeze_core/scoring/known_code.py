@@ -34,54 +34,46 @@ def foreign_code(model: nn.Module) -> str | None:
 
     Patches of functions that modules call by their names are not seen.
     """
-    return next(_foreign(model), None)
+    return next((what for what, code in _code_of(model) if not _is_known(code)), None)
 
 
-def _foreign(model: nn.Module) -> Iterator[str]:
+def _code_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All classes and functions that a pass may run, and what an error calls them."""
     for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
-        if not _is_known_class(type(mode)):
-            yield f"the mode {type(mode).__qualname__}"
+        yield f"the mode {type(mode).__qualname__}", type(mode)
     for hook in (*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()):
-        if not _is_known(hook):
-            yield f"the global hook {hook!r}"
+        yield f"the global hook {hook!r}", hook
     for name, module in model.named_modules():
         where = name or "the model"
-        if not _is_known_class(type(module)) or not _is_known(type(module).forward):
-            yield f"the class {type(module).__qualname__} of {where}"
+        yield f"the class {type(module).__qualname__} of {where}", type(module)
+        yield f"the forward of the class {type(module).__qualname__} of {where}", type(module).forward
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not _is_known(hook):
-                yield f"a hook on {where}"
+            yield f"a hook on {where}", hook
         for attribute, value in vars(module).items():
-            if isinstance(value, FunctionType | MethodType | partial) and not _is_known(value):
-                yield f"{attribute} of {where}"
+            if isinstance(value, FunctionType | MethodType | partial):
+                yield f"{attribute} of {where}", value
         for attribute, parameter in module._parameters.items():
-            if parameter is not None and not _is_known_class(type(parameter)):
-                yield f"the class {type(parameter).__qualname__} of {attribute} of {where}"
-    attention = _attention_function(model)
-    if attention is not None and not _is_known(attention):
-        yield f"the attention implementation {attention!r}"
-
-
-def _attention_function(model: nn.Module) -> Any:
-    """The function that a transformers model's attention is formed by, where it was registered."""
+            if parameter is not None:
+                yield f"the class {type(parameter).__qualname__} of {attribute} of {where}", type(parameter)
+    # The function that computes the attention of a transformers model, where it was registered.
     transformers = sys.modules.get("transformers")
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return None if transformers is None else transformers.AttentionInterface().get(name)
+    attention = transformers.AttentionInterface().get(name) if transformers else None
+    if attention is not None:
+        yield f"the attention implementation {attention!r}", attention
 
 
-def _is_known(function: Any) -> bool:
-    while isinstance(function, partial | torch_module._WrappedHook):
-        function = function.func if isinstance(function, partial) else function.hook
-    if isinstance(function, BuiltinFunctionType):
+def _is_known(code: Any) -> bool:
+    while isinstance(code, partial | torch_module._WrappedHook):
+        code = code.func if isinstance(code, partial) else code.hook
+    if isinstance(code, type):
+        return _has_known_bases(code)
+    if isinstance(code, BuiltinFunctionType):
         return True
-    owner = getattr(function, "__self__", None)
-    if owner is not None and not _is_known_class(type(owner)):
+    owner = getattr(code, "__self__", None)
+    if owner is not None and not _has_known_bases(type(owner)):
         return False
-    return _package(getattr(function, "__module__", None) or type(function).__module__) in PACKAGES
-
-
-def _is_known_class(cls: Any) -> bool:
-    return _has_known_bases(cls)
+    return _package(getattr(code, "__module__", None) or type(code).__module__) in PACKAGES
 
 
 @lru_cache(maxsize=1024)

@@ -31,45 +31,44 @@ NEARER = 8
 def labels_of(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor | None]:
     """For each batch the token that each position is to predict, as `Batch.labels` but as the model's own loss has it.
 
-    Where the first batch does not tell, the model runs once on one of its rows with labels.
+    Where it is not known yet, the model runs once on one row of the first batch with labels.
 
     Raises:
-        InterventionError: labels were given and the model has no loss that tells what they are compared with; or none
+        InterventionError: labels were given, and the model has no loss that shows what they are compared with; or none
             were given, and the model does not predict the next token.
     """
     labelled = next((batch for batch in batches if batch.tokens is not None), None)
     if labelled is None:
         return [batch.labels for batch in batches]
-    if model not in _SHIFTS:
-        shifts = _shifts(model, labelled)
-        if shifts is None:
-            _refuse_unknown(model, batches)
-            return [batch.labels for batch in batches]
-        _SHIFTS[model] = shifts
-    if not _SHIFTS[model] and any(batch.tokens is not None and not batch.labels_given for batch in batches):
+    shifts = _SHIFTS.get(model)
+    if shifts is None:
+        shifts = _compares_with_next(model, labelled)
+    if shifts is None:
+        if any(batch.labels_given and not batch.decodes for batch in batches):
+            raise InterventionError(
+                f"inputs hold labels, and the loss of {type(model).__name__} on them is neither that of each token's "
+                "own label nor that of the next token's: it is unknown which of the two is meant; give targets=, or a "
+                "metric of your own"
+            )
+        return [batch.labels for batch in batches]
+    _SHIFTS[model] = shifts
+    if not shifts and any(batch.tokens is not None and not batch.labels_given for batch in batches):
         raise InterventionError(
             f"inputs hold no labels, and the loss of {type(model).__name__} compares the logits of each token with "
             "its own label: give labels among the arguments, -100 at tokens that were not masked; or targets= or a "
             "metric of your own"
         )
-    return [batch.next_labels if _SHIFTS[model] else batch.own_labels for batch in batches]
+    return [batch.next_labels if shifts else batch.own_labels for batch in batches]
 
 
-def _refuse_unknown(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Raises `InterventionError` where labels were given and may be compared in either way."""
-    if any(batch.labels_given and not batch.decodes for batch in batches):
-        raise InterventionError(
-            f"inputs hold labels, and the loss of {type(model).__name__} on them is neither that of each token's own "
-            "label nor that of the next token's: it is unknown which of the two is meant; give targets=, or a metric "
-            "of your own"
-        )
+def _compares_with_next(model: nn.Module, batch: Batch) -> bool | None:
+    """Whether the model's own loss compares logits with the label of the next position, not their own; `None` unknown.
 
-
-def _shifts(model: nn.Module, batch: Batch) -> bool | None:
-    """Whether the model's own loss compares the logits of a position with the label of the next one; `None` unknown."""
+    The loss of a pass is compared with that computed here in either way. One has to agree, and the other to be far off.
+    """
     assert batch.tokens is not None
     rows = slice(None)
-    if batch.by_token:  # one row tells, that with the most labels
+    if batch.by_token:  # one row is enough, that with the most labels
         row = int((batch.tokens != IGNORED).sum(1).argmax())
         rows = slice(row, row + 1)
     tokens = batch.tokens[rows]
@@ -95,7 +94,7 @@ def _shifts(model: nn.Module, batch: Batch) -> bool | None:
     to_own = abs(float(loss) - _cross_entropy(logits, tokens))
     near, far = sorted((to_next, to_own))
     bound = max(1e-4, 4 * torch.finfo(logits.dtype).eps) * max(1.0, abs(float(loss)))
-    # What has no label is nan, and nan is not near.
+    # Where nothing has a label the difference is nan, and every comparison with it is false.
     return to_next < to_own if near <= bound and far >= NEARER * near else None
 
 

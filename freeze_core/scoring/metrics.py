@@ -81,22 +81,21 @@ class Metric:
 
 
 def metric_of(metric: object, targets: object, batches: Sequence[Batch], model: nn.Module) -> Metric:
-    """The metric that is asked for: a built-in one by its name, or a callable.
+    """The metric that a user chose: a built-in one by its name, or a callable.
 
     Args:
         targets: what a built-in metric is about: see `score_heads`.
-        model: that it is taken of: its own loss tells whether labels are those of the next position.
+        model: its own loss shows whether labels are those of the next position.
 
     Raises:
-        InterventionError: no such metric, targets that it does not take, or a position that it has no target for.
+        InterventionError: an unknown metric, invalid targets, or a position without a target.
     """
+    none: list[Tensor | None] = [None] * len(batches)
     if callable(metric):
         if targets is not None:
             raise InterventionError("targets: must be None with a metric of your own, which can hold its own")
         named: Any = metric if hasattr(metric, "__qualname__") else type(metric)
-        return Metric(
-            named.__name__, _called(metric), [None] * len(batches), f"{named.__module__}.{named.__qualname__}"
-        )
+        return Metric(named.__name__, _own_metric(metric), none, f"{named.__module__}.{named.__qualname__}")
     if not isinstance(metric, str) or metric not in BUILT_IN:
         raise InterventionError(f"metric={shown(metric)}: must be a callable or one of {', '.join(BUILT_IN)}")
     compute, width = BUILT_IN[metric]
@@ -105,23 +104,22 @@ def metric_of(metric: object, targets: object, batches: Sequence[Batch], model: 
             _check_labels([batch.labels for batch in batches])
         labels = labels_of(model, batches)
         _check_labels(labels)
-        return Metric(metric, compute, [None] * len(batches), labels=labels)
+        return Metric(metric, compute, none, labels=labels)
     if (targets is None) != (width == 0):
-        needed = {0: "None", 1: "a word's id, or one a row", 2: "two words' ids (for, against), or two a row"}[width]
+        needed = ("None", "a word's id, or one a row", "two words' ids (for, against), or two a row")[width]
         raise InterventionError(f"targets={shown(targets)}: metric={metric!r} takes {needed}")
-    if targets is None:
-        return Metric(metric, compute, [None] * len(batches))
-    return Metric(metric, compute, _split(targets, width, batches, vocabulary_size(model)))
+    return Metric(metric, compute, none if targets is None else _split(targets, width, batches, vocabulary_size(model)))
 
 
-def _called(metric: Callable[..., Any]) -> Callable[[Tensor, Situation], Any]:
+def _own_metric(metric: Callable[..., Any]) -> Callable[[Tensor, Situation], Any]:
     """`metric(logits, inputs)` where it has a second argument that is needed or called `inputs`, else of logits."""
     try:
         parameters = list(inspect.signature(metric).parameters.values())
     except (TypeError, ValueError):  # a builtin
         parameters = []
-    placed = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    if len(placed) > 1 and (placed[1].name == "inputs" or placed[1].default is inspect.Parameter.empty):
+    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    second = positional[1] if len(positional) > 1 else None
+    if second and (second.name == "inputs" or second.default is inspect.Parameter.empty):
         return lambda logits, situation: metric(logits, copied(situation.batch.given))
     return lambda logits, situation: metric(logits)
 
@@ -143,23 +141,20 @@ def _check_labels(labels: Sequence[Tensor | None]) -> None:
 
 def _split(targets: object, width: int, batches: Sequence[Batch], words: int | None) -> list[Tensor]:
     """The targets `[row, width]` of each batch, of those of all rows or of one for all."""
-    total = sum(batch.rows for batch in batches)
-    allowed = f"ids [{'' if width == 1 else width}] for all rows, or [{total}{'' if width == 1 else f', {width}'}]"
+    counts = [batch.rows for batch in batches]
+    total = sum(counts)
+    shapes = [(), (total,)] if width == 1 else [(width,), (total, width)]
     try:
         ids = torch.as_tensor(targets).cpu()
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(())
-    if ids.dtype not in (torch.int64, torch.int32, torch.int16) or ids.shape not in _shapes(total, width):
-        raise InterventionError(f"targets={shown(targets)}: must be {allowed}, ints")
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16) or ids.shape not in shapes:
+        allowed = " for all rows, or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
+        raise InterventionError(f"targets={shown(targets)}: must be ids {allowed}, ints")
     if int(ids.min()) < 0 or (words is not None and int(ids.max()) >= words):
         raise InterventionError(f"targets={shown(targets)}: must be ids in 0 to {'…' if words is None else words - 1}")
-    one_for_all = ids.dim() < (1 if width == 1 else 2)
-    rows = ids.view(1, width).expand(total, -1) if one_for_all else ids.view(total, width)
-    return list(rows.long().split([batch.rows for batch in batches]))
-
-
-def _shapes(total: int, width: int) -> tuple[tuple[int, ...], ...]:
-    return ((), (total,)) if width == 1 else ((width,), (total, width))
+    rows = ids.expand(shapes[1]) if ids.shape == shapes[0] else ids
+    return list(rows.reshape(total, width).long().split(counts))
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

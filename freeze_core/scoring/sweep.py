@@ -1,4 +1,4 @@
-"""What a sweep is asked: which freezes of which heads, over which batches, by which metric."""
+"""What a sweep is to do: which freezes of which heads, over which batches, scored by which metric."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def circuits_of(circuits: object) -> list[str]:
     """The names of `circuits`.
 
     Raises:
-        InterventionError: they are not distinct ones of those that there are.
+        InterventionError: they are not a list of distinct, known circuits.
     """
-    several = [] if isinstance(circuits, str) or not isinstance(circuits, Sequence) else list(circuits)
-    known = all(isinstance(one, str) and one in CIRCUITS for one in several)
-    if not several or not known or len(set(several)) < len(several):
+    names = [] if isinstance(circuits, str) or not isinstance(circuits, Sequence) else list(circuits)
+    known = all(isinstance(name, str) and name in CIRCUITS for name in names)
+    if not names or not known or len(set(names)) < len(names):
         raise InterventionError(f"circuits={shown(circuits)}: must be a list of distinct ones of {', '.join(CIRCUITS)}")
-    return [str(one) for one in several]
+    return [str(name) for name in names]
 
 
 @dataclass
@@ -45,10 +45,13 @@ class Intervention:
 
 
 def interventions(sites: Sites, configs: Mapping[str, InterventionConfig]) -> dict[int, list[Intervention]]:
-    """What is to be frozen in each layer: each head by each circuit's config, what comes to the same once.
+    """The freezes of each layer, one a head and circuit; those that have the same effect are one intervention.
+
+    Args:
+        configs: by circuit; the heads that a config chooses are frozen one by one.
 
     Raises:
-        CircuitFreezeError: one of them cannot be served.
+        CircuitFreezeError: a config is not supported by the model.
     """
     by_layer: dict[int, dict[object, Intervention]] = {}
     for circuit, config in configs.items():
@@ -58,8 +61,8 @@ def interventions(sites: Sites, configs: Mapping[str, InterventionConfig]) -> di
                 freeze = replace(whole, heads=(head,))
                 refuse_dependent(site, [freeze])
                 assignment = assign(site, [freeze])
-                key = tuple(assignment[role] for role in ROLES)
-                same = by_layer.setdefault(whole.layer, {}).setdefault(key, Intervention(freeze))
+                effect = tuple(assignment[role] for role in ROLES)
+                same = by_layer.setdefault(whole.layer, {}).setdefault(effect, Intervention(freeze))
                 same.heads.append((circuit, head))
     return {layer: list(by_layer[layer].values()) for layer in sorted(by_layer)}
 
@@ -75,7 +78,7 @@ class Sweep:
         metric: what is scored.
         wanted: the interventions of each layer.
         circuits: the names of those that are scored, each a table of its own.
-        progress: whether a bar is shown.
+        show_progress: whether a bar is shown.
     """
 
     model: nn.Module
@@ -84,7 +87,7 @@ class Sweep:
     metric: Metric
     wanted: Mapping[int, Sequence[Intervention]]
     circuits: Sequence[str]
-    progress: bool
+    show_progress: bool
 
     @property
     def rows(self) -> int:
@@ -97,13 +100,13 @@ class Sweep:
         return [(layer, one) for layer, several in self.wanted.items() for one in several]
 
     def table(self, values: Sequence[float]) -> dict[str, Tensor]:
-        """By circuit the value of each head, `[layer, head]` in float64.
+        """By circuit the value of each head, `[layer, head]` in float64, nan where there is none.
 
         Args:
             values: one for each of `placed`.
         """
-        most = max(site.heads for site in self.sites.by_layer.values())
-        shape = (self.sites.layers, most)
+        heads = max(site.heads for site in self.sites.by_layer.values())
+        shape = (self.sites.layers, heads)
         scores = {circuit: torch.full(shape, torch.nan, dtype=torch.float64) for circuit in self.circuits}
         for (layer, one), value in zip(self.placed, values, strict=True):
             for circuit, head in one.heads:

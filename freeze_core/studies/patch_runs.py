@@ -20,9 +20,9 @@ from freeze_core.generators import Generators
 from freeze_core.recording import record
 from freeze_core.runs.measuring import logits_at, refuse_equal, refuse_infinite
 from freeze_core.runs.pairs import Pair
+from freeze_core.scoring.batch_passes import BatchPasses
 from freeze_core.scoring.batches import Batch
 from freeze_core.scoring.metrics import Metric
-from freeze_core.scoring.passes import Passes
 from freeze_core.scoring.sweep import interventions
 from freeze_core.studies.patch_plan import by_head, by_position
 
@@ -140,7 +140,7 @@ def _of_pair(
     with torch.no_grad():
         clean = logits_at(sweep.model, pair.clean) if sweep.denoising else None
     generators.put(start)
-    passes = Passes(sweep.model, sweep.sites, into, generators)
+    passes = BatchPasses(sweep.model, sweep.sites, into, generators)
     found: dict[tuple[str, int, int], Tensor] = {}
     with passes.running(counts):
         clean = passes.clean if clean is None else clean

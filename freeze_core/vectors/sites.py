@@ -11,7 +11,7 @@ from freeze_core.arguments import is_index, refuse
 from freeze_core.attention.layout import Sites
 from freeze_core.attention.sites import find_sites
 from freeze_core.errors import InterventionError, UnsupportedModelError
-from freeze_core.scoring.prefix import layers_of
+from freeze_core.scoring.layer_cache import layers_of
 
 __all__ = ["ResidualSite", "find_residual", "stream_of", "with_stream"]
 

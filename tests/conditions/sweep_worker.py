@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from freeze_core import HeadScores, score_heads
-from freeze_core.scoring import passes
+from freeze_core.scoring import batch_passes
 from pytest_circuitfreeze.models import tiny_model
 
 IDS = torch.arange(14).view(2, 7) * 5 % 97
@@ -44,9 +44,9 @@ def counted(model: nn.Module) -> Iterator[list[int]]:
         return hook
 
     hooks = [layer.register_forward_hook(count(number)) for number, layer in enumerate(layers)]
-    foreign_code, passes.foreign_code = passes.foreign_code, lambda model: None  # these hooks only count
+    foreign_code, batch_passes.foreign_code = batch_passes.foreign_code, lambda model: None  # these hooks only count
     yield counts
-    passes.foreign_code = foreign_code
+    batch_passes.foreign_code = foreign_code
     for hook in hooks:
         hook.remove()
 

@@ -15,7 +15,7 @@ from plain_freeze import FREEZER, IDS, agrees, config_of, frozen_logits, logits,
 from torch import nn
 
 from freeze_core import FreezeNotInForceError, copying_scores, head_circuits, pattern_scores, score_heads
-from freeze_core.scoring import passes
+from freeze_core.scoring import batch_passes
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
@@ -90,7 +90,7 @@ def test_an_offloaded_model_is_swept_where_it_lies(
     name: str, offload: str, positions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The products are those of the plain model, so the scores are its bits; a layer that is left out is not loaded."""
-    monkeypatch.setattr(passes, "foreign_code", lambda model: None)  # hooks count here
+    monkeypatch.setattr(batch_passes, "foreign_code", lambda model: None)  # hooks count here
     asked: dict[str, Any] = {"circuits": ("qk", "ov", "z"), "positions": positions, "progress": False}
     expected = score_heads(tiny_model(name), IDS, "loss", targets=5, **asked)
     model = OFFLOADS[offload](tiny_model(name), tmp_path)

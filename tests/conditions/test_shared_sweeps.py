@@ -17,7 +17,7 @@ from sweep_worker import BATCHES, CASES, MODELS, Stops, scored, table
 from torch import nn
 
 from freeze_core import InterventionError, UnsupportedModelError
-from freeze_core.scoring.processes import refuse_spread
+from freeze_core.scoring.distributed import refuse_sharded
 from pytest_circuitfreeze.models import tiny_model
 
 WORKER = Path(__file__).with_name("sweep_worker.py")
@@ -117,7 +117,7 @@ def test_shares_of_three_processes_are_as_even_as_they_can_be(three: Told, name:
 REFUSALS = {
     "inputs": ["process 0 and process 1: inputs (", "process 0 and process 1: inputs ("],
     "model": ["process 0 and process 1: model's parameters (", "process 0 and process 1: model's parameters ("],
-    "hooks": ["the clean logits of batch 0 have another norm in each", "the clean logits of batch 0 have another norm"],
+    "hooks": ["the norm of the clean logits over batch 0 is"] * 2,
     "draws": ["distributed: the passes over batch 0 draw (dropout) from other states of torch's generators"] * 2,
     "metric": ["process 0 and process 1: metric (kl, and loss)", "process 0 and process 1: metric (kl, and loss)"],
     "argument": ["given up, process 1: InterventionError: strength=2.0", "InterventionError: strength=2.0"],
@@ -165,9 +165,9 @@ def test_copies_that_are_spread_over_processes_share_passes_among_one_of_each(ra
     mesh = SimpleNamespace(size=lambda: 2, mesh=torch.tensor([[1, 2]]) if ranks == [1, 2, 3] else torch.tensor([0, 1]))
     model = nn.Linear(1, 1)
     model.weight.device_mesh = mesh
-    processes: Any = SimpleNamespace(several=len(ranks) > 1, ranks=ranks)
+    processes: Any = SimpleNamespace(size=len(ranks), ranks=ranks)
     with nullcontext() if fine else pytest.raises(UnsupportedModelError, match="cannot share the passes out"):
-        refuse_spread(model, processes, checkpoint=False)
+        refuse_sharded(model, processes, checkpoint=False)
 
 
 @pytest.mark.parametrize("distributed", [True, 2, "gloo", None])

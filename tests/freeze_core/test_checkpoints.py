@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from freeze_core import AttentionCircuitFreezer, InterventionError, score_heads
-from freeze_core.scoring import passes
-from freeze_core.scoring.checkpoint import FORMAT, Checkpoint
-from freeze_core.scoring.kept import Kept
-from freeze_core.scoring.ledger import _size
+from freeze_core.scoring import batch_passes
+from freeze_core.scoring.distributed import Processes
+from freeze_core.scoring.progress import FORMAT, Progress, _norm
 from pytest_circuitfreeze.models import tiny_model
 
 IDS = torch.arange(14).view(2, 7) * 5 % 97
@@ -77,7 +76,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bits(name, positions, erro
 
 
 def test_what_is_left_alone_is_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "foreign_code", lambda model: None)  # hooks count here
+    monkeypatch.setattr(batch_passes, "foreign_code", lambda model: None)  # hooks count here
     model, path = tiny_model("gpt2"), tmp_path / "sweep"
     with pytest.raises(KeyboardInterrupt):
         scored(model, path, Stops(2 * 25 + 1 + 20), positions="last")  # the last of the third batch's third layer
@@ -223,15 +222,15 @@ def test_other_versions_and_what_the_weights_do_not_tell_are_refused(begun, tmp_
         scored(tiny_model("gpt2"), path)
     model = tiny_model("gpt2")
     model.transformer.ln_f.register_forward_hook(lambda module, args, output: output * 1.001)
-    with pytest.raises(InterventionError, match=r"the clean logits of batch 0 have norm .*hooks, adapters"):
+    with pytest.raises(InterventionError, match=r"the norm of the clean logits over batch 0 is .*hooks and adapters"):
         scored(model, begun)
 
 
 def test_the_norm_of_clean_logits_that_are_nowhere_finite_is_a_number():
     logits = torch.tensor([[[3.0, torch.nan]], [[4.0, 0.0]]])
-    assert _size(logits) == 5.0
+    assert _norm(logits) == 5.0
     logits[0, 0, 0] = torch.inf
-    assert _size(logits.bfloat16()) == torch.inf
+    assert _norm(logits.bfloat16()) == torch.inf
 
 
 def altered(begun, how):
@@ -278,16 +277,16 @@ def test_a_place_for_no_file_is_refused_before_anything_is_run(tmp_path):
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "sweep"
-    file, kept = Checkpoint(path), Kept.nothing(1, 2)
-    file.save(kept, {"metric": "kl"})
+    progress = Progress(1, 2, {"metric": "kl"}, Processes(False), path)
+    progress.save()
     before = path.read_bytes()
-    kept.add([(0, 1, 2.0)])
+    progress.add(0, 1, 2.0)
 
     def full(descriptor):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InterventionError, match=r"checkpoint of .*sweep: cannot be written \(no space left\)"):
-        file.save(kept, {"metric": "kl"})
+        progress.save()
     assert [one.name for one in tmp_path.iterdir()] == ["sweep"]
     assert path.read_bytes() == before

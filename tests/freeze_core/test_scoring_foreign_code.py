@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, score_heads
-from freeze_core.scoring import passes
+from freeze_core.scoring import shared_passes
 from freeze_core.scoring.batches import copied
 from freeze_core.scoring.known_code import foreign_code
 from pytest_circuitfreeze.models import tiny_model
@@ -168,7 +168,7 @@ def test_what_torch_and_transformers_put_on_a_model_is_known(change):
 
 def test_a_model_without_foreign_code_shares_work(monkeypatch):
     whole = []
-    monkeypatch.setattr(passes.Passes, "_alone", lambda self, under: whole.append(1))
+    monkeypatch.setattr(shared_passes.SharedPasses, "logits", lambda self, *pass_: whole.append(1))
     score_heads(tiny_model("gpt2"), IDS, difference, positions="last", progress=False)
     assert not whole
 

@@ -11,8 +11,10 @@ from running_twice import run_layers_twice
 
 from freeze_core import score_heads
 from freeze_core.generators import Generators
-from freeze_core.scoring import passes
-from freeze_core.scoring.remembered import remembering
+from freeze_core.scoring import batch_passes
+from freeze_core.scoring.layer_cache import negate_inputs, refuse_run
+from freeze_core.scoring.patched_calls import PatchedModule, assign_actions, attach, run_module
+from freeze_core.scoring.projection_cache import ReuseOutput
 from pytest_circuitfreeze.models import tiny_model
 
 IDS = torch.arange(14).view(2, 7) * 5 % 97
@@ -21,7 +23,7 @@ IDS = torch.arange(14).view(2, 7) * 5 % 97
 @pytest.fixture(autouse=True)
 def hooks_stand_in_for_a_models_own_code(monkeypatch):
     """What a pass shows is looked at in code of torch and transformers alone; hooks imitate that, and count passes."""
-    monkeypatch.setattr(passes, "foreign_code", lambda model: None)
+    monkeypatch.setattr(batch_passes, "foreign_code", lambda model: None)
 
 
 def spread(logits):
@@ -104,7 +106,7 @@ def test_a_projection_that_is_given_something_else_runs_again():
     x, other = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
     with torch.no_grad():
         expected, of_other = linear(x), linear(other)
-        with running(linear) as runs, remembering([linear], generators):
+        with running(linear) as runs, attach([PatchedModule(linear, ReuseOutput(generators))]):
             first = linear(x)
             assert linear(x) is first
             assert torch.equal(linear(other), of_other)
@@ -236,6 +238,32 @@ def test_what_is_written_to_in_place_is_not_kept():
     with counting(inner(model)) as seen:
         assert_right(model)
     assert len(seen[0]) > 2 * 12
+
+
+def test_a_layer_whose_output_is_written_to_later_is_not_replayed():
+    """The comparison takes place before what comes after the layer writes to its output again."""
+    model = tiny_model("gpt2")
+    model.transformer.ln_f.register_forward_pre_hook(lambda module, args: (args[0].mul_(1.5), *args[1:]))
+    with counting(inner(model)) as seen:
+        assert_right(model)
+    assert len(seen[0]) > 2 * 12
+
+
+def test_actions_end_with_the_pass_whatever_is_raised():
+    patch = PatchedModule(torch.nn.Linear(1, 1))
+    other = PatchedModule(torch.nn.Linear(1, 1), refuse_run)
+    seen = []
+
+    def fail():
+        with assign_actions([(patch, negate_inputs), (other, run_module)]):
+            seen.extend((patch.action, other.action))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert seen == [negate_inputs, run_module]
+    assert patch.action is run_module
+    assert other.action is refuse_run
 
 
 def test_a_compiled_model_is_run_whole():
