@@ -76,10 +76,9 @@ def _sizes(value: Any, path: str, depth: int) -> Iterator[tuple[str, tuple[int, 
     elif is_cache(value):
         yield path, (filled(value),)
     elif depth and not isinstance(value, str | nn.Module | type) and not _of_library(value):
-        parts = enumerate(value) if isinstance(value, list | tuple) else None
-        if parts is None:
-            parts = (value if isinstance(value, Mapping) else getattr(value, "__dict__", {})).items()
-        for name, part in parts:
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        for name, part in (value if isinstance(value, Mapping) else getattr(value, "__dict__", {})).items():
             yield from _sizes(part, f"{path}.{name}", depth - 1)
 
 

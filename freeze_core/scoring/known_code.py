@@ -71,7 +71,8 @@ def _is_known(code: Any) -> bool:
     if isinstance(code, BuiltinFunctionType):
         return True
     owner = getattr(code, "__self__", None)
-    if owner is not None and not _has_known_bases(type(owner)):
+    owner_class: type = type(owner)
+    if owner is not None and not _has_known_bases(owner_class):
         return False
     return _package(getattr(code, "__module__", None) or type(code).__module__) in PACKAGES
 

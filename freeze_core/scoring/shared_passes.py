@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from freeze_core.attention.layout import Sites
@@ -185,14 +186,16 @@ class SharedPasses:
     def unembed(self, states: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """The logits at the positions of several passes, made of their last states in a pass that runs no layer."""
         assert self.cache
-        return self.model.run(self.cache.starting_at(len(self.model.layers)), UnembedStates(states)).chunk(len(states))
+        logits: Tensor = self.model.run(self.cache.starting_at(len(self.model.layers)), UnembedStates(states))
+        return logits.chunk(len(states))
 
     def last_states_of_rows(self, layer: int, outputs: Sequence[Any]) -> Sequence[Tensor]:
         """The last states of passes that continue from `outputs` of `layer`, as rows of one pass."""
         assert self.cache
         copies = self.model.batch.copies(len(outputs))
         states = self.last_states(self.cache.continuing_from(layer, outputs), batch=copies)
-        return states.split(self.model.batch.rows)
+        rows: tuple[Tensor, ...] = torch.split(states, self.model.batch.rows)
+        return rows
 
     def _states_of_group(
         self, layer: int, layers: Sequence[Action], group: Sequence[LayerFreeze | None]
