@@ -84,7 +84,8 @@ class Processes:
         failed = [f"process {rank}: {one['failed']}" for rank, one in enumerate(messages) if "failed" in one]
         if failed:
             self._closed = True
-            raise InterventionError(f"distributed: the sweep was given up, {'; '.join(failed)}")
+            if "failed" not in message:
+                raise InterventionError(f"distributed: the sweep was given up, {'; '.join(failed)}")
         return messages
 
     def report_failure(
@@ -95,10 +96,7 @@ class Processes:
     ) -> None:
         """Tells the others, once, that this process goes no further, and why; with a last `message`."""
         if not self._closed:
-            failure = {"failed": f"{type(error).__name__}: {error}"[:2000], **(message or {})}
-            messages = self._gather_messages(failure) if self.size > 1 else [failure]
-            self._closed = True
-            receive(messages)
+            self.exchange({"failed": f"{type(error).__name__}: {error}"[:2000], **(message or {})}, receive)
 
     @contextmanager
     def reporting(self) -> Iterator[None]:

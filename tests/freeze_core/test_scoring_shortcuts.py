@@ -12,7 +12,8 @@ from running_twice import run_layers_twice
 from freeze_core import score_heads
 from freeze_core.generators import Generators
 from freeze_core.scoring import batch_passes
-from freeze_core.scoring.patched_calls import PatchedModule, attach
+from freeze_core.scoring.layer_cache import negate_inputs, refuse_run
+from freeze_core.scoring.patched_calls import PatchedModule, assign_actions, attach, run_module
 from freeze_core.scoring.projection_cache import ReuseOutput
 from pytest_circuitfreeze.models import tiny_model
 
@@ -237,6 +238,32 @@ def test_what_is_written_to_in_place_is_not_kept():
     with counting(inner(model)) as seen:
         assert_right(model)
     assert len(seen[0]) > 2 * 12
+
+
+def test_a_layer_whose_output_is_written_to_later_is_not_replayed():
+    """The comparison takes place before what comes after the layer writes to its output again."""
+    model = tiny_model("gpt2")
+    model.transformer.ln_f.register_forward_pre_hook(lambda module, args: (args[0].mul_(1.5), *args[1:]))
+    with counting(inner(model)) as seen:
+        assert_right(model)
+    assert len(seen[0]) > 2 * 12
+
+
+def test_actions_end_with_the_pass_whatever_is_raised():
+    patch = PatchedModule(torch.nn.Linear(1, 1))
+    other = PatchedModule(torch.nn.Linear(1, 1), refuse_run)
+    seen = []
+
+    def fail():
+        with assign_actions([(patch, negate_inputs), (other, run_module)]):
+            seen.extend((patch.action, other.action))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert seen == [negate_inputs, run_module]
+    assert patch.action is run_module
+    assert other.action is refuse_run
 
 
 def test_a_compiled_model_is_run_whole():

@@ -68,18 +68,18 @@ def assert_right(model, inputs=None, positions="last", **fields):
 @pytest.mark.parametrize("scope", ["group", "head"])
 @pytest.mark.parametrize("positions", ["all", "last"])
 @pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "falcon_mqa", "gemma2"])
-def test_stacked_scores_are_those_of_one_freeze_a_forward(name, positions, scope):
+def test_scores_of_batched_freezes_equal_one_freeze_per_pass(name, positions, scope):
     assert assert_right(tiny_model(name), positions=positions, kv_scope=scope) >= 2 * 3
 
 
 @pytest.mark.parametrize("kind", ["mean", "noise", "resample", "reference"])
-def test_what_a_freeze_takes_from_its_pass_it_takes_from_the_batch_alone(kind):
+def test_freeze_values_come_from_the_batch_alone(kind):
     model = tiny_model("llama_gqa")
     fields = {"reference": AttentionCircuitFreezer().record(model, IDS + 3)} if kind == "reference" else {"seed": 3}
     assert assert_right(model, freeze_type=kind, **fields) > 2
 
 
-def test_padded_rows_and_batches_of_other_sizes_are_stacked():
+def test_padded_rows_and_batches_of_other_sizes_are_batched():
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0
     padded = {"input_ids": IDS, "attention_mask": mask}
@@ -99,13 +99,13 @@ def test_a_layer_runs_once_for_the_freezes_of_each_earlier_one():
 @pytest.mark.parametrize(
     ("freezes", "most", "sizes"), [(18, 9, [9, 9]), (8, 18, [8]), (10, 4, [3, 3, 4]), (5, 2, [1] * 5)]
 )
-def test_stacks_are_as_few_and_as_even_as_can_be(freezes, most, sizes):
+def test_groups_are_as_few_and_as_even_as_possible(freezes, most, sizes):
     found = group_freezes(freezes, most)
     assert [len(places) for places in found] == sizes
     assert [place for places in found for place in places] == list(range(freezes))
 
 
-def test_a_long_batch_is_not_stacked():
+def test_freezes_over_a_long_batch_run_one_by_one():
     ids = torch.arange(TOKENS // 3 + 1)[None] % 97
     for columns, stacked in ((TOKENS // 3, True), (TOKENS // 3 + 1, False)):
         model = tiny_model("gpt2")
@@ -114,7 +114,7 @@ def test_a_long_batch_is_not_stacked():
         assert (max(rows[2]) > 1) == stacked
 
 
-def test_few_freezes_are_not_stacked():
+def test_few_freezes_run_one_by_one():
     """It would take longer to find out whether they can be."""
     model = tiny_model("gpt2")
     with watching(model) as rows:
@@ -133,7 +133,7 @@ LEAKS = {
 
 @pytest.mark.parametrize("place", ["transformer.h.2.mlp.act", "transformer.h.1.mlp"])
 @pytest.mark.parametrize("leak", LEAKS)
-def test_a_model_whose_rows_are_not_apart_is_run_one_freeze_at_a_time(leak, place):
+def test_a_model_that_mixes_rows_runs_one_freeze_per_pass(leak, place):
     model = tiny_model("gpt2")
     model.get_submodule(place).register_forward_hook(LEAKS[leak])
     with watching(model) as rows:
@@ -142,7 +142,7 @@ def test_a_model_whose_rows_are_not_apart_is_run_one_freeze_at_a_time(leak, plac
     assert assert_right(model) == 2 * 3  # while it was looked at
 
 
-def test_a_model_that_draws_is_run_one_freeze_at_a_time():
+def test_a_model_with_dropout_runs_one_freeze_per_pass():
     model = tiny_model("gpt2").train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -152,7 +152,7 @@ def test_a_model_that_draws_is_run_one_freeze_at_a_time():
     assert max(map(max, rows)) == 2
 
 
-def test_statistics_of_batches_are_never_those_of_others():
+def test_running_statistics_never_see_spoiled_rows():
     """What looks whether rows are apart would leave nan in them for ever."""
     model = tiny_model("gpt2").train()
     for module in model.modules():
@@ -167,7 +167,7 @@ def test_statistics_of_batches_are_never_those_of_others():
     assert bool(norm.running_mean.isfinite().all())
 
 
-def test_arguments_that_are_not_of_rows_and_columns_are_not_stacked():
+def test_arguments_without_rows_and_columns_are_not_batched():
     model = tiny_model("gpt2")
     given = {"input_ids": IDS, "position_ids": torch.arange(7)[None]}
     with watching(model) as rows:
@@ -175,7 +175,7 @@ def test_arguments_that_are_not_of_rows_and_columns_are_not_stacked():
     assert max(map(max, rows)) == 2
 
 
-def test_what_is_left_of_a_stack_has_its_rows_whichever_that_are(tmp_path):
+def test_a_continued_group_has_the_same_rows_whichever_are_left(tmp_path):
     """The clean pass stands in for the others, so that the products are of the same shape."""
     model = tiny_model("gpt2")
     given, calls = [], []
@@ -214,7 +214,7 @@ def test_what_is_left_of_a_stack_has_its_rows_whichever_that_are(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize("rows", [2 * 3, 2 * 8])
-def test_the_model_is_what_it_was_when_a_stack_fails(rows, error):
+def test_the_model_is_restored_when_a_group_fails(rows, error):
     model = tiny_model("gpt2")
     before = model(IDS).logits
     failing = []
