@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, Site
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge, Site
 from pytest_circuitfreeze.suites.judge.recorder import Recorder, Seen
-from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, sites, standing_in
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations, sites
 from pytest_circuitfreeze.wrapped import config_of, dtype_of, transformers_configs
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ __all__ = [
     "Seen",
     "attention_implementation",
     "logits_of",
-    "look",
     "observe",
     "of_real_tokens",
     "pads_under_eager",
+    "run_pass",
     "unfrozen",
 ]
 
@@ -48,7 +48,7 @@ class Pass:
         return _Watched(found) if isinstance(self.runs, _Watched) else found
 
 
-def look(
+def run_pass(
     engine: Engine,
     model: PreTrainedModel,
     config: InterventionConfig | Sequence[InterventionConfig] | None,
@@ -81,7 +81,7 @@ def observe(
     call: Callable[..., Any],
     model: PreTrainedModel,
     batch: Batch,
-    known: Mapping[int, AnySite],
+    known: Mapping[int, Site],
     *,
     patterns: bool = False,
     gradients: bool = False,
@@ -99,11 +99,11 @@ def observe(
     """
     stand_in: PreTrainedModel | None = getattr(call, "stand_in", None)
     if stand_in is not None:
-        known = standing_in(known, model, stand_in)
-    by_heart = any(isinstance(site, Site) for site in known.values())
-    tapped = by_heart and config_of(model)._attn_implementation == "sdpa" and not patterns
+        known = {layer: site.moved_to(stand_in) for layer, site in known.items()}
+    with_formula = any(site.formula is not None for site in known.values())
+    tapped = with_formula and config_of(model)._attn_implementation == "sdpa" and not patterns
 
-    def run(watch: Callable[[Recorder, AnySite], AbstractContextManager[None]]) -> tuple[Any, Recorder]:
+    def run(watch: Callable[[Recorder, Site], AbstractContextManager[None]]) -> tuple[Any, Recorder]:
         recorder = Recorder(gradients, patterns)
         with ExitStack() as stack:
             for site in known.values():
@@ -172,7 +172,7 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
             config._attn_implementation = old
 
 
-def _demand_all_tapped(known: Mapping[int, AnySite], runs: Mapping[int, Sequence[Seen]]) -> None:
+def _demand_all_tapped(known: Mapping[int, Site], runs: Mapping[int, Sequence[Seen]]) -> None:
     missed = [layer for layer in known if not all("v" in seen.qkv for seen in runs.get(layer, ())) or layer not in runs]
     if missed:
         raise CannotJudge(f"attention of layers {missed} did not call scaled_dot_product_attention under sdpa")
