@@ -7,10 +7,12 @@ Which features of which other linear layer are a head's query, key and value is 
 module is run by itself on a few tokens, with random numbers in the place of what its linear layers give, and each row
 of the batch changes one feature at one token:
 
-- what moves scores of later tokens is a key: it decides who looks at its token;
+- what moves scores that later tokens have with its own token, and no others of theirs, is a key: it decides who looks
+  at its token;
 - what moves scores of its own token alone is a query: it decides where its token looks;
 - what moves z of later tokens while all patterns are held fixed is a value: it is what they get to see;
-- what moves z of its own token alone while patterns are held (an output gate) is none of the three.
+- what moves z of its own token alone while patterns are held (an output gate) is none of the three, and so is what
+  only makes z larger or smaller (the mass that an attention sink takes).
 
 No derivative, no layout and hardly a name enters. What does not come out the same under two draws of all numbers, or
 acts as two of these at once, or moves the scores of other heads than it moves z of, is not trusted: such a layer is not
@@ -30,9 +32,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, CannotJudge, Part, Role, Site
-from pytest_circuitfreeze.suites.judge.layer_calls import SOFTMAX, Call, OutputReached, fits_pattern
-from pytest_circuitfreeze.wrapped import config_of, device_of, transformers_configs
+from pytest_circuitfreeze.suites.judge.layer_calls import (
+    SOFTMAX,
+    Call,
+    OutputReached,
+    attention_implementation,
+    fits_pattern,
+)
+from pytest_circuitfreeze.wrapped import config_of, device_of
 
 __all__ = ["discover_sites"]
 
@@ -60,7 +69,7 @@ def discover_sites(model: PreTrainedModel) -> dict[int, Site]:
         CannotJudge: there are none.
     """
     found: dict[int, Site] = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _under_eager(model):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), attention_implementation(model, "eager"):
         attention = _find_attention(model)
         calls = _keep_calls(model, [model.get_submodule(one.name) for one in attention])
         for one in attention:
@@ -109,19 +118,6 @@ def _find_attention(model: PreTrainedModel) -> list[_Attention]:
             known = found.get(one.name, one)
             found[one.name] = one if known is not None and known.layer == one.layer else None
     return [one for one in found.values() if one is not None]
-
-
-@contextmanager
-def _under_eager(model: nn.Module) -> Iterator[None]:
-    """Runs `model` under eager attention, whose steps are functions of torch that can be seen."""
-    before = [(config, config._attn_implementation) for config in transformers_configs(model)]
-    try:
-        for config, _ in before:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, old in before:
-            config._attn_implementation = old
 
 
 @dataclass
@@ -253,7 +249,7 @@ def _keep_calls(model: PreTrainedModel, modules: Sequence[nn.Module]) -> dict[nn
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        model(input_ids=torch.arange(TOKENS, device=device_of(model)).expand(ROWS, -1))
+        model(**Batch(torch.arange(TOKENS).repeat(ROWS, 1)).arguments(model))
     return calls
 
 
@@ -297,11 +293,13 @@ class _Experiment:
             changed = features[start : start + ROWS - 1]
             scores, z = self._run(changed, held=False)
             _, held_z = self._run(changed, held=True)
-            keys, values = scores[:, CHANGED + 1 :].any(1), held_z[:, CHANGED + 1 :].any(1)  # [feature, head]
-            queries = scores[:, CHANGED] & ~keys
+            later = scores[:, CHANGED + 1 :].any(1)  # [feature, head, key]
+            keys, values = later[..., CHANGED], held_z[:, CHANGED + 1 :].any(1)  # [feature, head]
+            queries = scores[:, CHANGED].any(-1) & ~keys
+            mixed = later.sum(-1) > keys  # a key that is made of several tokens
             patterns = keys | queries
             two_roles = (patterns.any(1) & held_z.any(1).any(1)) | (keys.any(1) & queries.any(1))
-            if two_roles.any() or (patterns.any(1)[:, None] & (patterns != z.any(1))).any():
+            if two_roles.any() or mixed.any() or (patterns.any(1)[:, None] & (patterns != z.any(1))).any():
                 raise CannotJudge(f"features of {self.found.name} act on several heads or in several ways")
             for role, acting in zip(ROLES, (queries, keys, values), strict=True):
                 for feature, head in acting.nonzero().tolist():
@@ -312,7 +310,7 @@ class _Experiment:
         return [{role: {path: frozenset(at) for path, at in head[role].items()} for role in ROLES} for head in heads]
 
     def _run(self, changed: Sequence[tuple[str, int]], held: bool) -> tuple[Tensor, Tensor]:
-        """Which scores and which z move, `[feature, token, head]`, by each of the `changed` features.
+        """Which scores `[feature, query, head, key]` and which z `[feature, token, head]` each changed feature moves.
 
         Args:
             held: give all rows the patterns of the row in which nothing is changed.
@@ -334,8 +332,12 @@ class _Experiment:
                 self.attention(*again.args, **again.kwargs)
         if not found or not tap.scores:
             raise CannotJudge(f"{self.found.name}, run by itself, did not reach its output projection")
-        scores = torch.cat(tap.scores, dim=-1).transpose(1, 2)
-        return _moved(scores)[1 : len(changed) + 1], _moved(found[0])[1 : len(changed) + 1]
+        z, rows = found[0], slice(1, len(changed) + 1)
+        if held:
+            along = (z * z[0]).sum(-1, keepdim=True) / z[0].square().sum(-1, keepdim=True)
+            z = z - (along - 1) * z[0]
+        scores = torch.stack([_moved(one.transpose(1, 2)) for one in tap.scores]).any(0)
+        return scores[rows], _moved(z).any(-1)[rows]
 
     def _replace_output(self, path: str, changed: Sequence[tuple[str, int]]) -> Any:
         def hook(_: nn.Module, args: Any, result: Tensor) -> Tensor:
@@ -356,10 +358,10 @@ class _Experiment:
 
 
 def _moved(seen: Tensor) -> Tensor:
-    """Where the rows of `seen [row, token, head, number]` differ from the first, `[row, token, head]`."""
+    """Which numbers of the rows of `seen [row, token, head, number]` differ from the first row's, beyond rounding."""
     eps = torch.finfo(seen.dtype).eps
     floor = (1e-5 if eps < 1e-5 else 4 * eps) * seen[0].abs().max()
-    return (seen - seen[:1]).abs().amax(-1) > floor
+    return (seen - seen[:1]).abs() > floor
 
 
 class _PatternTap(TorchFunctionMode):
@@ -377,8 +379,9 @@ class _PatternTap(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         pattern = func(args[0] * 0.1, *args[1:], **(kwargs or {}))
         by_head = (self.rows, self.heads, TOKENS, -1)
-        self.scores.append(args[0].reshape(by_head).where(pattern.reshape(by_head) > 0, 0.0))
-        return pattern.reshape(by_head)[:1].expand(by_head).reshape(pattern.shape) if self.held else pattern
+        # Without the column that a sink may have.
+        self.scores.append(args[0].reshape(by_head).where(pattern.reshape(by_head) > 0, 0.0)[..., :TOKENS])
+        return pattern.reshape(by_head)[:1].repeat(self.rows, 1, 1, 1).reshape(pattern.shape) if self.held else pattern
 
 
 def _site(model: PreTrainedModel, found: _Attention, features: Sequence[Features], widths: Mapping[str, int]) -> Site:

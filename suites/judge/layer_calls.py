@@ -1,19 +1,22 @@
-"""What an attention module was called with, kept so that the module can be run again."""
+"""What an attention module is called with, kept so that it can be run again, and under which implementation it runs."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge
+from pytest_circuitfreeze.wrapped import transformers_configs
 
-__all__ = ["SOFTMAX", "Call", "OutputReached", "fits_pattern", "hidden_of"]
+__all__ = ["SOFTMAX", "Call", "OutputReached", "attention_implementation", "fits_pattern", "hidden_of"]
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 """What eager attention may call. Whatever the model is written with, one of them is seen and not what it calls."""
@@ -46,6 +49,23 @@ class Call:
         copies: dict[int, Tensor] = {}
         call = Call(_held(self.args, copies), _held(self.kwargs, copies))
         return call if keep is None else call.given(keep)
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Runs `model` with another attention implementation, `"eager"` or `"sdpa"`, for the length of the block.
+
+    The configs' own field is set, which every family reads at each pass: `set_attn_implementation` refuses Falcon.
+    """
+    configs = transformers_configs(model)
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        for config, _ in before:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, old in before:
+            config._attn_implementation = old
 
 
 def fits_pattern(scores: Tensor, rows: int, tokens: int, heads: int) -> bool:

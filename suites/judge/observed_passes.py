@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge, Site
+from pytest_circuitfreeze.suites.judge.layer_calls import attention_implementation
 from pytest_circuitfreeze.suites.judge.recorder import Recorder, Seen
 from pytest_circuitfreeze.suites.judge.site_lookup import implementations, sites
-from pytest_circuitfreeze.wrapped import config_of, dtype_of, transformers_configs
+from pytest_circuitfreeze.wrapped import config_of, dtype_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -153,23 +154,6 @@ def pads_under_eager(model: PreTrainedModel) -> bool:
     without any freeze.
     """
     return bool(dtype_of(model) != torch.float64)
-
-
-@contextmanager
-def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Runs `model` with another attention implementation, `"eager"` or `"sdpa"`, for the length of the block.
-
-    The configs' own field is set, which every family reads at each pass: `set_attn_implementation` refuses Falcon.
-    """
-    configs = transformers_configs(model)
-    before = [(config, config._attn_implementation) for config in configs]
-    try:
-        for config, _ in before:
-            config._attn_implementation = name
-        yield
-    finally:
-        for config, old in before:
-            config._attn_implementation = old
 
 
 def _demand_all_tapped(known: Mapping[int, Site], runs: Mapping[int, Sequence[Seen]]) -> None:
