@@ -74,9 +74,10 @@ def _compare(
     clean, frozen = (run_pass(engine, model, which, batch) for which in (None, config))
     other = moved(engine, model, None, batch)
     want, got, near = (found.layers[site.layer].consumed() for found in (clean, frozen, other))
-    for name in (name for role in roles for name in site.parts_of(role) if name in got):  # else KV heads are un-shared
-        bound = largest_change(want[name], near[name])
-        claim.within(name, got[name], want[name], bound, "row position head feature", layer=site.layer)
+    for name in (name for role in roles for name in site.parts_of(role)):
+        if name in got or not unshares(site, config):  # un-shared KV heads lie where the engine has put them
+            bound = largest_change(want[name], near[name])
+            claim.within(name, got[name], want[name], bound, "row position head feature", layer=site.layer)
     clean, frozen = (run_pass(engine, model, which, batch, attn="eager", patterns=True) for which in (None, config))
     other = moved(engine, model, None, batch, attn="eager", patterns=True)
     for head in heads:

@@ -1,4 +1,4 @@
-"""Families that the judge finds out by differentiation: honest engines are accepted there, broken ones refused.
+"""Families that the judge finds out by experiment: honest engines are accepted there, broken ones refused.
 
 Fused per head without sdpa (BLOOM), one KV head for all (GPT-BigCode), a latent (DeepSeek-V3), a gate and layers
 without attention (Qwen3-Next).

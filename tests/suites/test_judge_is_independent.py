@@ -143,7 +143,32 @@ class TokensFirst(Named):
         return [one.permute(2, 1, 0, 3) for one in super().read(hidden.transpose(0, 1))]
 
 
-@pytest.mark.parametrize("attention", [SharesKeysAndValues, ReadsOtherHeadsOfTheOutput, MixesHeads, TokensFirst])
+class MixesTokens(Named):
+    """A key is made of two tokens, as behind a short convolution."""
+
+    def read(self, hidden: Any) -> Any:
+        q, k, v = super().read(hidden)
+        return [q, k + k.roll(1, dims=2), v]
+
+
+class ScalesByScores(Named):
+    """What each token gets is scaled by its scores, as by a sink that is kept out of the softmax."""
+
+    def mix(self, z: Any) -> Any:
+        scores = self.seen["q"] @ self.seen["k"].transpose(2, 3)
+        mixed: Any = super().mix(z * scores.tril().logsumexp(-1, keepdim=True).sigmoid())
+        return mixed
+
+
+@pytest.mark.parametrize("attention", [Named, ScalesByScores])
+def test_what_scales_z_is_no_value(attention: Any) -> None:
+    for site in sites(with_attention(attention, "llama")).values():
+        assert {name: part.path for name, part in site.parts.items()} == {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
+
+
+@pytest.mark.parametrize(
+    "attention", [SharesKeysAndValues, ReadsOtherHeadsOfTheOutput, MixesHeads, MixesTokens, TokensFirst]
+)
 def test_attention_that_has_no_clear_heads_is_not_judged(attention: Any) -> None:
     with pytest.raises(CannotJudge, match="queries, keys and values can be told apart"):
         sites(with_attention(attention, "llama"))

@@ -104,9 +104,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "lora": lambda: lora(task_type="CAUSAL_LM"),
     "lora without a task": lora,
     "lora of a fused projection": lambda: lora("gpt2", ["c_attn", "c_proj"], fan_in_fan_out=True),
-    "lora of all projections, found by differentiation": lambda: lora(
-        "qwen3", ["q_proj", "k_proj", "v_proj", "o_proj"]
-    ),
+    "lora of all projections, found by experiment": lambda: lora("qwen3", ["q_proj", "k_proj", "v_proj", "o_proj"]),
     "dora": lambda: lora(use_dora=True),
     "ia3": ia3,
     "add_adapter": added_adapter,
