@@ -330,14 +330,14 @@ class _Experiment:
             again = self.call.held()
             with tap, suppress(OutputReached):
                 self.attention(*again.args, **again.kwargs)
-        if not found or not tap.scores:
+        if not found or not tap.changes:
             raise CannotJudge(f"{self.found.name}, run by itself, did not reach its output projection")
-        z, rows = found[0], slice(1, len(changed) + 1)
+        z, rows = found[0][0], slice(1, len(changed) + 1)
+        change = found[0] - z
         if held:
-            along = (z * z[0]).sum(-1, keepdim=True) / z[0].square().sum(-1, keepdim=True)
-            z = z - (along - 1) * z[0]
-        scores = torch.stack([_moved(one.transpose(1, 2)) for one in tap.scores]).any(0)
-        return scores[rows], _moved(z).any(-1)[rows]
+            change = change - z * (change * z).sum(-1, keepdim=True) / z.square().sum(-1, keepdim=True)
+        scores = torch.stack([_is_more_than_rounding(*one).transpose(1, 2) for one in tap.changes]).any(0)
+        return scores[rows], _is_more_than_rounding(change, z).any(-1)[rows]
 
     def _replace_output(self, path: str, changed: Sequence[tuple[str, int]]) -> Any:
         def hook(_: nn.Module, args: Any, result: Tensor) -> Tensor:
@@ -357,20 +357,24 @@ class _Experiment:
         return self.attention.get_submodule(path).register_forward_hook(hook)
 
 
-def _moved(seen: Tensor) -> Tensor:
-    """Which numbers of the rows of `seen [row, token, head, number]` differ from the first row's, beyond rounding."""
-    eps = torch.finfo(seen.dtype).eps
-    floor = (1e-5 if eps < 1e-5 else 4 * eps) * seen[0].abs().max()
-    return (seen - seen[:1]).abs() > floor
+def _is_more_than_rounding(change: Tensor, size: Tensor) -> Tensor:
+    """Which changes of numbers that are as large as `size` are real."""
+    eps = torch.finfo(change.dtype).eps
+    return change.abs() > (1e-5 if eps < 1e-5 else 4 * eps) * size.abs().max()
 
 
 class _PatternTap(TorchFunctionMode):
-    """Makes every pattern soft, keeps the scores where they are visible, and on request holds all rows at the first."""
+    """Makes every pattern soft, keeps what changes of the scores, and on request holds all rows at the first.
+
+    What is added to all scores of a query changes no pattern, and may be the largest of them, taken off before the
+    softmax: a change is what remains when those at all other tokens are 0 in the mean.
+    """
 
     def __init__(self, rows: int, heads: int, held: bool) -> None:
         super().__init__()
         self.rows, self.heads, self.held = rows, heads, held
-        self.scores: list[Tensor] = []
+        self.changes: list[tuple[Tensor, Tensor]] = []
+        """Of each softmax, by how much scores `[row, head, query, key]` change, and how large those of one row are."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -379,8 +383,12 @@ class _PatternTap(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         pattern = func(args[0] * 0.1, *args[1:], **(kwargs or {}))
         by_head = (self.rows, self.heads, TOKENS, -1)
-        # Without the column that a sink may have.
-        self.scores.append(args[0].reshape(by_head).where(pattern.reshape(by_head) > 0, 0.0)[..., :TOKENS])
+        visible = pattern.reshape(by_head)[..., :TOKENS] > 0  # without the column that a sink may have
+        scores = args[0].reshape(by_head)[..., :TOKENS].where(visible, 0.0)
+        others = visible & (torch.arange(TOKENS, device=visible.device) != CHANGED)
+        change = scores - scores[:1]
+        shift = (change * others).sum(-1, keepdim=True) / others.sum(-1, keepdim=True).clamp_min(1)
+        self.changes.append(((change - shift).where(visible, 0.0), scores[0]))
         return pattern.reshape(by_head)[:1].repeat(self.rows, 1, 1, 1).reshape(pattern.shape) if self.held else pattern
 
 
