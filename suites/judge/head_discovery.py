@@ -249,7 +249,7 @@ def _keep_calls(model: PreTrainedModel, modules: Sequence[nn.Module]) -> dict[nn
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        model(**Batch(torch.arange(TOKENS).repeat(ROWS, 1)).arguments(model))
+        model(**Batch(torch.arange(1, TOKENS + 1).repeat(ROWS, 1)).arguments(model))
     return calls
 
 
