@@ -46,8 +46,8 @@ def recorded(
     model: PreTrainedModel, source: Batch, layers: Sequence[int] | None = None, attn: str | None = None
 ) -> Recorded:
     """Records `layers` of the unfrozen model on `source`, under `attn`, by default what the suites run first."""
-    from pytest_circuitfreeze.suites.judge.passes import attention_implementation
-    from pytest_circuitfreeze.suites.judge.sites import implementations
+    from pytest_circuitfreeze.suites.judge.observed_passes import attention_implementation
+    from pytest_circuitfreeze.suites.judge.site_lookup import implementations
 
     with attention_implementation(model, attn or implementations(model)[0]):
         return Recorded(AttentionCircuitFreezer().record(model, source.arguments(model), layers), source)
@@ -56,8 +56,8 @@ def recorded(
 @remembered
 def calibrated(model: PreTrainedModel, sources: Sequence[Batch], layers: Sequence[int] | None = None) -> Calibrated:
     """Statistics of `layers` of the unfrozen model over `sources`, in the same way."""
-    from pytest_circuitfreeze.suites.judge.passes import attention_implementation
-    from pytest_circuitfreeze.suites.judge.sites import implementations
+    from pytest_circuitfreeze.suites.judge.observed_passes import attention_implementation
+    from pytest_circuitfreeze.suites.judge.site_lookup import implementations
 
     batches = [source.arguments(model) for source in sources]
     with attention_implementation(model, implementations(model)[0]):

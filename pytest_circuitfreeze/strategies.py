@@ -175,7 +175,7 @@ def _tokens(model: PreTrainedModel, rows: int, columns: int, seed: int) -> Tenso
 
 def heads_by_layer(model: PreTrainedModel) -> dict[int, int]:
     """The number of query heads of each decoder layer of `model` that has attention."""
-    from pytest_circuitfreeze.suites.judge.sites import sites
+    from pytest_circuitfreeze.suites.judge.site_lookup import sites
 
     return {layer: site.heads for layer, site in sites(model).items()}
 

@@ -19,12 +19,12 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
 from pytest_circuitfreeze.suites.foreign_caches import other_freezes, told
 from pytest_circuitfreeze.suites.independence import unshares
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge
 from pytest_circuitfreeze.suites.judge.decoding import decode, demand_decoding, go_on
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, CannotJudge, Site
+from pytest_circuitfreeze.suites.judge.observed_passes import attention_implementation, of_real_tokens, run_pass
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look, of_real_tokens
 from pytest_circuitfreeze.suites.judge.rounding import largest_change
-from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, sites
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations, sites
 from pytest_circuitfreeze.suites.refusals import Refused
 from pytest_circuitfreeze.suites.tolerance import nudged
 
@@ -59,10 +59,10 @@ def check_cached_equals_recomputed(
     config = _calibrated(model, config, batch)
 
     def compare(claim: Claim, which: InterventionConfig | None) -> None:
-        want = of_real_tokens(look(engine, model, which, batch).logits, batch)
+        want = of_real_tokens(run_pass(engine, model, which, batch).logits, batch)
         got = of_real_tokens(decode(engine, model, which, batch, ends), batch)
         other = nudged(model)
-        moved = look(engine, other, which and _carried_over(other, which, batch), batch).logits
+        moved = run_pass(engine, other, which and _carried_over(other, which, batch), batch).logits
         bound = largest_change(want, of_real_tokens(moved, batch))
         claim.within("logits", got, want, bound, "row position word")
 
@@ -157,7 +157,7 @@ def check_foreign_caches_are_recognised(
     return claim.margin
 
 
-def _splits_a_group(site: AnySite, config: InterventionConfig) -> bool:
+def _splits_a_group(site: Site, config: InterventionConfig) -> bool:
     """Whether a KV head is frozen for some of the query heads that read it and not for others."""
     if not unshares(site, config):
         return False

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.recordings import Calibrated
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check, in_run
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES
-from pytest_circuitfreeze.suites.judge.material import Clean, clean_pass
-from pytest_circuitfreeze.suites.judge.sites import as_found
+from pytest_circuitfreeze.suites.judge.expected_replacements import Clean, clean_pass
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES
+from pytest_circuitfreeze.suites.judge.site_lookup import sites_without_formula
 from pytest_circuitfreeze.suites.tolerance import gamma
 
 __all__ = ["check_statistics_are_of_the_real_tokens"]
@@ -32,7 +32,7 @@ def check_statistics_are_of_the_real_tokens(model: PreTrainedModel, statistics: 
     passes = [clean_pass(model, source) for source in statistics.sources]
     tokens = sum(int(each.real.sum()) for each in passes)
     claim.demand(statistics.tokens == tokens, f"{statistics.tokens} tokens are said to be in it, not {tokens}")
-    known = as_found(model)
+    known = sites_without_formula(model)
     for layer, held in statistics.items():
         runs = len(passes[0].runs[layer])
         for role in ROLES:

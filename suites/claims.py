@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pytest_circuitfreeze.snippets import Call
-from pytest_circuitfreeze.suites.judge.sites import seen_at_the_ends
+from pytest_circuitfreeze.suites.judge.site_lookup import without_formulas
 
 __all__ = ["Claim", "ClaimBroken", "Margin", "NotApplicable", "check", "in_run"]
 
@@ -207,7 +207,7 @@ def check(function: Callable[P, T]) -> Callable[P, T]:
         arguments = signature.bind(*args, **kwargs).arguments
         call = Call(function, arguments)
         try:
-            with seen_at_the_ends() if hasattr(arguments.get("engine"), "unfrozen") else nullcontext():
+            with without_formulas() if hasattr(arguments.get("engine"), "unfrozen") else nullcontext():
                 return function(*args, **kwargs)
         except ClaimBroken as broken:
             if broken.call is None:

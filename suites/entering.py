@@ -11,11 +11,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotApplicable, check
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, is_known
 from pytest_circuitfreeze.suites.judge.decoding import cache_argument
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, unfrozen
-from pytest_circuitfreeze.suites.judge.sites import implementations
-from pytest_circuitfreeze.suites.judge.state import training_flags_kept, wrap_forward
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge
+from pytest_circuitfreeze.suites.judge.known_families import is_known
+from pytest_circuitfreeze.suites.judge.observed_passes import attention_implementation, logits_of, unfrozen
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations
+from pytest_circuitfreeze.suites.judge.visible_state import training_flags_kept, wrap_forward
 from pytest_circuitfreeze.wrapped import config_of, forward_parameters
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.sites import sites
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig

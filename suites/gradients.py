@@ -11,7 +11,7 @@ float64.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,18 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.recordings import moved_to
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotApplicable, check
-from pytest_circuitfreeze.suites.judge.anatomy import Site
-from pytest_circuitfreeze.suites.judge.material import material_of
+from pytest_circuitfreeze.suites.judge.expected_replacements import material_of
+from pytest_circuitfreeze.suites.judge.judged_sites import Site
+from pytest_circuitfreeze.suites.judge.observed_passes import (
+    attention_implementation,
+    logits_of,
+    observe,
+    of_real_tokens,
+)
 from pytest_circuitfreeze.suites.judge.oracle import Gradients, judged_layers, pulled_back
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, observe, of_real_tokens
 from pytest_circuitfreeze.suites.judge.replay import Replay
-from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
-from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, as_found, implementations, sites
+from pytest_circuitfreeze.suites.judge.rounding import largest_change, run_nudged_pass
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations, sites, sites_without_formula
 from pytest_circuitfreeze.suites.replays import compare_gradients_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge, nudged
 from pytest_circuitfreeze.wrapped import device_of
@@ -60,9 +65,9 @@ def check_gradients_are_the_estimators(
         ClaimBroken: they are not.
     """
     claim = Claim("gradients are the estimators'")
-    known: Mapping[int, AnySite] = sites(model)
+    known = sites(model)
     if any(str(config.backward_mode) == "circuit_ste" for config in configs):
-        known = as_found(model)  # attention may run twice: what it was given and what came of it counts
+        known = sites_without_formula(model)  # attention may run twice: what it was given and what came of it counts
     material = material_of(engine, model, configs, batch)
     with without_gradients(model), attention_implementation(model, implementations(model)[0]):
         with engine.freeze(model, configs) as frozen, torch.enable_grad(), _running(model) as ran:
@@ -86,7 +91,7 @@ def check_gradients_are_the_estimators(
             )
         for layer in judged:
             site, seen = known[layer], found.layers[layer]
-            if isinstance(site, FoundSite):
+            if site.formula is None:
                 # A model that loops over its layers keeps gradients of the last runs alone.
                 runs = [run for run in found.runs[layer] if run.answer is not None]
                 compare_gradients_with_replay(
@@ -117,7 +122,7 @@ def check_backward_modes_share_the_forward(
             logits[mode] = of_real_tokens(logits_of(frozen, model, batch), batch)
     want, bound = logits.pop("stopgrad"), 0.0
     if config.strength < 1:
-        moved = nudged_look(engine, model, config, batch).logits
+        moved = run_nudged_pass(engine, model, config, batch).logits
         bound = largest_change(want, of_real_tokens(moved, batch))
     for mode, got in logits.items():
         claim.within(f"logits under {mode}", got, want, bound, "row position word")

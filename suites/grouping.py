@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen, patterns, unshares
-from pytest_circuitfreeze.suites.judge.passes import look
-from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
-from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite
+from pytest_circuitfreeze.suites.judge.judged_sites import Site
+from pytest_circuitfreeze.suites.judge.observed_passes import run_pass
+from pytest_circuitfreeze.suites.judge.rounding import largest_change, run_nudged_pass
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -41,7 +41,7 @@ def check_frozen_values_reach_their_readers(
     claim = Claim("frozen values reach their readers alone")
     _demand_zeroing(claim, config, {"v", "ov"})
     site = first_frozen(model, config)
-    z = look(engine, model, config, batch).layers[site.layer].mixed()
+    z = run_pass(engine, model, config, batch).layers[site.layer].mixed()
     reached = [head for head in range(site.heads) if not z[:, :, head].any()]
     due = _readers(site, config)
     claim.demand(reached == due, f"z is zero in heads {reached}, not in {due}", layer=site.layer)
@@ -65,19 +65,19 @@ def check_frozen_queries_and_keys_reach_their_readers(
     _demand_zeroing(claim, config, {"q", "k", "qk"})
     claim.demand(batch.input_ids.shape[1] > 1 and bool(batch.real.all()), "asked about a batch that shows no pattern")
     site = first_frozen(model, config)
-    seen = patterns(look(engine, model, config, batch, attn="eager", patterns=True), site)
+    seen = patterns(run_pass(engine, model, config, batch, attn="eager", patterns=True), site)
     reached = [head for head in range(site.heads) if _uniform(seen[:, head])]
-    if isinstance(site, FoundSite):
+    if site.formula is None:
         # A head may have more to go by than queries and keys (ALiBi, a bias of its norm): those whose pattern moved.
-        clean = patterns(look(engine, model, None, batch, attn="eager", patterns=True), site)
-        moved = nudged_look if unshares(site, config) else look
+        clean = patterns(run_pass(engine, model, None, batch, attn="eager", patterns=True), site)
+        moved = run_nudged_pass if unshares(site, config) else run_pass
         near = patterns(moved(engine, model, None, batch, attn="eager", patterns=True), site)
         changes = [largest_change(clean[:, head], seen[:, head]) for head in range(site.heads)]
         rounding = [largest_change(clean[:, head], near[:, head]) for head in range(site.heads)]
         reached = [head for head in range(site.heads) if changes[head] > rounding[head]]
     own = str(config.circuit) == "q"
     due = sorted(_chosen(site, config)) if own else _readers(site, config)
-    what = "moved" if isinstance(site, FoundSite) else "uniform"
+    what = "moved" if site.formula is None else "uniform"
     claim.demand(reached == due, f"patterns are {what} in heads {reached}, not in {due}", layer=site.layer)
     return claim.margin
 
@@ -87,13 +87,13 @@ def _demand_zeroing(claim: Claim, config: InterventionConfig, circuits: set[str]
     claim.demand(fits, f"asked about a freeze that is not {' or '.join(sorted(circuits))} to zero at strength 1")
 
 
-def _chosen(site: AnySite, config: InterventionConfig) -> set[int]:
+def _chosen(site: Site, config: InterventionConfig) -> set[int]:
     """The query heads that the config names, counted from the front."""
     heads = range(site.heads) if config.head_indices is None else config.head_indices
     return {head % site.heads for head in heads}
 
 
-def _readers(site: AnySite, config: InterventionConfig) -> list[int]:
+def _readers(site: Site, config: InterventionConfig) -> list[int]:
     """Query heads that read a KV head which the chosen ones read; under `head`, the chosen ones alone."""
     chosen = _chosen(site, config)
     if str(config.kv_scope) == "head":

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen, unshares
-from pytest_circuitfreeze.suites.judge.passes import logits_of, unfrozen
-from pytest_circuitfreeze.suites.judge.sites import AnySite, patch_on, projections, sites
+from pytest_circuitfreeze.suites.judge.judged_sites import Site
+from pytest_circuitfreeze.suites.judge.observed_passes import logits_of, unfrozen
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 from pytest_circuitfreeze.suites.locality import compare_other_heads
 from pytest_circuitfreeze.suites.tolerance import nudged
 
@@ -48,7 +49,7 @@ def check_hooks_of_others_stay(
     # The copy that shows how far rounding goes has to run under the hooks, too, and is to be made without them.
     hooked = [site, *([sites(nudged(model))[site.layer]] if unshares(site, config) else [])]
     with ExitStack() as stack:
-        for module in (module for each in hooked for module in projections(each).values()):
+        for module in (module for each in hooked for module in each.sources.values()):
             stack.callback(module.register_forward_hook(_add).remove)
         compare_other_heads(claim, "z under a hook that adds to q, k and v", engine, model, config, batch)
     return claim.margin
@@ -59,17 +60,17 @@ def _add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def _demand_called(
-    claim: Claim, engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, site: AnySite
+    claim: Claim, engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, site: Site
 ) -> None:
     """Demands that the hooks that an unfrozen pass calls are called in each frozen one, and are there in the end."""
     plain = unfrozen(engine, model)
-    with _Watch(_run_by(plain, model, site)) as watch:
+    with _Watch(_run_by(plain, site)) as watch:
         logits_of(plain, model, batch)
         due = watch.called
     with ExitStack() as stack:
         before = stack.enter_context(_Watch(site))
         with engine.freeze(model, config) as frozen:
-            running = _run_by(frozen, model, site)
+            running = _run_by(frozen, site)
             during = stack.enter_context(_Watch(running))
             watches = {"before": before, "during": during} if running is site else {"during": during}
             for number in (1, 2):
@@ -83,10 +84,10 @@ def _demand_called(
         claim.demand(not gone, f"not there any more: {_such_as(gone)}")
 
 
-def _run_by(call: Callable[..., Any], model: PreTrainedModel, site: AnySite) -> AnySite:
-    """A layer of `model` in what `call` runs, which may be another model in its place."""
+def _run_by(call: Callable[..., Any], site: Site) -> Site:
+    """A layer in what `call` runs, which may be another model in the place of its own."""
     stand_in = getattr(call, "stand_in", None)
-    return site if stand_in is None else patch_on({0: site}, model, stand_in)[0]
+    return site if stand_in is None else site.moved_to(stand_in)
 
 
 def _such_as(hooks: Sequence[str]) -> str:
@@ -96,11 +97,11 @@ def _such_as(hooks: Sequence[str]) -> str:
 class _Watch(ExitStack):
     """Hooks on a layer's attention, projections and output projection, before and behind their forwards."""
 
-    def __init__(self, site: AnySite) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
         self.called: set[str] = set()
         self._handles: dict[str, RemovableHandle] = {}
-        modules = {"the attention": site.module, **projections(site), "the output projection": site.output}
+        modules = {"the attention": site.module, **site.sources, "the output projection": site.output}
         for name, module in modules.items():
             self._put(f"forward pre-hook of {name}", module.register_forward_pre_hook)
             self._put(f"forward hook of {name}", module.register_forward_hook)

@@ -14,19 +14,19 @@ from pytest_circuitfreeze.strategies import Batch, vocabulary
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check, in_run
 from pytest_circuitfreeze.suites.gradients import weighted_sum, without_gradients
 from pytest_circuitfreeze.suites.independence import first_frozen, unshares
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES
-from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.passes import (
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, Site
+from pytest_circuitfreeze.suites.judge.observed_passes import (
     Pass,
     Seen,
     attention_implementation,
-    look,
     observe,
     of_real_tokens,
+    run_pass,
     unfrozen,
 )
-from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
-from pytest_circuitfreeze.suites.judge.sites import FoundSite, as_found, implementations, patch_on, sites
+from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
+from pytest_circuitfreeze.suites.judge.rounding import largest_change, run_nudged_pass
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations, sites, sites_without_formula
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -63,10 +63,10 @@ def compare_other_heads(
     """Demands that z of each head of the first frozen layer that reads nothing frozen, called `what`, did not move."""
     site = first_frozen(model, config)
     frozen = {head for role in ROLES for head in chosen_heads(site, config, role)}
-    clean, seen = (look(engine, model, which, batch).layers[site.layer].mixed() for which in (None, config))
+    clean, seen = (run_pass(engine, model, which, batch).layers[site.layer].mixed() for which in (None, config))
     moved = clean
     if unshares(site, config):
-        moved = nudged_look(engine, model, None, batch).layers[site.layer].mixed()
+        moved = run_nudged_pass(engine, model, None, batch).layers[site.layer].mixed()
     for head in sorted(set(range(site.heads)) - frozen):
         bound = largest_change(clean[:, :, head], moved[:, :, head])
         got, want = seen[:, :, head], clean[:, :, head]
@@ -84,15 +84,14 @@ def check_earlier_layers_are_untouched(
     """
     claim = Claim("layers before the frozen one are untouched")
     first = first_frozen(model, config)
-    clean, seen = (look(engine, model, which, batch) for which in (None, config))
+    clean, seen = (run_pass(engine, model, which, batch) for which in (None, config))
     for layer in (layer for layer in clean.layers if layer <= first.layer):
         before, after = clean.layers[layer], seen.layers[layer]
         claim.same("input", after.hidden, before.hidden, "row position feature", layer=layer)
         if layer < first.layer:
             claim.same("z", after.mixed(), before.mixed(), "row position head feature", layer=layer)
             for what, used in before.consumed().items():
-                axes = "row head position feature" if used.ndim == 4 else "row position feature"
-                claim.same(what, after.consumed()[what], used, axes, layer=layer)
+                claim.same(what, after.consumed()[what], used, "row position head feature", layer=layer)
     return claim.margin
 
 
@@ -108,13 +107,13 @@ def check_the_rest_is_untouched(
         ClaimBroken: logits differ, or the gradient of what the last frozen layer gave.
     """
     claim = Claim("all but attention is the unfrozen model's")
-    known = as_found(model)
+    known = sites_without_formula(model)
     last = max(at for at, site in sites(model).items() if any(chosen_heads(site, config, role) for role in ROLES))
     with attention_implementation(model, implementations(model)[0]), without_gradients(model), torch.enable_grad():
         with engine.freeze(model, config) as frozen:
             found = _backwards(observe(frozen, model, batch, known, gradients=True), batch)
         call = unfrozen(engine, model)
-        with _given_z(call, model, known, {at: found.runs[at] for at in known if at <= last}):
+        with _given_z(call, known, {at: found.runs[at] for at in known if at <= last}):
             due = _backwards(observe(call, model, batch, known, gradients=True), batch)
     claim.same("logits", found.logits, due.logits, "row position word")
     for got, want in zip(found.runs[last], due.runs[last], strict=True):
@@ -134,12 +133,9 @@ def _backwards(found: Pass, batch: Batch) -> Pass:
 
 
 @contextmanager
-def _given_z(
-    call: Any, model: nn.Module, known: Mapping[int, FoundSite], runs: Mapping[int, Sequence[Seen]]
-) -> Iterator[None]:
+def _given_z(call: Any, known: Mapping[int, Site], runs: Mapping[int, Sequence[Seen]]) -> Iterator[None]:
     """Hands the output projections of these layers the z of these runs, run by run, in place of their own."""
     stand_in = getattr(call, "stand_in", None)
-    placed = known if stand_in is None else patch_on(known, model, stand_in)
     with ExitStack() as stack:
         for layer, seen in runs.items():
             left = iter([run.mixed().detach() for run in seen])
@@ -147,7 +143,8 @@ def _given_z(
             def give(_: nn.Module, args: tuple[Tensor, ...], left: Iterator[Tensor] = left) -> tuple[Tensor, ...]:
                 return next(left).reshape(args[0].shape), *args[1:]
 
-            stack.callback(placed[layer].output.register_forward_pre_hook(give).remove)
+            site = known[layer] if stand_in is None else known[layer].moved_to(stand_in)
+            stack.callback(site.output.register_forward_pre_hook(give).remove)
         yield
 
 
@@ -171,8 +168,8 @@ def check_later_tokens_do_not_matter(
     first = Batch(batch.input_ids[:, :column], batch.real[:, :column])
 
     def compare(claim: Claim, which: InterventionConfig | None) -> None:
-        passes = [look(engine, model, which, batch), look(engine, model, which, other)]
-        passes.append(nudged_look(engine, model, which, batch))
+        passes = [run_pass(engine, model, which, batch), run_pass(engine, model, which, other)]
+        passes.append(run_nudged_pass(engine, model, which, batch))
         want, got, moved = (of_real_tokens(each.logits[:, :column], first) for each in passes)
         claim.within("logits", got, want, largest_change(want, moved), "row position word")
 
@@ -198,8 +195,12 @@ def check_rows_do_not_matter(
     alone = [Batch(ids[None], mask) for ids, mask in zip(batch.input_ids, masks, strict=True)]
 
     def compare(claim: Claim, which: InterventionConfig | None) -> None:
-        found = torch.cat([look(engine, model, which, row).logits for row in alone])
-        passes = [found, look(engine, model, which, batch).logits, nudged_look(engine, model, which, batch).logits]
+        found = torch.cat([run_pass(engine, model, which, row).logits for row in alone])
+        passes = [
+            found,
+            run_pass(engine, model, which, batch).logits,
+            run_nudged_pass(engine, model, which, batch).logits,
+        ]
         got, want, moved = (of_real_tokens(logits, batch) for logits in passes)
         bounds = [largest_change(one, off) for one, off in zip(want, moved, strict=True)]
         claim.within("logits", got, want, want.new_tensor(bounds)[:, None, None], "row position word")

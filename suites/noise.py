@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
-from pytest_circuitfreeze.suites.judge.noise import Draws, engine_noise, read_noise
+from pytest_circuitfreeze.suites.judge.noise_draws import Draws, engine_noise, read_noise
 from pytest_circuitfreeze.suites.judge.oracle import frozen_roles
-from pytest_circuitfreeze.suites.judge.sites import sites
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 from pytest_circuitfreeze.suites.tolerance import gamma
 from pytest_circuitfreeze.wrapped import dtype_of
 

@@ -14,8 +14,8 @@ from pytest_circuitfreeze.architectures import Unbuilt
 from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.suites.claims import NotApplicable
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
-from pytest_circuitfreeze.suites.judge.state import remember_untouched
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge
+from pytest_circuitfreeze.suites.judge.visible_state import remember_untouched
 from pytest_circuitfreeze.suites.refusals import (
     Refused,
     Refusing,

@@ -13,12 +13,12 @@ from pytest_circuitfreeze.recordings import Recorded, recorded
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, ClaimBroken, Margin, NotApplicable, check, in_run
 from pytest_circuitfreeze.suites.independence import patterns
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES
-from pytest_circuitfreeze.suites.judge.material import Clean, clean_pass
+from pytest_circuitfreeze.suites.judge.expected_replacements import Clean, clean_pass
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, Site
+from pytest_circuitfreeze.suites.judge.observed_passes import Pass, run_pass
 from pytest_circuitfreeze.suites.judge.oracle import chosen_heads
-from pytest_circuitfreeze.suites.judge.passes import Pass, look
-from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
-from pytest_circuitfreeze.suites.judge.sites import AnySite, as_found, sites
+from pytest_circuitfreeze.suites.judge.rounding import largest_change, run_nudged_pass
+from pytest_circuitfreeze.suites.judge.site_lookup import sites, sites_without_formula
 from pytest_circuitfreeze.suites.tolerance import Nudge
 from pytest_circuitfreeze.wrapped import device_of, dtype_of
 
@@ -43,7 +43,7 @@ def check_recordings_are_what_attention_saw(model: PreTrainedModel, recording: R
     alike = mask is given is None or (mask is not None and given is not None and torch.equal(mask.cpu(), given))
     claim.demand(alike, f"the mask kept is {mask}, the one given was {given}")
     clean = clean_pass(model, recording.source)
-    known = as_found(model)
+    known = sites_without_formula(model)
     for layer, held in recording.items():
         for seen in clean.runs[layer]:
             where = {"layer": layer, **in_run(seen.run)}
@@ -59,7 +59,7 @@ def check_recordings_are_what_attention_saw(model: PreTrainedModel, recording: R
     return claim.margin
 
 
-def _demand_same_keys(model: PreTrainedModel, site: AnySite, recorded: Pass, clean: Pass) -> None:
+def _demand_same_keys(model: PreTrainedModel, site: Site, recorded: Pass, clean: Pass) -> None:
     """Demands that the unfrozen model lets a query see the same keys on both inputs: a mask is no part of a pattern.
 
     Raises:
@@ -105,11 +105,11 @@ def check_patterns_are_the_recorded(
     assert isinstance(held, Recorded)
     # Under eager attention, as the patterns are: a family may compute something else there (Falcon with ALiBi does).
     config = replace(config, reference=recorded(model, held.source, list(held), "eager"))
-    want = look(engine, model, None, held.source, attn="eager", patterns=True)
+    want = run_pass(engine, model, None, held.source, attn="eager", patterns=True)
     # Several families take the eager softmax in float32 whatever the model's dtype.
     rounding = torch.float32 if dtype_of(model) == torch.float64 else dtype_of(model)
-    near = nudged_look(engine, model, None, held.source, attn="eager", patterns=True, rounding=rounding)
-    got = look(engine, model, config, batch, attn="eager", patterns=True)
+    near = run_nudged_pass(engine, model, None, held.source, attn="eager", patterns=True, rounding=rounding)
+    got = run_pass(engine, model, config, batch, attn="eager", patterns=True)
     where = batch.real.to(device_of(model))[:, None, :, None]  # a padded query attends to nothing
     runs = [(site, seen.run) for layer, site in sites(model).items() for seen in got.runs[layer]]
     for site, run in runs:
@@ -125,7 +125,7 @@ def check_patterns_are_the_recorded(
                 claim.within("pattern", seen[:, head], due[:, head], bound, "row query key", **place)
             except ClaimBroken:
                 _demand_same_keys(
-                    model, site, recorded=want, clean=look(engine, model, None, batch, attn="eager", patterns=True)
+                    model, site, recorded=want, clean=run_pass(engine, model, None, batch, attn="eager", patterns=True)
                 )
                 raise
     return claim.margin

@@ -19,7 +19,7 @@ from pytest_circuitfreeze.engines import Engine
 from pytest_circuitfreeze.origins import stands_for
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
-from pytest_circuitfreeze.suites.judge.state import changes, visible_state
+from pytest_circuitfreeze.suites.judge.visible_state import changes, visible_state
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig

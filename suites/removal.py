@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.independence import first_frozen
-from pytest_circuitfreeze.suites.judge.passes import logits_of, look
-from pytest_circuitfreeze.suites.judge.sites import patch_on
-from pytest_circuitfreeze.suites.judge.state import added, changes, moving, visible_state, wrap_forward
+from pytest_circuitfreeze.suites.judge.observed_passes import logits_of, run_pass
+from pytest_circuitfreeze.suites.judge.visible_state import added, changes, moving, visible_state, wrap_forward
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -51,11 +50,11 @@ def check_removal_leaves_no_trace(
     """
     claim = Claim("removal leaves no trace")
     clean, before = _unfrozen(engine, model, batch)
-    look(engine, model, config, batch)
+    run_pass(engine, model, config, batch)
     _demand_no_trace(claim, model, before)
     _end_beneath_wrappers(engine, model, config)
     _demand_no_trace(claim, model, before)
-    claim.same("logits", look(engine, model, None, batch).logits, clean, "row position word")
+    claim.same("logits", run_pass(engine, model, None, batch).logits, clean, "row position word")
     return claim.margin
 
 
@@ -82,7 +81,7 @@ def check_error_in_body_leaves_no_trace(
     else:
         claim.broken("the error was swallowed")
     _demand_no_trace(claim, model, before)
-    claim.same("logits", look(engine, model, None, batch).logits, clean, "row position word")
+    claim.same("logits", run_pass(engine, model, None, batch).logits, clean, "row position word")
     return claim.margin
 
 
@@ -100,7 +99,7 @@ def check_error_in_forward_leaves_no_trace(
     """
     claim = Claim("an error in a frozen forward leaves no trace")
     clean, before = _unfrozen(engine, model, batch)
-    want = look(engine, model, config, batch).logits
+    want = run_pass(engine, model, config, batch).logits
     site = first_frozen(model, config)
     error = _Interruption if interrupted else _Failure
 
@@ -109,7 +108,7 @@ def check_error_in_forward_leaves_no_trace(
 
     with engine.freeze(model, config) as frozen:
         if hasattr(frozen, "stand_in"):
-            site = patch_on({0: site}, model, frozen.stand_in)[0]
+            site = site.moved_to(frozen.stand_in)
         handle = site.output.register_forward_pre_hook(fail)
         try:
             frozen(**batch.arguments(model))
@@ -122,7 +121,7 @@ def check_error_in_forward_leaves_no_trace(
         got = logits_of(frozen, model, batch)
     claim.same("logits of the next frozen pass", got, want, "row position word")
     _demand_no_trace(claim, model, before)
-    claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "row position word")
+    claim.same("logits afterwards", run_pass(engine, model, None, batch).logits, clean, "row position word")
     return claim.margin
 
 
@@ -139,13 +138,13 @@ def check_freezes_can_be_repeated(
     """
     claim = Claim("a freeze can be repeated")
     unmasked = Batch.of_tokens(other.input_ids)
-    want, of_unmasked = (look(engine, model, config, each).logits for each in (batch, unmasked))
+    want, of_unmasked = (run_pass(engine, model, config, each).logits for each in (batch, unmasked))
     with engine.freeze(model, config) as frozen:
         logits_of(frozen, model, other)
         got = logits_of(frozen, model, unmasked)
         claim.same("logits without a mask after a pass with one", got, of_unmasked, "row position word")
         claim.same("logits on a third pass", logits_of(frozen, model, batch), want, "row position word")
-    claim.same("logits when installed anew", look(engine, model, config, batch).logits, want, "row position word")
+    claim.same("logits when installed anew", run_pass(engine, model, config, batch).logits, want, "row position word")
     return claim.margin
 
 
@@ -168,7 +167,7 @@ def check_nesting_is_a_list(
     claim = Claim("nested freezes are one list in order")
     clean, before = _unfrozen(engine, model, batch)
     staying = [[place for place in range(len(configs)) if place not in ends[:ended]] for ended in range(len(ends))]
-    want = [look(engine, model, [configs[place] for place in places], batch).logits for places in staying]
+    want = [run_pass(engine, model, [configs[place] for place in places], batch).logits for places in staying]
     entered: dict[int, tuple[AbstractContextManager[Any], Callable[..., Any]]] = {}
     try:
         for place, config in enumerate(configs):
@@ -183,7 +182,7 @@ def check_nesting_is_a_list(
         for context, _ in reversed(entered.values()):
             context.__exit__(None, None, None)
     _demand_no_trace(claim, model, before)
-    claim.same("logits afterwards", look(engine, model, None, batch).logits, clean, "row position word")
+    claim.same("logits afterwards", run_pass(engine, model, None, batch).logits, clean, "row position word")
     return claim.margin
 
 
@@ -217,8 +216,8 @@ class _State(NamedTuple):
 
 def _unfrozen(engine: Engine, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, _State]:
     """The unfrozen model's logits and state."""
-    moved = moving(model, lambda: look(engine, model, None, batch))
-    return look(engine, model, None, batch).logits, _State(visible_state(model), moved)
+    moved = moving(model, lambda: run_pass(engine, model, None, batch))
+    return run_pass(engine, model, None, batch).logits, _State(visible_state(model), moved)
 
 
 def _demand_no_trace(claim: Claim, model: PreTrainedModel, before: _State) -> None:

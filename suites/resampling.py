@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
-from pytest_circuitfreeze.suites.judge.passes import logits_of
-from pytest_circuitfreeze.suites.judge.resampling import distinct_rows, read_orders
+from pytest_circuitfreeze.suites.judge.observed_passes import logits_of
+from pytest_circuitfreeze.suites.judge.resampled_rows import distinct_rows, read_orders
 from pytest_circuitfreeze.suites.tolerance import gamma
 from pytest_circuitfreeze.wrapped import dtype_of
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
-from pytest_circuitfreeze.suites.judge.passes import look
-from pytest_circuitfreeze.suites.judge.sites import sites
+from pytest_circuitfreeze.suites.judge.observed_passes import run_pass
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -47,6 +47,6 @@ def check_indices_are_read_as_in_python(
         ("of no layers named", every_layer, replace(config, layer_indices=None)),
         ("of no heads named", every_head, replace(config, head_indices=None)),
     ):
-        want, got = (look(engine, model, one, batch).logits for one in (named, otherwise))
+        want, got = (run_pass(engine, model, one, batch).logits for one in (named, otherwise))
         claim.same(f"logits {what}", got, want, "row position word")
     return claim.margin

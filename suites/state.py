@@ -14,10 +14,16 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
-from pytest_circuitfreeze.suites.judge.passes import logits_of
-from pytest_circuitfreeze.suites.judge.recorder import hidden_of
-from pytest_circuitfreeze.suites.judge.sites import AnySite, projections, sites
-from pytest_circuitfreeze.suites.judge.state import changes, parameters_state, training_flags, training_flags_kept
+from pytest_circuitfreeze.suites.judge.judged_sites import Site
+from pytest_circuitfreeze.suites.judge.layer_calls import hidden_of
+from pytest_circuitfreeze.suites.judge.observed_passes import logits_of
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
+from pytest_circuitfreeze.suites.judge.visible_state import (
+    changes,
+    parameters_state,
+    training_flags,
+    training_flags_kept,
+)
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -157,13 +163,13 @@ class _Held(NamedTuple):
 class _Holder(ExitStack):
     """Holds what attention layers are handed and what their projections give, for the length of the block."""
 
-    def __init__(self, known: Mapping[int, AnySite]) -> None:
+    def __init__(self, known: Mapping[int, Site]) -> None:
         super().__init__()
         self.held: list[_Held] = []
         for layer, site in known.items():
             hold = partial(self.hold_hidden, layer)
             self.callback(site.module.register_forward_pre_hook(hold, with_kwargs=True).remove)
-            for path, module in projections(site).items():
+            for path, module in site.sources.items():
                 self.callback(module.register_forward_hook(partial(self.hold_output, layer, path)).remove)
 
     def of_pass(self, call: Callable[..., Any], model: PreTrainedModel, batch: Batch) -> list[_Held]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from pytest_circuitfreeze.recordings import moved_to
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, check
 from pytest_circuitfreeze.suites.gradients import weighted_sum, without_gradients
-from pytest_circuitfreeze.suites.judge.anatomy import Role
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, of_real_tokens
+from pytest_circuitfreeze.suites.judge.equivalent_models import EquivalentModel
+from pytest_circuitfreeze.suites.judge.judged_sites import Site
+from pytest_circuitfreeze.suites.judge.observed_passes import attention_implementation, of_real_tokens
 from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention, largest_change
-from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, implementations, sites
-from pytest_circuitfreeze.suites.judge.twins import Twin
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations, sites
 from pytest_circuitfreeze.suites.tolerance import nudged
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ __all__ = ["check_storage_does_not_matter"]
 
 @check
 def check_storage_does_not_matter(
-    engine: Engine, model: PreTrainedModel, twin: Twin, config: InterventionConfig, batch: Batch
+    engine: Engine, model: PreTrainedModel, twin: EquivalentModel, config: InterventionConfig, batch: Batch
 ) -> Margin:
     """`model` and its twin give the same logits and gradients under the same freeze, within rounding.
 
@@ -82,46 +82,30 @@ def _results(
         if embeddings is not None:
             found[_Key("gradient of the embeddings", "word feature")] = embeddings
         for layer, site in known.items():
-            made = {name: site.module.get_parameter(name) for name in _made_by(site)}
+            made = {f"{path}.weight": site.module.get_parameter(f"{path}.weight") for path in site.sources}
             lost = [name for name, one in made.items() if one.requires_grad and one.grad is None]
             claim.demand(not lost, f"no gradient of {', '.join(lost)} in {type(model).__name__}", layer=layer)
-            for role, gradient in _projection_gradients(site).items():
-                found[_Key(f"gradient of {role}'s weight and bias", "head feature input", layer)] = gradient
+            for name, gradient in _projection_gradients(site).items():
+                found[_Key(f"gradient of {name}'s weight and bias", "head feature input", layer)] = gradient
     return found
 
 
-def _made_by(site: AnySite) -> list[str]:
-    """The weights of the projections, by their names in the attention module."""
-    if isinstance(site, FoundSite):
-        return [f"{place}.weight" for place in dict.fromkeys(part.place for part in site.parts.values())]
-    return [f"{place}.weight" for place in dict.fromkeys(place for place, _ in site.places().values())]
-
-
-def _projection_gradients(site: AnySite) -> dict[Role, Tensor]:
-    """Gradients of each role's weight `[head, feature, model_dim]`, with the bias's, if any, as one more input of 1.
+def _projection_gradients(site: Site) -> dict[str, Tensor]:
+    """Gradients of each part's weight `[head, feature, model_dim]`, with the bias's, if any, as one more input of 1.
 
     Kept together because the bias's alone may be a sum that cancels: its rounding is that of what was summed.
     """
-    if isinstance(site, FoundSite):
-        learned = {name: part for name, part in site.parts.items() if _learns(site.place(name))}
-        return {part.role: _rows(site.place(name), part.features) for name, part in learned.items()}
     weights, biases = site.weights(_grad), site.biases(_grad)
     return {
-        role: torch.cat([weight, biases[role][..., None]], -1) if role in biases else weight
-        for role, weight in weights.items()
-        if _learns(site.module.get_submodule(site.places()[role][0]))
+        name: torch.cat([weight, biases[name][..., None]], -1) if name in biases else weight
+        for name, weight in weights.items()
+        if _learns(site.sources[site.parts[name].path])
     }
 
 
-def _learns(place: nn.Module) -> bool:
+def _learns(source: nn.Module) -> bool:
     """Whether all parameters of a projection have gradients: some may be frozen by `requires_grad`."""
-    return all(parameter.grad is not None for parameter in place.parameters())
-
-
-def _rows(place: Any, features: Tensor) -> Tensor:
-    """`[head, feature, model_dim]`, one more with a bias: gradients of what makes some features of a linear layer."""
-    weight = place.weight.grad.T if hasattr(place, "nf") else place.weight.grad
-    return torch.cat([weight, place.bias.grad[:, None]], -1)[features] if place.bias is not None else weight[features]
+    return all(parameter.grad is not None for parameter in source.parameters())
 
 
 def _grad(parameter: Tensor) -> Tensor | None:

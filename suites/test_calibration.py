@@ -10,7 +10,7 @@ from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.strategies import calibrations
 from pytest_circuitfreeze.suites.calibration import check_statistics_are_of_the_real_tokens
 from pytest_circuitfreeze.suites.claims import NotApplicable
-from pytest_circuitfreeze.suites.judge.sites import sites
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 from pytest_circuitfreeze.suites.properties import proven
 
 

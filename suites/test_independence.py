@@ -13,7 +13,7 @@ from pytest_circuitfreeze.suites.independence import (
     check_ov_leaves_qk,
     check_qk_leaves_ov,
 )
-from pytest_circuitfreeze.suites.judge.passes import pads_under_eager
+from pytest_circuitfreeze.suites.judge.observed_passes import pads_under_eager
 from pytest_circuitfreeze.suites.properties import proven
 
 

@@ -9,8 +9,8 @@ from pytest_circuitfreeze.engines import Engine, FreezeCore
 from pytest_circuitfreeze.results import CircuitRecord
 from pytest_circuitfreeze.strategies import batches, configs, references
 from pytest_circuitfreeze.suites.claims import NotApplicable
-from pytest_circuitfreeze.suites.judge.passes import pads_under_eager
-from pytest_circuitfreeze.suites.judge.sites import sites
+from pytest_circuitfreeze.suites.judge.observed_passes import pads_under_eager
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 from pytest_circuitfreeze.suites.properties import proven
 from pytest_circuitfreeze.suites.references import (
     check_patterns_are_the_recorded,

@@ -22,8 +22,8 @@ from pytest_circuitfreeze.strategies import (
     strengths,
 )
 from pytest_circuitfreeze.suites.claims import Margin
-from pytest_circuitfreeze.suites.judge.passes import pads_under_eager
-from pytest_circuitfreeze.suites.judge.sites import implementations
+from pytest_circuitfreeze.suites.judge.observed_passes import pads_under_eager
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations
 from pytest_circuitfreeze.suites.properties import proven
 from pytest_circuitfreeze.suites.several import observe_each
 from pytest_circuitfreeze.suites.values import (

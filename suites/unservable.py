@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
 from pytest_circuitfreeze.suites.judge.decoding import cache_argument, cache_returned, refuse_lost_cache
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation
-from pytest_circuitfreeze.suites.judge.sites import implementations
-from pytest_circuitfreeze.suites.judge.state import changes, moving, visible_state
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge
+from pytest_circuitfreeze.suites.judge.observed_passes import attention_implementation
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations
+from pytest_circuitfreeze.suites.judge.visible_state import changes, moving, visible_state
 from pytest_circuitfreeze.suites.refusals import Refused
 
 if TYPE_CHECKING:

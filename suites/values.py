@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -12,21 +12,18 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role
-from pytest_circuitfreeze.suites.judge.material import material_of
-from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due, judged_layers
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, logits_of, look, of_real_tokens
-from pytest_circuitfreeze.suites.judge.replay import Replay
-from pytest_circuitfreeze.suites.judge.rounding import largest_change, nudged_look
-from pytest_circuitfreeze.suites.judge.sites import (
-    AnySite,
-    FoundSite,
-    implementations,
-    made_by,
-    projections,
-    sites,
-    tied,
+from pytest_circuitfreeze.suites.judge.expected_replacements import material_of
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, Role, Site, rows_of
+from pytest_circuitfreeze.suites.judge.observed_passes import (
+    attention_implementation,
+    logits_of,
+    of_real_tokens,
+    run_pass,
 )
+from pytest_circuitfreeze.suites.judge.oracle import Answer, chosen_heads, due, judged_layers
+from pytest_circuitfreeze.suites.judge.replay import Replay
+from pytest_circuitfreeze.suites.judge.rounding import largest_change, run_nudged_pass
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations, sites, tied_parameters
 from pytest_circuitfreeze.suites.replays import compare_with_replay
 from pytest_circuitfreeze.suites.tolerance import Nudge
 from pytest_circuitfreeze.wrapped import device_of, dtype_of
@@ -54,8 +51,8 @@ def check_values_are_the_oracles(
 ) -> Margin:
     """In every frozen layer, and in the one after it, what heads consume and give is what an oracle computes.
 
-    In families that the judge knows by heart q, k, v and z are compared with a float64 oracle; in others z with what
-    the clean attention gives when it is run again, and under eager attention the pattern, too.
+    Where the judge knows by heart how a layer attends, q, k, v and z are compared with a float64 oracle; elsewhere z
+    with what the clean attention gives when it is run again, and under eager attention the pattern, too.
 
     Args:
         configs: installed together, the later one winning where they meet.
@@ -68,21 +65,23 @@ def check_values_are_the_oracles(
     claim = Claim("frozen values are the oracle's")
     known = sites(model)
     material = material_of(engine, model, configs, batch)
-    found = look(engine, model, configs, batch, attn=attn, patterns=attn == "eager")
+    found = run_pass(engine, model, configs, batch, attn=attn, patterns=attn == "eager")
     real = batch.real.to(device_of(model))
     for layer in judged_layers(known, configs):
         site, seen = known[layer], found.layers[layer]
-        if isinstance(site, FoundSite):
+        if site.formula is None:
             with attention_implementation(model, attn):
                 for run in found.runs[layer]:
                     compare_with_replay(claim, Replay(model, site, run, real, configs, material))
             continue
         dtype = seen.mixed().dtype
-        softmax = torch.float32 if attn == "eager" and site.family.float32_softmax and dtype == torch.float64 else dtype
+        softmax = (
+            torch.float32 if attn == "eager" and site.formula.float32_softmax and dtype == torch.float64 else dtype
+        )
         exact = due(site, seen, real, configs, material)
         moved = due(site, seen, real, configs, material, Nudge(dtype), softmax)
         for role in ROLES if attn == "sdpa" else ():
-            used = seen.qkv[role].repeat_interleave(site.heads // seen.qkv[role].shape[1], dim=1)
+            used = seen.consumed()[role].transpose(1, 2)
             bound = (exact.used[role] - moved.used[role]).abs().amax((0, 2, 3), keepdim=True)
             claim.within(role, used, exact.used[role], bound, "row head position feature", layer=layer)
         _compare_z(claim, layer, seen.mixed(), exact, moved, real)
@@ -109,7 +108,7 @@ def check_zero_strength_is_unfrozen(
     claim.demand(config.strength == 0, f"asked about strength {config.strength}; the claim is about 0")
     with torch.no_grad():
         clean = logits_of(model, model, batch)
-    claim.same("logits", look(engine, model, config, batch).logits, clean, "row position word")
+    claim.same("logits", run_pass(engine, model, config, batch).logits, clean, "row position word")
     return claim.margin
 
 
@@ -132,7 +131,7 @@ def check_full_strength_replaces_anything(
     held = config.strength == 1 and known_beforehand(config)
     claim.demand(held, "asked about a replacement that depends on the activation")
     _demand_weights(model)
-    shared = tied(model)
+    shared = tied_parameters(model)
     if any(parameter in shared for site in sites(model).values() for parameter in site.module.parameters()):
         raise NotApplicable("another layer that is not frozen has the same weights, and would be poisoned along")
     # One freeze for all passes: to a new one, statistics would be of another model.
@@ -153,9 +152,9 @@ def _demand_weights(model: PreTrainedModel) -> None:
         NotApplicable: they are computed from others (weight norm), quantised, or hidden in a wrapper.
     """
     for site in sites(model).values():
-        for path, place in projections(site).items():
-            weight = getattr(place, "weight", None)
-            held = {parameter.data_ptr() for parameter in place.parameters() if type(parameter) is torch.nn.Parameter}
+        for path, source in site.sources.items():
+            weight = getattr(source, "weight", None)
+            held = {parameter.data_ptr() for parameter in source.parameters() if type(parameter) is torch.nn.Parameter}
             if not (type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.data_ptr() in held):
                 raise NotApplicable(
                     f"the weights of {path} in layer {site.layer} are computed, quantised or in a wrapper, and cannot "
@@ -185,20 +184,13 @@ def _poisoned(model: PreTrainedModel, config: InterventionConfig, poison: float)
             rows.copy_(values)
 
 
-def _rows(site: AnySite) -> Iterator[tuple[Role, Sequence[int], Tensor]]:
-    """For each head of each role its readers and, as views, the rows of the weight that make it."""
-    if isinstance(site, FoundSite):
-        for name, part in site.parts.items():
-            place = site.place(name)
-            weight = made_by(place)
-            for row, readers in enumerate(part.readers):
-                for feature in part.features[row].tolist():
-                    yield part.role, readers, weight[feature]
-        return
-    for role, weight in site.weights().items():
-        count = site.heads // site.count(role)
-        for head in range(site.count(role)):
-            yield role, range(head * count, (head + 1) * count), weight[head]
+def _rows(site: Site) -> Iterator[tuple[Role, Sequence[int], Tensor]]:
+    """For each feature of each role its readers and, as a view, the row of the weight that makes it."""
+    for part in site.parts.values():
+        weight = cast(Tensor, rows_of(site.sources[part.path]))
+        for readers, features in zip(part.readers, part.features.tolist(), strict=True):
+            for feature in features:
+                yield part.role, readers, weight[feature]
 
 
 @check
@@ -215,10 +207,10 @@ def check_implementations_agree(
         raise NotApplicable(f"{type(model).__name__} runs under {implementations(model)[0]} attention alone")
 
     def compare(claim: Claim, which: InterventionConfig | None) -> None:
-        passes = [look(engine, model, which, batch), look(engine, model, which, batch, attn="eager")]
+        passes = [run_pass(engine, model, which, batch), run_pass(engine, model, which, batch, attn="eager")]
         # Several families take the eager softmax in float32 whatever the model's dtype.
         rounding = torch.float32 if dtype_of(model) == torch.float64 else None
-        passes.append(nudged_look(engine, model, which, batch, rounding=rounding))
+        passes.append(run_nudged_pass(engine, model, which, batch, rounding=rounding))
         sdpa, eager, moved = (of_real_tokens(each.logits, batch) for each in passes)
         claim.within("logits", eager, sdpa, largest_change(sdpa, moved), "row position word")
 

@@ -13,9 +13,9 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import NotApplicable
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation
-from pytest_circuitfreeze.suites.judge.sites import implementations
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge
+from pytest_circuitfreeze.suites.judge.observed_passes import attention_implementation
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations
 from pytest_circuitfreeze.wrapped import config_of
 
 if TYPE_CHECKING:

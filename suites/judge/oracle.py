@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role, Site
-from pytest_circuitfreeze.suites.judge.material import Material
+from pytest_circuitfreeze.suites.judge.attention_formula import Formula
+from pytest_circuitfreeze.suites.judge.expected_replacements import Material
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, CannotJudge, Role, Site
 from pytest_circuitfreeze.suites.judge.recorder import Seen
-from pytest_circuitfreeze.suites.judge.sites import AnySite
 from pytest_circuitfreeze.suites.tolerance import Exact, Nudge
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Gradients:
     """
 
     hidden: Tensor
-    weights: dict[Role, Tensor]
-    biases: dict[Role, Tensor]
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor]
 
 
 def due(
@@ -84,11 +84,11 @@ def due(
         nudge: imitates rounding, for a bound; `None` is exact.
         softmax: dtype in which the model takes the softmax, when that is narrower than its own.
     """
-    touch = nudge or _exact
+    touch, formula = nudge or _exact, _formula(site)
     used = frozen_used(site, seen, real, configs, material, touch)
     q, k, v = (touch(used[role], 4) for role in ROLES)
-    scores = touch(site.score(touch(q, site.head_dim), k), 4, softmax)
-    visible = _visible(site, real)
+    scores = touch(formula.score(touch(q, formula.head_dim), k), 4, softmax)
+    visible = formula.visible(real)
     # A padded query sees nothing; its pattern is no one's concern and must only not be nan.
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~visible.any(-1, keepdim=True), 0.0)
     pattern = touch(scores.softmax(-1), real.shape[1], softmax)
@@ -102,8 +102,8 @@ def frozen_used(
     configs: Sequence[InterventionConfig],
     material: Material | None,
     touch: Nudge | Exact,
-    weights: Mapping[Role, Tensor] | None = None,
-    biases: Mapping[Role, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, Tensor] | None = None,
     hidden: Tensor | None = None,
 ) -> dict[Role, Tensor]:
     """q, k and v as attention should have read them, `[batch, head, token, head_dim]` float64, differentiable.
@@ -122,7 +122,7 @@ def frozen_used(
         if role in biases:
             x = x + touch(biases[role].double())
         x = _frozen(site, role, x, real, configs, material, touch)
-        used[role] = site.used(role, x, rotary)
+        used[role] = _formula(site).used(role, x, rotary)
     return used
 
 
@@ -147,7 +147,7 @@ def pulled_back(
             if arrived is not None:
                 # Where KV heads are shared, the one that was used has the gradient of all its readers.
                 step = site.heads // arrived.shape[1]
-                terms = real.numel() + site.heads * site.head_dim
+                terms = real.numel() + site.heads * _formula(site).head_dim
                 total = total + (touch(arrived.double(), terms) * used[role][:, ::step]).sum()
     leaves = [hidden, *weights.values(), *biases.values()]
     grads = torch.autograd.grad(total, leaves, materialize_grads=True)
@@ -162,7 +162,7 @@ def frozen_roles(config: InterventionConfig) -> tuple[Role, ...]:
     return circuits.get(str(config.circuit), (str(config.circuit),))  # type: ignore[arg-type]  # q, k or v
 
 
-def chosen_heads(site: AnySite, config: InterventionConfig, role: Role) -> list[int]:
+def chosen_heads(site: Site, config: InterventionConfig, role: Role) -> list[int]:
     """Query heads whose own view of `role` the config freezes in this layer, in order; none where it names others."""
     if role not in frozen_roles(config) or not _names(config.layer_indices, site.layer, site.layers):
         return []
@@ -173,7 +173,7 @@ def chosen_heads(site: AnySite, config: InterventionConfig, role: Role) -> list[
     return [head for head in range(site.heads) if head // site.group in touched]
 
 
-def judged_layers(known: Mapping[int, AnySite], configs: Sequence[InterventionConfig]) -> list[int]:
+def judged_layers(known: Mapping[int, Site], configs: Sequence[InterventionConfig]) -> list[int]:
     """The layers that any of `configs` freezes, and the one after each, where a slip by one would show."""
     frozen = {
         layer
@@ -190,6 +190,12 @@ def _names(indices: Sequence[int] | None, index: int, count: int) -> bool:
 
 
 _exact = Exact()
+
+
+def _formula(site: Site) -> Formula:
+    if site.formula is None:
+        raise CannotJudge(f"how layer {site.layer} attends is not known by heart")
+    return site.formula
 
 
 def _frozen(
@@ -231,13 +237,3 @@ def untouched(configs: Sequence[InterventionConfig]) -> list[InterventionConfig]
         else config
         for config in configs
     ]
-
-
-def _visible(site: Site, real: Tensor) -> Tensor:
-    """`[batch, 1, query, key]`: causal, within the window, and not padding."""
-    at = torch.arange(real.shape[1], device=real.device)
-    back = at[:, None] - at[None, :]
-    allowed = back >= 0
-    if site.window is not None:
-        allowed &= back < site.window
-    return allowed & real[:, None, None, :]

@@ -1,13 +1,12 @@
-"""Keeps what attention layers consume and give in a pass, wherever it can be seen in the family at hand.
+"""Keeps what attention layers consume and give in a pass.
 
-In the families that the judge knows by heart queries, keys and values are taken at `scaled_dot_product_attention`; in
-all others at the outputs that they were found in. z is the input of the output projection; patterns are what comes out
-of the softmax under eager attention. All of it lies downstream of a freeze.
+Queries, keys and values are taken at the outputs of their projections and, where a formula says what becomes of them,
+at `scaled_dot_product_attention`, too. z is the input of the output projection; patterns are what comes out of the
+softmax under eager attention. All of it lies downstream of a freeze.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,36 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, Role
-from pytest_circuitfreeze.suites.judge.discovery import SOFTMAX
-from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge, Role, Site
+from pytest_circuitfreeze.suites.judge.layer_calls import SOFTMAX, Call, fits_pattern, hidden_of
 
-__all__ = ["Call", "PatternTap", "Recorder", "Seen", "Used", "hidden_of"]
-
-
-@dataclass
-class Call:
-    """What an attention module was called with: tensors are copies, since a model may write into its own."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def given(self, hidden: Tensor) -> Call:
-        """The same call on other hidden states, wherever they are handed over."""
-        own = self.hidden
-        kwargs = {name: hidden if value is own else value for name, value in self.kwargs.items()}
-        return Call(tuple(hidden if value is own else value for value in self.args), kwargs)
-
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden states."""
-        return hidden_of(self.args, self.kwargs)
-
-    def held(self, keep: Tensor | None = None) -> Call:
-        """A call whose tensors, but for the hidden states `keep`, and caches are copies."""
-        copies: dict[int, Tensor] = {}
-        call = Call(_held(self.args, copies), _held(self.kwargs, copies))
-        return call if keep is None else call.given(keep)
+__all__ = ["PatternTap", "Recorder", "Seen", "Used"]
 
 
 class Used(dict[Any, Tensor]):
@@ -62,31 +35,37 @@ class Seen:
     """What one attention layer consumed and gave in one pass.
 
     Args:
+        site: the layer.
         hidden: the attention module's input `[batch, token, model_dim]`.
-        rotary: cosines and sines `[batch, token, feature]` that it was handed, if any.
+        call: what the module was called with.
         qkv: queries, keys and values as used, `[batch, head, token, head_dim]`, one KV head a query head or one a
-            group; of known families under sdpa only.
+            group; under sdpa, where the site has a formula.
         probes: zeros that were added to `qkv`; after a backward pass their gradients are those of `qkv`.
-        parts: by part, what its place gave, all of it, `[batch, token, feature]`; of found families.
-        call: what the module was called with; of found families.
-        answer: what it returned, or the first of it; after a backward pass it has its gradient; of found families.
+        parts: by part, what its source gave of it, `[batch, token, head, feature]`, unless that has another width.
+        answer: what it returned, or the first of it; after a backward pass it has its gradient.
         run: which run of the layer in its pass this was, 0 but for models that loop over their layers.
         z: input of the output projection `[batch, token, head, head_dim]`.
         pattern: `[batch, head, query, key]`, if asked for.
-        shared: whether it left its keys and values for later layers to read; of found families.
+        shared: whether it left its keys and values for later layers to read.
     """
 
+    site: Site
     hidden: Tensor
-    rotary: tuple[Tensor, Tensor] | None = None
+    call: Call
     qkv: dict[Role, Tensor] = field(default_factory=Used)
     probes: dict[Role, Tensor] = field(default_factory=dict)
     parts: dict[str, Tensor] = field(default_factory=Used)
-    call: Call | None = None
     answer: Tensor | None = None
     run: int = 0
     z: Tensor | None = None
     pattern: Tensor | None = None
     shared: bool = False
+
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines `[batch, token, feature]` that the formula rotates by, if it does."""
+        formula = self.site.formula
+        return self.call.kwargs.get("position_embeddings") if formula is not None and formula.rotary else None
 
     def mixed(self) -> Tensor:
         """`z`, which every pass has."""
@@ -95,8 +74,23 @@ class Seen:
         return self.z
 
     def consumed(self) -> Mapping[str, Tensor]:
-        """All that was seen of q, k and v, by role or part."""
-        return self.parts or {str(role): used for role, used in self.qkv.items()}
+        """All that was seen of q, k and v, `[batch, token, head, feature]`.
+
+        One for each query head as attention reads it, where that was seen; elsewhere what their sources gave.
+        """
+        if not self.qkv:
+            return self.parts
+        heads = self.site.heads
+        by_head = {role: used.repeat_interleave(heads // used.shape[1], dim=1) for role, used in self.qkv.items()}
+        return {str(role): used.transpose(1, 2) for role, used in by_head.items()}
+
+    def activation(self, name: str) -> Tensor:
+        """A part's activation before any norm or rotation `[batch, token, head, feature]`, one for each head of it."""
+        role, features = self.site.parts[name].role, self.site.parts[name].features
+        if self.site.formula is None or role not in self.qkv:
+            return self.parts[name]
+        x = self.site.formula.unused(role, self.qkv[role].double(), self.rotary)
+        return x[:, :, :: x.shape[2] // len(features)]
 
 
 # Torch's own, whatever may have been put in its place.
@@ -115,7 +109,7 @@ class Recorder:
         self.gradients = gradients
         self.patterns = patterns
         self.runs: dict[int, list[Seen]] = {}
-        self.running: AnySite | None = None
+        self.running: Site | None = None
         self.lost = False
         """Whether somebody else has removed the hooks that watched a layer."""
         self.mode: TorchFunctionMode | None = PatternTap(self.keep_pattern) if patterns else None
@@ -126,15 +120,17 @@ class Recorder:
         self.mode = _Tap(self)
 
     @contextmanager
-    def attached(self, site: AnySite) -> Iterator[None]:
+    def attached(self, site: Site) -> Iterator[None]:
         """Watches one layer."""
         handles = [
             site.module.register_forward_pre_hook(self._enter(site), with_kwargs=True),
             site.module.register_forward_hook(self._leave(site), with_kwargs=True),
             site.output.register_forward_pre_hook(self._mix(site)),
+            *(
+                site.read_at(name).register_forward_hook(self._keep(site, name), with_kwargs=True)
+                for name in site.parts
+            ),
         ]
-        if isinstance(site, FoundSite):
-            handles += [site.read_at(name).register_forward_hook(self._keep(site, name)) for name in site.parts]
         try:
             yield
         finally:
@@ -143,18 +139,17 @@ class Recorder:
                 handle.remove()
 
     @contextmanager
-    def wrapped(self, site: AnySite) -> Iterator[None]:
+    def wrapped(self, site: Site) -> Iterator[None]:
         """Watches one layer where hooks are removed: around the modules' own forwards."""
         enter, leave, mix = self._enter(site), self._leave(site), self._mix(site)
         with ExitStack() as stack:
             stack.enter_context(_around(site.module, enter, leave))
             stack.enter_context(_around(site.output, lambda module, args, _: mix(module, args)))
-            if isinstance(site, FoundSite):
-                for name in site.parts:
-                    stack.enter_context(_around(site.read_at(name), after=self._kept(site, name)))
+            for name in site.parts:
+                stack.enter_context(_around(site.read_at(name), after=self._keep(site, name)))
             yield
 
-    def _enter(self, site: AnySite) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _enter(self, site: Site) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             call = Call(args, kwargs)
             hidden = hidden_of(args, kwargs)
@@ -169,20 +164,16 @@ class Recorder:
             if self.mode is not None:  # on in attention alone: it slows down every function that it sees
                 self.tapping = self.mode.__enter__()
             before = self.runs.setdefault(site.layer, [])
-            if isinstance(site, FoundSite):
-                before.append(Seen(hidden, call=call.held(), run=len(before)))
-            else:
-                rotary = kwargs.get("position_embeddings") if site.family.rotary else None
-                before.append(Seen(hidden, rotary, run=len(before)))
+            before.append(Seen(site, hidden, call.held(), run=len(before)))
             return call.args, call.kwargs
 
         return hook
 
-    def _leave(self, site: AnySite) -> Callable[..., Any]:
+    def _leave(self, site: Site) -> Callable[..., Any]:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
             self.running = None
             self.untap()
-            if not self.gradients or not torch.is_grad_enabled() or not isinstance(site, FoundSite):
+            if not self.gradients or not torch.is_grad_enabled():
                 return result
             seen = self.runs[site.layer][-1]
             seen.shared = any(isinstance(value, MutableMapping) and value for value in kwargs.values())
@@ -203,23 +194,23 @@ class Recorder:
             self.tapping.__exit__(None, None, None)
             self.tapping = None
 
-    def _mix(self, site: AnySite) -> Callable[..., None]:
+    def _mix(self, site: Site) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             if site.layer in self.runs:
                 self.runs[site.layer][-1].z = args[0].unflatten(-1, (site.heads, -1))
 
         return hook
 
-    def _keep(self, site: FoundSite, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, result: Tensor) -> None:
+    def _keep(self, site: Site, name: str) -> Callable[..., None]:
+        part = site.parts[name]
+
+        def hook(_: nn.Module, args: Any, kwargs: Any, result: Tensor) -> None:
             seen = self.runs[site.layer][-1]
-            seen.parts[name] = result.reshape(*seen.hidden.shape[:2], -1)
+            whole = result.reshape(*seen.hidden.shape[:2], -1)
+            if whole.shape[-1] == part.width:  # else KV heads are un-shared, in an order of the engine's own
+                seen.parts[name] = whole[..., part.features.to(whole.device)]
 
         return hook
-
-    def _kept(self, site: FoundSite, name: str) -> Callable[..., None]:
-        keep = self._keep(site, name)
-        return lambda module, args, _, result: keep(module, args, result)
 
     def keep_pattern(self, pattern: Tensor) -> None:
         """Keeps a pattern of the layer that runs, `[batch, head, query, key]` or batch and head in one dimension."""
@@ -227,7 +218,7 @@ class Recorder:
             return
         seen, heads = self.runs[self.running.layer][-1], self.running.heads
         batch, tokens = seen.hidden.shape[:2]
-        if pattern.shape[-2] == tokens and pattern[..., 0, 0].numel() == batch * heads:
+        if fits_pattern(pattern, batch, tokens, heads):
             seen.pattern = pattern.reshape(batch, heads, tokens, -1)
 
     def tap(self, role: Role, used: Tensor) -> Tensor:
@@ -297,44 +288,3 @@ class PatternTap(TorchFunctionMode):
         if func in SOFTMAX and result.dim() in (3, 4):
             self.keep(result)
         return result
-
-
-def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states among what an attention module is called with."""
-    name = _hidden_name(args, kwargs)
-    found = args[0] if name is None else kwargs[name]
-    if not isinstance(found, Tensor):
-        raise CannotJudge(f"an attention module is called with a {type(found).__name__} in the place of hidden states")
-    return found
-
-
-def _hidden_name(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """The name under which hidden states are handed over; `None` where they come first, without one."""
-    if args:
-        return None
-    floating = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point()]
-    return "hidden_states" if "hidden_states" in kwargs or not floating else floating[0]
-
-
-def _held(value: Any, copies: dict[int, Tensor]) -> Any:
-    """`value` with tensors copied, one copy of each; `copies` has those made so far."""
-    if isinstance(value, Tensor):
-        return copies.setdefault(id(value), value.detach().clone())
-    if type(value) in (list, tuple):
-        return type(value)(_held(one, copies) for one in value)
-    if isinstance(value, dict):
-        copied = copy.copy(value)
-        copied.update({key: _held(one, copies) for key, one in value.items()})
-        return copied
-    return _held_cache(value) if hasattr(value, "update") and not isinstance(value, nn.Module) else value
-
-
-def _held_cache(cache: Any) -> Any:
-    """A copy of a cache that can be filled without filling the first; caches put new tensors in the place of old."""
-    copied = copy.copy(cache)
-    for name, value in vars(cache).items():
-        if isinstance(value, list):
-            vars(copied)[name] = [_held_cache(one) if hasattr(one, "update") else one for one in value]
-        elif isinstance(value, dict) or hasattr(value, "update"):
-            vars(copied)[name] = copy.copy(value) if isinstance(value, dict) else _held_cache(value)
-    return copied

@@ -1,9 +1,9 @@
 """What a frozen attention layer should have computed, by running the unfrozen one again on the same input.
 
-The oracle of families that the judge does not know by heart. The clean attention module is called as it was called in
-the frozen pass, while hooks put the contract's replacement at the features that differentiation found; so rotations,
-norms, gates, sinks, windows and latents are the model's own. Where heads are treated unlike, everything is treated as
-one head's q, k and v are, and z is read of the heads that are treated so: no KV head is ever un-shared.
+The oracle of layers that have no formula. The clean attention module is called as it was called in the frozen pass,
+while hooks put the contract's replacement at the features that the site names; so rotations, norms, gates, sinks,
+windows and latents are the model's own. Where heads are treated unlike, everything is treated as one head's q, k and v
+are, and z is read of the heads that are treated so: no KV head is ever un-shared.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge
-from pytest_circuitfreeze.suites.judge.material import Material
+from pytest_circuitfreeze.suites.judge.expected_replacements import Material
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, CannotJudge, Site
+from pytest_circuitfreeze.suites.judge.layer_calls import Call, OutputReached, fits_pattern
+from pytest_circuitfreeze.suites.judge.observed_passes import attention_implementation
 from pytest_circuitfreeze.suites.judge.oracle import blend, chosen_heads, untouched
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation
-from pytest_circuitfreeze.suites.judge.recorder import Call, PatternTap, Seen
+from pytest_circuitfreeze.suites.judge.recorder import PatternTap, Seen
 from pytest_circuitfreeze.suites.judge.rounding import NudgedAttention
-from pytest_circuitfreeze.suites.judge.sites import FoundSite, tied
+from pytest_circuitfreeze.suites.judge.site_lookup import tied_parameters
 from pytest_circuitfreeze.suites.tolerance import Exact, Nudge, nudged
 from pytest_circuitfreeze.wrapped import config_of
 
@@ -34,10 +35,6 @@ __all__ = ["Replay"]
 
 Treatment = tuple[int | None, int | None, int | None]
 """For q, k and v of a head, which config decides; `None` is left alone."""
-
-
-class _Reached(Exception):
-    """The output projection was reached: the rest is not needed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +53,7 @@ class Replay:
     """
 
     model: PreTrainedModel
-    site: FoundSite
+    site: Site
     seen: Seen
     real: Tensor
     configs: Sequence[InterventionConfig]
@@ -67,13 +64,13 @@ class Replay:
     def values(self) -> tuple[Tensor, Tensor | None]:
         """z `[batch, token, head, feature]` and, under eager attention, the pattern `[batch, head, query, key]`."""
         with torch.no_grad(), self._module() as module:
-            return self._heads(module, self._call())
+            return self._heads(module, self.seen.call)
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the layer's input (`""`) and of its parameters (by name), given that of its answer."""
         with torch.enable_grad(), self._module() as module:
             hidden = self.seen.hidden.detach().clone().requires_grad_()
-            call = self._call().given(hidden)
+            call = self.seen.call.given(hidden)
             z, _ = self._heads(module, call)
             if any(str(config.backward_mode) == "circuit_ste" for config in self.configs):
                 # Frozen for what reads z, untouched for what made it.
@@ -86,17 +83,12 @@ class Replay:
             if self.spoiled:
                 arrived = arrived.where(arrived == 0, torch.nan)
             total = (self._touch()(arrived, arrived.shape[-1]) * answer).sum()
-            elsewhere = tied(self.model if not self.rounding else nudged(self.model))
+            elsewhere = tied_parameters(self.model if not self.rounding else nudged(self.model))
             own = {name: one for name, one in module.named_parameters() if one.requires_grad and one not in elsewhere}
             leaves = {"": hidden} | own
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         # A parameter that the module only hands on has its gradient from elsewhere.
         return {name: one for name, one in zip(leaves, found, strict=True) if one is not None}
-
-    def _call(self) -> Call:
-        if self.seen.call is None:
-            raise CannotJudge("a replay needs what the attention module was called with")
-        return self.seen.call
 
     def _touch(self) -> Nudge | Exact:
         return Nudge(self.seen.hidden.dtype) if self.rounding else Exact()
@@ -146,22 +138,22 @@ class Replay:
 
         def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             found.append(args[0].unflatten(-1, (self.site.heads, -1)))
-            raise _Reached
+            raise OutputReached
 
-        by_place: dict[str, list[Callable[[Tensor], Tensor]]] = {}
+        edits_by_path: dict[str, list[Callable[[Tensor], Tensor]]] = {}
         for column, role in enumerate(ROLES):
             deciding = treatment[column]
             for name in self.site.parts_of(role) if deciding is not None or self.rounding else ():
                 config = None if deciding is None else self.configs[deciding]
-                by_place.setdefault(self.site.parts[name].place, []).append(self._edit(name, config, heads))
+                edits_by_path.setdefault(self.site.parts[name].path, []).append(self._edit(name, config, heads))
         eager = config_of(self.model)._attn_implementation == "eager"
         with ExitStack() as stack:
-            for place, edits in by_place.items():
-                stack.callback(module.get_submodule(place).register_forward_hook(self._editing(edits)).remove)
+            for path, edits in edits_by_path.items():
+                stack.callback(module.get_submodule(path).register_forward_hook(self._editing(edits)).remove)
             stack.callback(module.get_submodule(self.site.output_name).register_forward_pre_hook(stop).remove)
             stack.enter_context(PatternTap(patterns.append) if eager else nullcontext())
             again = call.held(keep=call.hidden)
-            with suppress(_Reached):
+            with suppress(OutputReached):
                 module(*again.args, **again.kwargs)
         if not found:
             raise CannotJudge(f"layer {self.site.layer}, run again, did not reach its output projection")
@@ -170,7 +162,7 @@ class Replay:
     def _pattern(self, seen: list[Tensor]) -> Tensor | None:
         batch, tokens = self.seen.hidden.shape[:2]
         heads = self.site.heads
-        fits = [one for one in seen if one.shape[-2] == tokens and one[..., 0, 0].numel() == batch * heads]
+        fits = [one for one in seen if fits_pattern(one, batch, tokens, heads)]
         return fits[-1].reshape(batch, heads, tokens, -1) if fits else None
 
     def _answer(self, module: nn.Module, call: Call, z: Tensor) -> Tensor:

@@ -14,18 +14,18 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.recordings import moved_to
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
-from pytest_circuitfreeze.suites.judge.passes import Pass, look
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge
+from pytest_circuitfreeze.suites.judge.observed_passes import Pass, run_pass
 from pytest_circuitfreeze.suites.tolerance import Nudge, nudged
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
     from pytest_circuitfreeze.engines import Engine
 
-__all__ = ["NudgedAttention", "largest_change", "nudged_look"]
+__all__ = ["NudgedAttention", "largest_change", "run_nudged_pass"]
 
 
-def nudged_look(
+def run_nudged_pass(
     engine: Engine,
     model: PreTrainedModel,
     config: InterventionConfig | Sequence[InterventionConfig] | None,
@@ -35,11 +35,11 @@ def nudged_look(
     patterns: bool = False,
     rounding: torch.dtype | None = None,
 ) -> Pass:
-    """The pass that `look` would see if every weight were off by rounding (`tolerance.nudged`), in `rounding`."""
+    """The pass that `run_pass` would see if every weight were off by rounding (`tolerance.nudged`), in `rounding`."""
     twin = nudged(model, rounding)
     if config is not None:
         config = [moved_to(one, twin) for one in (config if isinstance(config, Sequence) else [config])]
-    return look(engine, twin, config, batch, attn=attn, patterns=patterns)
+    return run_pass(engine, twin, config, batch, attn=attn, patterns=patterns)
 
 
 def largest_change(exact: Tensor, moved: Tensor) -> float:

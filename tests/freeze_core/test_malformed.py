@@ -27,7 +27,7 @@ from freeze_core import (
 from freeze_core.errors import shown
 from freeze_core.statistics import ActivationStatistics
 from pytest_circuitfreeze.models import tiny_model
-from pytest_circuitfreeze.suites.judge.state import changes, visible_state
+from pytest_circuitfreeze.suites.judge.visible_state import changes, visible_state
 
 FREEZER = AttentionCircuitFreezer()
 EXPERIMENTS = ExperimentalInterventions()

@@ -1,4 +1,4 @@
-"""Families that the judge finds out by differentiation: honest engines are accepted there, broken ones refused.
+"""Families that the judge finds out by experiment: honest engines are accepted there, broken ones refused.
 
 Fused per head without sdpa (BLOOM), one KV head for all (GPT-BigCode), a latent (DeepSeek-V3), a gate and layers
 without attention (Qwen3-Next).
@@ -29,8 +29,8 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.calibration import check_statistics_are_of_the_real_tokens
 from pytest_circuitfreeze.suites.claims import ClaimBroken, NotApplicable
 from pytest_circuitfreeze.suites.gradients import check_gradients_are_the_estimators
-from pytest_circuitfreeze.suites.judge.sites import FoundSite, sites
-from pytest_circuitfreeze.suites.judge.twins import twins
+from pytest_circuitfreeze.suites.judge.equivalent_models import equivalent_models
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 from pytest_circuitfreeze.suites.references import check_recordings_are_what_attention_saw
 from pytest_circuitfreeze.suites.resampling import check_resampling_takes_other_rows
 from pytest_circuitfreeze.suites.unservable import check_what_cannot_be_served_is_an_error
@@ -135,7 +135,7 @@ def run(check: str, engine: Any, name: str, **more: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_judge_found_these_out(name: str) -> None:
-    assert all(isinstance(site, FoundSite) for site in sites(model(name)).values())
+    assert all(site.formula is None for site in sites(model(name)).values())
 
 
 @pytest.mark.parametrize(("check", "name"), ASKED)
@@ -206,13 +206,13 @@ def test_what_is_wrong_with_shared_heads_is_refused(broken: str) -> None:
 
 def test_fused_projections_have_a_twin_and_separate_ones_say_that_they_have_none() -> None:
     for name in ("bloom", "gpt_bigcode_mqa"):
-        (twin,) = twins(model(name))
+        (twin,) = equivalent_models(model(name))
         with torch.no_grad():
             got, want = (one(IDS, use_cache=False).logits for one in (twin.model, model(name)))
         assert torch.allclose(got, want, atol=1e-5)
     for name in ("deepseek_v3", "qwen3_next"):
         with pytest.raises(NotApplicable, match="stores queries, keys and values apart"):
-            twins(model(name))
+            equivalent_models(model(name))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from pytest_circuitfreeze.suites.caching import (
 )
 from pytest_circuitfreeze.suites.claims import NotApplicable
 from pytest_circuitfreeze.suites.entering import check_every_way_in_is_frozen
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
 from pytest_circuitfreeze.suites.judge.decoding import WITHOUT_CACHE, cache_argument
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge
 from pytest_circuitfreeze.suites.unservable import check_what_cannot_be_served_is_an_error
 
 CONFIG = InterventionConfig([0], [1], "ov")

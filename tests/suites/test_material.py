@@ -15,10 +15,9 @@ from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.recordings import recorded
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.gradients import check_gradients_are_the_estimators
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES
-from pytest_circuitfreeze.suites.judge.anatomy import sites as known_sites
-from pytest_circuitfreeze.suites.judge.material import material_of
-from pytest_circuitfreeze.suites.judge.sites import as_found, made_by
+from pytest_circuitfreeze.suites.judge.expected_replacements import material_of
+from pytest_circuitfreeze.suites.judge.head_discovery import discover_sites
+from pytest_circuitfreeze.suites.judge.known_families import known_sites
 from pytest_circuitfreeze.suites.references import check_recordings_are_what_attention_saw
 
 IDS = torch.tensor([[7, 3, 11, 5, 2], [4, 19, 6, 23, 8]])
@@ -31,11 +30,17 @@ def model(name: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", BY_HEART)
-def test_places_hold_the_weights_that_are_known(name: str) -> None:
-    for layer, site in as_found(model(name)).items():
-        weights = known_sites(model(name))[layer].weights()
-        for role in ROLES:
-            assert torch.equal(made_by(site.place(role))[site.parts[role].features], weights[role])
+def test_discovery_finds_what_is_known_by_heart(name: str) -> None:
+    known, found = known_sites(model(name)), discover_sites(model(name))
+    assert known.keys() == found.keys()
+    for layer, site in known.items():
+        other = found[layer]
+        assert (site.layers, site.name, site.output_name) == (other.layers, other.name, other.output_name)
+        assert (site.heads, site.group, list(site.parts)) == (other.heads, other.group, list(other.parts))
+        for role, part in site.parts.items():
+            of_other = other.parts[role]
+            assert (part.path, part.width, part.readers) == (of_other.path, of_other.width, of_other.readers)
+            assert torch.equal(part.features, of_other.features)
 
 
 @pytest.mark.parametrize("name", BY_HEART)

@@ -16,10 +16,12 @@ from pytest_circuitfreeze.engines import FreezeCore
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.recordings import calibrated, recorded
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, sites
-from pytest_circuitfreeze.suites.judge.material import material_of
+from pytest_circuitfreeze.suites.judge.expected_replacements import material_of
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, CannotJudge
+from pytest_circuitfreeze.suites.judge.known_families import known_sites
+from pytest_circuitfreeze.suites.judge.observed_passes import Pass, run_pass
 from pytest_circuitfreeze.suites.judge.oracle import due
-from pytest_circuitfreeze.suites.judge.passes import Pass, look
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 
 IDS = torch.tensor([[7, 3, 11, 5, 2, 13, 17, 1], [4, 19, 6, 23, 8, 29, 10, 31]])
 PADDED = Batch(IDS, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]))
@@ -67,7 +69,7 @@ def test_frozen_model_agrees_to_1e_9(name: str, circuit: str, scope: str) -> Non
             layer_indices=[0, 2], head_indices=[0, 3], circuit=circuit, kv_scope=scope, **fields
         )
         material = material_of(engine, model(name), [config], PADDED)
-        found = look(engine, model(name), config, PADDED)
+        found = run_pass(engine, model(name), config, PADDED)
         assert relative_error(found, name, PADDED, [config], material) < 1e-9
 
 
@@ -87,27 +89,30 @@ def test_model_frozen_to_what_lies_elsewhere_agrees_to_1e_9(name: str, scope: st
     for batch, fields in freezes:
         config = InterventionConfig(layer_indices=[0, 2], head_indices=[0, 3], kv_scope=scope, **fields)
         material = material_of(engine, small, [config], batch)
-        assert relative_error(look(engine, small, config, batch), name, batch, [config], material) < 1e-9
+        assert relative_error(run_pass(engine, small, config, batch), name, batch, [config], material) < 1e-9
 
 
 @pytest.mark.parametrize("name", BY_HEART)
 def test_clean_model_agrees_to_1e_9(name: str) -> None:
-    assert relative_error(look(FreezeCore(), model(name), None, PADDED), name, PADDED, []) < 1e-9
+    assert relative_error(run_pass(FreezeCore(), model(name), None, PADDED), name, PADDED, []) < 1e-9
 
 
 @pytest.mark.parametrize("name", BY_HEART)
 def test_eager_agrees_but_for_a_float32_softmax(name: str) -> None:
-    error = relative_error(look(FreezeCore(), model(name), None, WHOLE, attn="eager"), name, WHOLE, [])
+    error = relative_error(run_pass(FreezeCore(), model(name), None, WHOLE, attn="eager"), name, WHOLE, [])
     assert error < (1e-6 if name in IN_FLOAT32["eager softmax"] else 1e-9)
 
 
 @pytest.mark.parametrize("name", IN_FLOAT32["rotary tables"])
 def test_own_rotary_tables_agree_but_for_float32_ones(name: str) -> None:
-    found = look(FreezeCore(), model(name), None, PADDED)
+    found = run_pass(FreezeCore(), model(name), None, PADDED)
     config: Any = model(name).config
     for layer, seen in found.layers.items():
-        positions, site = PADDED.arguments(model(name))["position_ids"], sites(model(name))[layer]
-        seen.rotary = rotary_tables(positions, config.rope_parameters["rope_theta"], site.head_dim)
+        positions, formula = PADDED.arguments(model(name))["position_ids"], sites(model(name))[layer].formula
+        assert formula is not None
+        seen.call.kwargs["position_embeddings"] = rotary_tables(
+            positions, config.rope_parameters["rope_theta"], formula.head_dim
+        )
     assert 0 < relative_error(found, name, PADDED, []) < 1e-6
 
 
@@ -121,7 +126,7 @@ def rotary_tables(positions: Tensor, theta: float, features: int) -> tuple[Tenso
 @pytest.mark.parametrize("name", BY_HEART)
 def test_patterns_are_the_models_own(name: str) -> None:
     small = tiny_model(name)
-    found = look(FreezeCore(), small, None, PADDED, attn="eager", patterns=True)
+    found = run_pass(FreezeCore(), small, None, PADDED, attn="eager", patterns=True)
     for layer, site in sites(small).items():
         want = due(site, found.layers[layer], PADDED.real, []).pattern
         pattern = found.layers[layer].pattern
@@ -131,15 +136,16 @@ def test_patterns_are_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", BY_HEART)
 def test_used_and_unused_are_inverses(name: str) -> None:
-    found = look(FreezeCore(), model(name), None, PADDED)
+    found = run_pass(FreezeCore(), model(name), None, PADDED)
     for layer, site in sites(model(name)).items():
         seen = found.layers[layer]
+        assert site.formula is not None
         for role in ROLES:
-            x = torch.randn(2, 8, site.count(role), site.head_dim, dtype=torch.float64)
-            back = site.unused(role, site.used(role, x, seen.rotary), seen.rotary)
+            x = torch.randn(2, 8, *site.parts[role].features.shape, dtype=torch.float64)
+            back = site.formula.unused(role, site.formula.used(role, x, seen.rotary), seen.rotary)
             assert torch.allclose(back, x, rtol=0, atol=1e-12)
 
 
 def test_unknown_attention_is_said_to_be_unknown() -> None:
     with pytest.raises(CannotJudge, match="knows no attention of Linear; it knows GPT2Attention"):
-        sites(torch.nn.Linear(2, 2))
+        known_sites(torch.nn.Linear(2, 2))

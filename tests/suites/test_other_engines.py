@@ -23,9 +23,9 @@ from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import ClaimBroken
 from pytest_circuitfreeze.suites.gradients import check_gradients_are_the_estimators
 from pytest_circuitfreeze.suites.hooks import check_hooks_of_others_stay
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge
-from pytest_circuitfreeze.suites.judge.state import remember_untouched
-from pytest_circuitfreeze.suites.judge.twins import twins
+from pytest_circuitfreeze.suites.judge.equivalent_models import equivalent_models
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge
+from pytest_circuitfreeze.suites.judge.visible_state import remember_untouched
 from pytest_circuitfreeze.suites.refusals import refusal
 from pytest_circuitfreeze.suites.removal import check_error_in_forward_leaves_no_trace, check_removal_leaves_no_trace
 from pytest_circuitfreeze.suites.storage import check_storage_does_not_matter
@@ -163,7 +163,7 @@ def test_projections_without_a_gradient_break_a_claim() -> None:
     gpt2 = tiny_model("gpt2")
     lost = r"no gradient of c_attn\.weight in GPT2LMHeadModel\n  at: layer 0"
     with pytest.raises(ClaimBroken, match=lost):
-        check_storage_does_not_matter(CopiesFused(), gpt2, twins(gpt2)[0], CONFIG, BATCH)
+        check_storage_does_not_matter(CopiesFused(), gpt2, equivalent_models(gpt2)[0], CONFIG, BATCH)
 
 
 def test_what_the_first_freeze_left_is_found_by_later_ones(model: PreTrainedModel) -> None:

@@ -14,9 +14,15 @@ from transformers import PreTrainedModel
 from pytest_circuitfreeze.engines import FreezeCore
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, sites
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, look, observe, pads_under_eager
-from pytest_circuitfreeze.suites.judge.state import changes, visible_state
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge
+from pytest_circuitfreeze.suites.judge.observed_passes import (
+    attention_implementation,
+    observe,
+    pads_under_eager,
+    run_pass,
+)
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
+from pytest_circuitfreeze.suites.judge.visible_state import changes, visible_state
 
 IDS = torch.tensor([[7, 3, 11, 5], [4, 19, 6, 23]])
 BATCH = Batch(IDS, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
@@ -29,7 +35,7 @@ def test_looking_changes_nothing(name: str, attn: str) -> None:
     with attention_implementation(model, attn), torch.no_grad():
         want = model(**BATCH.arguments(model)).logits
     before = visible_state(model)
-    got = look(FreezeCore(), model, None, BATCH, attn=attn).logits
+    got = run_pass(FreezeCore(), model, None, BATCH, attn=attn).logits
     assert torch.equal(got, want)
     assert not changes(before, visible_state(model))
 
@@ -67,19 +73,19 @@ def test_attention_elsewhere_is_said_to_be_out_of_sight(monkeypatch: pytest.Monk
     own = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: torch.zeros_like(args[0]))
     with pytest.raises(CannotJudge, match=r"attention of layers .* did not call scaled_dot_product_attention"):
-        look(FreezeCore(), model, None, BATCH)
+        run_pass(FreezeCore(), model, None, BATCH)
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *args, **kwargs: own(*args, **kwargs) + own(*args, **kwargs)
     )
     with pytest.raises(CannotJudge, match="attention ran twice in layer 0"):
-        look(FreezeCore(), model, None, BATCH)
+        run_pass(FreezeCore(), model, None, BATCH)
 
 
 @pytest.mark.parametrize("name", BY_HEART)
 def test_eager_is_shown_padding_where_it_stays_finite(name: str) -> None:
     model = tiny_model(name)
     assert pads_under_eager(model)
-    assert look(FreezeCore(), model, None, BATCH, attn="eager").logits.isfinite().all()
+    assert run_pass(FreezeCore(), model, None, BATCH, attn="eager").logits.isfinite().all()
     assert not pads_under_eager(tiny_model(name, dtype=torch.float64))
 
 

@@ -30,7 +30,7 @@ from pytest_circuitfreeze.recordings import recorded
 from pytest_circuitfreeze.snippets import Call
 from pytest_circuitfreeze.strategies import Batch
 from pytest_circuitfreeze.suites.claims import ClaimBroken
-from pytest_circuitfreeze.suites.judge.twins import twins
+from pytest_circuitfreeze.suites.judge.equivalent_models import equivalent_models
 from pytest_circuitfreeze.suites.locality import check_other_heads_are_untouched, check_rows_do_not_matter
 from pytest_circuitfreeze.suites.references import check_recordings_are_what_attention_saw
 from pytest_circuitfreeze.suites.refusals import Refusing
@@ -176,10 +176,10 @@ def factory() -> torch.nn.Module:
 
 def test_each_of_several_values_is_the_one_in_its_place() -> None:
     small = tiny_model("gpt2")
-    own = twins(small)
+    own = equivalent_models(small)
     assert [origin.place for twin in own if (origin := origin_of(twin)) is not None] == [0, 1]
     snippet = Call(check_storage_does_not_matter, {"twin": own[1]}).snippet
-    assert '\ntwin = twins(tiny_model("gpt2"))[1]\n' in snippet
+    assert '\ntwin = equivalent_models(tiny_model("gpt2"))[1]\n' in snippet
 
 
 def test_what_was_made_of_a_model_that_is_gone_is_yours() -> None:
@@ -191,7 +191,7 @@ def test_what_was_made_of_a_model_that_is_gone_is_yours() -> None:
 
 def test_what_is_remembered_keeps_no_model_alive() -> None:
     small = tiny_model("gpt2")
-    origins = [origin_of(one) for one in (nudged(small), *twins(small))]
+    origins = [origin_of(one) for one in (nudged(small), *equivalent_models(small))]
     assert [origin.arguments()["model"] for origin in origins if origin] == [small] * 3
     gone = ref(small)
     del small

@@ -10,8 +10,7 @@ import torch
 from by_heart import BY_HEART
 
 from pytest_circuitfreeze.models import TINY, tiny_model
-from pytest_circuitfreeze.suites.judge import sites as any_family
-from pytest_circuitfreeze.suites.judge.anatomy import sites
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 
 # Types that `shrinking` builds are tested with it.
 DRAWN = [*BY_HEART, "falcon_alibi", "qwen"]
@@ -45,12 +44,15 @@ def test_shape_is_the_promised_one(name: str) -> None:
     kv_heads = {"llama_gqa": 2, "llama_70b": 2, "mistral_gqa": 2, "phi3": 2, "falcon_gqa": 2, "falcon_mqa": 1}
     for site in found.values():
         heads, features = (16, 4) if name == "llama_70b" else (4, 8)
-        assert (site.heads, site.kv_heads, site.head_dim) == (heads, kv_heads.get(name, 4), features)
+        assert site.formula is not None
+        shapes = {role: tuple(part.features.shape) for role, part in site.parts.items()}
+        kv = (kv_heads.get(name, 4), features)
+        assert (site.heads, shapes) == (heads, {"q": (heads, features), "k": kv, "v": kv})
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_name_is_a_model_that_the_judge_can_tell(name: str) -> None:
-    found = any_family.sites(tiny_model(name))
+    found = sites(tiny_model(name))
     assert found, name
     assert all(site.heads % site.group == 0 for site in found.values())
 

@@ -18,7 +18,7 @@ from freeze_core import AttentionCircuitFreezer, InterventionConfig
 from pytest_circuitfreeze import checks
 from pytest_circuitfreeze.models import tiny_model
 from pytest_circuitfreeze.suites.claims import ClaimBroken
-from pytest_circuitfreeze.suites.judge.sites import FoundSite, sites
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -104,9 +104,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "lora": lambda: lora(task_type="CAUSAL_LM"),
     "lora without a task": lora,
     "lora of a fused projection": lambda: lora("gpt2", ["c_attn", "c_proj"], fan_in_fan_out=True),
-    "lora of all projections, found by differentiation": lambda: lora(
-        "qwen3", ["q_proj", "k_proj", "v_proj", "o_proj"]
-    ),
+    "lora of all projections, found by experiment": lambda: lora("qwen3", ["q_proj", "k_proj", "v_proj", "o_proj"]),
     "dora": lambda: lora(use_dora=True),
     "ia3": ia3,
     "add_adapter": added_adapter,
@@ -172,12 +170,12 @@ def test_wrong_freezes_are_refused(name: str) -> None:
 
 def test_plain_projections_are_judged_by_heart_and_others_by_their_modules() -> None:
     model = tiny_model("llama")
-    assert not any(isinstance(site, FoundSite) for site in sites(model).values())
+    assert all(site.formula is not None for site in sites(model).values())
     handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, output: None)
-    assert all(isinstance(site, FoundSite) for site in sites(model).values())
+    assert all(site.formula is None for site in sites(model).values())
     assert checks.check("values_are_the_oracles", model, freeze, examples=3)[0].outcome == "passed"
     handle.remove()
-    assert not any(isinstance(site, FoundSite) for site in sites(model).values())
+    assert all(site.formula is not None for site in sites(model).values())
 
 
 class TakesTokens(nn.Module):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.judge.anatomy import CannotJudge, Site
+from pytest_circuitfreeze.suites.judge.judged_sites import CannotJudge, Site
+from pytest_circuitfreeze.suites.judge.layer_calls import attention_implementation
 from pytest_circuitfreeze.suites.judge.recorder import Recorder, Seen
-from pytest_circuitfreeze.suites.judge.sites import AnySite, implementations, patch_on, sites
-from pytest_circuitfreeze.wrapped import config_of, dtype_of, transformers_configs
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations, sites
+from pytest_circuitfreeze.wrapped import config_of, dtype_of
 
 if TYPE_CHECKING:
     from freeze_core import InterventionConfig
@@ -26,10 +27,10 @@ __all__ = [
     "Seen",
     "attention_implementation",
     "logits_of",
-    "look",
     "observe",
     "of_real_tokens",
     "pads_under_eager",
+    "run_pass",
     "unfrozen",
 ]
 
@@ -48,7 +49,7 @@ class Pass:
         return _Watched(found) if isinstance(self.runs, _Watched) else found
 
 
-def look(
+def run_pass(
     engine: Engine,
     model: PreTrainedModel,
     config: InterventionConfig | Sequence[InterventionConfig] | None,
@@ -81,7 +82,7 @@ def observe(
     call: Callable[..., Any],
     model: PreTrainedModel,
     batch: Batch,
-    known: Mapping[int, AnySite],
+    known: Mapping[int, Site],
     *,
     patterns: bool = False,
     gradients: bool = False,
@@ -99,11 +100,11 @@ def observe(
     """
     stand_in: PreTrainedModel | None = getattr(call, "stand_in", None)
     if stand_in is not None:
-        known = patch_on(known, model, stand_in)
-    by_heart = any(isinstance(site, Site) for site in known.values())
-    tapped = by_heart and config_of(model)._attn_implementation == "sdpa" and not patterns
+        known = {layer: site.moved_to(stand_in) for layer, site in known.items()}
+    with_formula = any(site.formula is not None for site in known.values())
+    tapped = with_formula and config_of(model)._attn_implementation == "sdpa" and not patterns
 
-    def run(watch: Callable[[Recorder, AnySite], AbstractContextManager[None]]) -> tuple[Any, Recorder]:
+    def run(watch: Callable[[Recorder, Site], AbstractContextManager[None]]) -> tuple[Any, Recorder]:
         recorder = Recorder(gradients, patterns)
         with ExitStack() as stack:
             for site in known.values():
@@ -155,24 +156,7 @@ def pads_under_eager(model: PreTrainedModel) -> bool:
     return bool(dtype_of(model) != torch.float64)
 
 
-@contextmanager
-def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Runs `model` with another attention implementation, `"eager"` or `"sdpa"`, for the length of the block.
-
-    The configs' own field is set, which every family reads at each pass: `set_attn_implementation` refuses Falcon.
-    """
-    configs = transformers_configs(model)
-    before = [(config, config._attn_implementation) for config in configs]
-    try:
-        for config, _ in before:
-            config._attn_implementation = name
-        yield
-    finally:
-        for config, old in before:
-            config._attn_implementation = old
-
-
-def _demand_all_tapped(known: Mapping[int, AnySite], runs: Mapping[int, Sequence[Seen]]) -> None:
+def _demand_all_tapped(known: Mapping[int, Site], runs: Mapping[int, Sequence[Seen]]) -> None:
     missed = [layer for layer in known if not all("v" in seen.qkv for seen in runs.get(layer, ())) or layer not in runs]
     if missed:
         raise CannotJudge(f"attention of layers {missed} did not call scaled_dot_product_attention under sdpa")

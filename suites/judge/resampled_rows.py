@@ -9,10 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch, vocabulary
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, Role
-from pytest_circuitfreeze.suites.judge.passes import look
-from pytest_circuitfreeze.suites.judge.recorder import Seen
-from pytest_circuitfreeze.suites.judge.sites import AnySite, FoundSite, sites
+from pytest_circuitfreeze.suites.judge.observed_passes import run_pass
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 from pytest_circuitfreeze.suites.refusals import Refused
 
 if TYPE_CHECKING:
@@ -55,31 +53,22 @@ def read_orders(
     from freeze_core import InterventionConfig
 
     known = sites(model)
-    clean = look(engine, model, None, batch).layers
+    clean = run_pass(engine, model, None, batch).layers
     orders = {}
     refusal = None
     for layer in known if layers is None else layers:
         config = InterventionConfig(layer_indices=[layer], freeze_type="resample", seed=seed)
         try:
-            frozen = look(engine, model, config, batch).layers[layer]
+            frozen = run_pass(engine, model, config, batch).layers[layer]
         except Refused as refused:
             refusal = refused
             continue
-        for role in ROLES:
-            for name in known[layer].parts_of(role):
-                got, own = (_by_head(known[layer], role, name, seen) for seen in (frozen, clean[layer]))
-                apart = (got[:, :, None] - own[:, None, :]).abs().flatten(3).amax(-1)  # [head, row, other row]
-                error, rows = apart.min(-1)
-                orders[layer, name] = Order(rows, error, float(own.abs().max()))
+        for name in known[layer].parts:
+            # [head, row, token, feature], one for each head that the part has
+            got, own = (seen.activation(name).double().permute(2, 0, 1, 3) for seen in (frozen, clean[layer]))
+            apart = (got[:, :, None] - own[:, None, :]).abs().flatten(3).amax(-1)  # [head, row, other row]
+            error, rows = apart.min(-1)
+            orders[layer, name] = Order(rows, error, float(own.abs().max()))
     if refusal is not None and not orders:
         raise refusal
     return orders
-
-
-def _by_head(site: AnySite, role: Role, name: str, seen: Seen) -> Tensor:
-    """`[head, row, token, feature]` in float64, one for each head that a part has."""
-    if isinstance(site, FoundSite):
-        features = site.parts[name].features.to(seen.hidden.device)
-        return seen.parts[name].double()[..., features].permute(2, 0, 1, 3)
-    used = seen.qkv[role].double().transpose(0, 1)
-    return used[:: used.shape[0] // site.count(role)]

@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES
-from pytest_circuitfreeze.suites.judge.passes import look
-from pytest_circuitfreeze.suites.judge.sites import FoundSite, sites
+from pytest_circuitfreeze.suites.judge.observed_passes import run_pass
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 from pytest_circuitfreeze.suites.refusals import Refused
 
 if TYPE_CHECKING:
@@ -56,21 +55,12 @@ def read_noise(
     engine: Engine, model: PreTrainedModel, config: InterventionConfig, batch: Batch, row: int = 0
 ) -> dict[tuple[int, int, str], Tensor]:
     """What q, k and v are in one row under `config`: the draws, where it freezes to noise of standard deviation 1."""
-    known = sites(model)
-    found = look(engine, model, config, batch)
-    draws: dict[tuple[int, int, str], Tensor] = {}
-    for layer, seen in found.layers.items():
-        site = known[layer]
-        if isinstance(site, FoundSite):
-            for name, part in site.parts.items():
-                draws[config.seed, layer, name] = seen.parts[name][row].double()[
-                    :, part.features.to(seen.hidden.device)
-                ]
-            continue
-        for role in ROLES:
-            x = site.unused(role, seen.qkv[role].double(), seen.rotary)[row]
-            draws[config.seed, layer, role] = x[:, :: x.shape[1] // site.count(role)]
-    return draws
+    found = run_pass(engine, model, config, batch)
+    return {
+        (config.seed, layer, name): seen.activation(name)[row].double()
+        for layer, seen in found.layers.items()
+        for name in seen.site.parts
+    }
 
 
 def noise_of(

@@ -9,7 +9,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,19 +22,20 @@ from transformers import (
 
 from pytest_circuitfreeze.origins import remembered
 from pytest_circuitfreeze.suites.claims import NotApplicable
-from pytest_circuitfreeze.suites.judge.anatomy import ROLES, CannotJudge, Site, are_plain, is_known, sites
-from pytest_circuitfreeze.suites.judge.splitting import put_together, split_found
+from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, CannotJudge, Site, rows_of
+from pytest_circuitfreeze.suites.judge.known_families import has_plain_projections, is_known, is_plain_linear
+from pytest_circuitfreeze.suites.judge.site_lookup import sites
 
-__all__ = ["Twin", "twins"]
+__all__ = ["EquivalentModel", "equivalent_models"]
 
 
 @dataclass(frozen=True, eq=False)
-class Twin:
+class EquivalentModel:
     """A model that computes the same function from the same numbers, stored otherwise.
 
     Args:
         name: says what was done.
-        model: the twin, in eval mode.
+        model: in eval mode.
         unshares: whether `kv_scope="head"` can be asked of it where KV heads are shared.
     """
 
@@ -43,34 +44,31 @@ class Twin:
     unshares: bool
 
 
-_TWINS: WeakKeyDictionary[PreTrainedModel, list[Twin]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[PreTrainedModel, list[EquivalentModel]] = WeakKeyDictionary()
 
 
 @remembered
-def twins(model: PreTrainedModel) -> list[Twin]:
-    """All twins that are known for `model`, made once and kept as long as it.
+def equivalent_models(model: PreTrainedModel) -> list[EquivalentModel]:
+    """All that are known for `model`, made once and kept as long as it.
 
     Raises:
         NotApplicable: none is known.
     """
     if not isinstance(model, PreTrainedModel):
         raise NotApplicable(f"no other storage is known of {type(model).__name__}, which wraps a model")
-    if is_known(model) and not all(are_plain(site) for site in sites(model).values()):
+    if is_known(model) and not all(has_plain_projections(site) for site in sites(model).values()):
         raise NotApplicable(
             f"projections of {type(model).__name__} are more than a product with their weights (they are adapted, "
             "parametrized, quantised, hooked or wrapped), which cannot be stored otherwise"
         )
-    if model not in _TWINS:
+    if model not in _MADE:
         made = []
-        if not is_known(model):
-            twin = split_found(model)
-            made += [Twin("its fused projection split", twin, unshares=False)] if twin else []
-        else:
-            if any(site.family.fused and not hasattr(site.module, "q_proj") for site in sites(model).values()):
-                made.append(Twin("its fused projection split", _split(model), unshares=False))
-            if model.config.model_type in _OTHER_FAMILY:
-                name, build = _OTHER_FAMILY[model.config.model_type]
-                made.append(Twin(name, build(model), unshares=True))
+        split = _split(model)
+        if split is not None:
+            made.append(EquivalentModel("its fused projection split", split, unshares=False))
+        if is_known(model) and model.config.model_type in _OTHER_FAMILY:
+            name, build = _OTHER_FAMILY[model.config.model_type]
+            made.append(EquivalentModel(name, build(model), unshares=True))
         if not made:
             raise NotApplicable(
                 f"{type(model).__name__} stores queries, keys and values apart, and no family is known that computes "
@@ -78,30 +76,56 @@ def twins(model: PreTrainedModel) -> list[Twin]:
             )
         for twin in made:
             twin.model.to(device=model.device, dtype=model.dtype).eval()
-        _TWINS[model] = made
-    return _TWINS[model]
+        _MADE[model] = made
+    return _MADE[model]
 
 
-def _split(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose fused projections are three linears each, put together again by a method of the same name."""
-    twin = copy.deepcopy(model)
-    for site in sites(twin).values():
-        fused = str(site.family.fused)
+def _split(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A copy whose fused projections are three linears each; `None` where they are not all fused."""
+    known = sites(model)
+    if not all(_is_fused(site) for site in known.values()):
+        return None
+    copied = copy.deepcopy(model)
+    for site in known.values():
+        module: Any = copied.get_submodule(site.name)
+        fused = site.parts["q"].path
         weights, biases = site.weights(), site.biases()
-        order = torch.cat([site._cut(torch.arange(_width(site)))[role].flatten() for role in ROLES])
-        for role in ROLES:
-            linear = nn.Linear(weights[role].shape[-1], weights[role][..., 0].numel(), bias=bool(biases))
-            linear.weight = nn.Parameter(weights[role].flatten(0, 1).clone())
+        for name, weight in weights.items():
+            linear = nn.Linear(weight.shape[-1], weight[..., 0].numel(), bias=bool(biases))
+            linear.weight = nn.Parameter(weight.flatten(0, 1))
             if biases:
-                linear.bias = nn.Parameter(biases[role].flatten().clone())
-            site.module.add_module(f"{role}_proj", linear)
-        delattr(site.module, fused)
-        site.module.__class__ = put_together(type(site.module), fused, order.argsort())
-    return twin
+                linear.bias = nn.Parameter(biases[name].flatten())
+            module.add_module(f"{name}_proj", linear)
+        order = torch.cat([site.parts[name].features.flatten() for name in ROLES])
+        if not hasattr(module, "head_dim"):  # whoever keeps queries apart says how large a head is
+            module.head_dim = site.parts["q"].features.shape[1]
+        delattr(module, fused)
+        module.__class__ = _with_three_projections(type(module), fused, order.argsort())
+    return copied
 
 
-def _width(site: Site) -> int:
-    return (site.heads + 2 * site.kv_heads) * site.head_dim
+def _is_fused(site: Site) -> bool:
+    """Whether one linear layer, and nothing but q, k and v, is all that heads are made of."""
+    path, whole = next(iter(site.sources.items()))
+    features = sum(part.features.numel() for part in site.parts.values())
+    return (
+        len(site.sources) == 1
+        and set(site.parts) == set(ROLES)
+        and "." not in path
+        and is_plain_linear(whole)
+        and features == site.parts["q"].width
+        and hasattr(whole, "bias")
+    )
+
+
+def _with_three_projections(attention: type, fused: str, order: Tensor) -> type:
+    """A subclass of `attention` in which `fused` gives what q_proj, k_proj and v_proj give, in the family's order."""
+
+    def projection(self: Any, hidden: Tensor) -> Tensor:
+        apart = [self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)]
+        return torch.cat(apart, dim=-1)[..., order.to(hidden.device)]
+
+    return type(f"Split{attention.__name__}", (attention,), {fused: projection})
 
 
 def _as_opt(model: PreTrainedModel) -> PreTrainedModel:
@@ -235,14 +259,15 @@ def _with_projections_of(model: PreTrainedModel, twin: PreTrainedModel) -> PreTr
     own = sites(model)
     with torch.no_grad():
         for layer, site in sites(twin).items():
-            biases = own[layer].biases()
-            if biases and site.family.fused and not site.biases():
-                fused = getattr(site.module, site.family.fused)
-                fused.bias = nn.Parameter(torch.zeros(_width(site)))
-            for role, weight in own[layer].weights().items():
-                site.weights()[role].copy_(weight)
-                if biases:
-                    site.biases()[role].copy_(biases[role])
+            weights, biases = own[layer].weights(), own[layer].biases()
+            for name, part in site.parts.items():
+                source: Any = site.sources[part.path]
+                rows = cast(Tensor, rows_of(source))
+                rows[part.features] = weights[name].to(rows)
+                if name in biases:
+                    if source.bias is None:
+                        source.bias = nn.Parameter(torch.zeros(part.width))
+                    source.bias[part.features] = biases[name].to(source.bias)
     return twin
 
 

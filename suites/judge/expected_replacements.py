@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.recordings import Calibrated, Recorded
 from pytest_circuitfreeze.strategies import Batch
-from pytest_circuitfreeze.suites.judge.noise import Draws, noise_of
-from pytest_circuitfreeze.suites.judge.passes import attention_implementation, observe
+from pytest_circuitfreeze.suites.judge.noise_draws import Draws, noise_of
+from pytest_circuitfreeze.suites.judge.observed_passes import attention_implementation, observe
 from pytest_circuitfreeze.suites.judge.recorder import Seen
-from pytest_circuitfreeze.suites.judge.resampling import distinct_rows, read_orders
-from pytest_circuitfreeze.suites.judge.sites import as_found, implementations
+from pytest_circuitfreeze.suites.judge.resampled_rows import distinct_rows, read_orders
+from pytest_circuitfreeze.suites.judge.site_lookup import implementations, sites_without_formula
 from pytest_circuitfreeze.suites.tolerance import Exact, Nudge
 from pytest_circuitfreeze.wrapped import device_of
 
@@ -31,18 +31,16 @@ class Clean(NamedTuple):
     """A pass of the unfrozen model, as the judge saw it.
 
     Args:
-        runs: what each attention layer consumed, run by run; its parts are there in every family.
-        features: by layer and part, where in it each head's features lie `[head, feature]`.
+        runs: what each attention layer consumed, run by run: its parts alone, as their sources gave them.
         real: `[batch, token]` bool, true where a token is not padding.
     """
 
     runs: Mapping[int, Sequence[Seen]]
-    features: Mapping[tuple[int, str], Tensor]
     real: Tensor
 
     def heads(self, layer: int, name: str, run: int = 0) -> Tensor:
         """A part's activation before any norm or rotation, `[batch, token, head, feature]`."""
-        return self.runs[layer][run].parts[name].detach()[..., self.features[layer, name]]
+        return self.runs[layer][run].parts[name].detach()
 
 
 @dataclass(frozen=True)
@@ -130,15 +128,10 @@ def material_of(
 
 def clean_pass(model: PreTrainedModel, source: Batch) -> Clean:
     """The judge's own recording: the unfrozen model on `source`."""
-    known = as_found(model)
+    known = sites_without_formula(model)
     with attention_implementation(model, implementations(model)[0]), torch.no_grad():
         seen = observe(model, model, source, known).runs
-    features = {
-        (layer, name): part.features.to(device_of(model))
-        for layer in known
-        for name, part in known[layer].parts.items()
-    }
-    return Clean(seen, features, source.real.to(device_of(model)))
+    return Clean(seen, source.real.to(device_of(model)))
 
 
 def _sources(taken: object) -> list[Batch]:
