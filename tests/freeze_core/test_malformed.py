@@ -210,7 +210,7 @@ CALLS: list[tuple[st.SearchStrategy[Any], Call, tuple[str, ...]]] = [
         )
     ),
     (no_heads, lambda model, value: EXPERIMENTS.freeze_attention_heads(model, value), ("heads", "head_", "layer_")),
-    (no_field, lambda model, value: freeze_qk_circuit(model, [0], [0], **{value: 1}), ("field",)),
+    (no_field, lambda model, value: freeze_qk_circuit(model, [0], [0], **{value: 1}), ("unknown argument",)),
     (no_storage, lambda model, value: FREEZER.freeze_circuits(model, ONE, value), ("architecture",)),
     (no_batches, lambda model, value: FREEZER.calibrate(model, value, progress=False), ("batches",)),
     (no_bool, lambda model, value: FREEZER.calibrate(model, [IDS], progress=value), ("progress",)),
