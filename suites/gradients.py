@@ -195,7 +195,7 @@ def _embedded(
 
     def embed(module: nn.Module, args: object, output: Tensor) -> Tensor:
         found.append(change(output))
-        return found[-1]
+        return found[-1].clone()  # some models (CTRL) scale it in place
 
     running: PreTrainedModel = getattr(call, "stand_in", None) or model
     # A wrapper around a model of transformers has no such method itself.
