@@ -44,7 +44,7 @@ def main(model: Any, tokenizer: Any, out: Path) -> None:
     )
     print(vector.to_markdown())
 
-    # LayerPatch-out prompts above have the wording of the others. These have another one.
+    # Held-out prompts above have the wording of the others. These have another one.
     good, bad = (tokenizer(word).input_ids[0] for word in (" great", " terrible"))
     effects = vector.evaluate(
         model,

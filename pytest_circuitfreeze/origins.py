@@ -22,7 +22,7 @@ class Origin:
     Args:
         maker: the function that was called.
         given: its arguments, by name.
-        model: the argument of that name, if it had one. LayerPatch weakly: models keep some of what is made of them.
+        model: the argument of that name, if it had one. Held weakly: models keep some of what is made of them.
         place: where `maker` gave a list, the value's place in it.
     """
 
