@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_circuitfreeze.strategies import Batch, vocabulary
-from pytest_circuitfreeze.suites.claims import Claim, Margin, check, in_run
+from pytest_circuitfreeze.suites.claims import Claim, Margin, NotApplicable, check, in_run
 from pytest_circuitfreeze.suites.gradients import weighted_sum, without_gradients
 from pytest_circuitfreeze.suites.independence import first_frozen, unshares
 from pytest_circuitfreeze.suites.judge.judged_sites import ROLES, Site
@@ -101,6 +101,8 @@ def check_the_rest_is_untouched(
 ) -> Margin:
     """Handed the z of the frozen pass, the unfrozen model gives its logits, and its gradients behind the last freeze.
 
+    Of a layer that runs several times in a pass, that is behind its last run.
+
     Bit for bit: what is frozen reaches the rest of the model through z alone, and the rest is the model's own.
 
     Raises:
@@ -112,14 +114,19 @@ def check_the_rest_is_untouched(
     with attention_implementation(model, implementations(model)[0]), without_gradients(model), torch.enable_grad():
         with engine.freeze(model, config) as frozen:
             found = _backwards(observe(frozen, model, batch, known, gradients=True), batch)
+        if any(
+            found.runs[at][-1].shared and any(chosen_heads(site, config, role) for role in ("k", "v"))
+            for at, site in sites(model).items()
+        ):
+            raise NotApplicable("later layers read the keys and values of a frozen layer, and not its z alone")
         call = unfrozen(engine, model)
         with _given_z(call, known, {at: found.runs[at] for at in known if at <= last}):
             due = _backwards(observe(call, model, batch, known, gradients=True), batch)
     claim.same("logits", found.logits, due.logits, "row position word")
-    for got, want in zip(found.runs[last], due.runs[last], strict=True):
-        if got.answer is not None and want.answer is not None:
-            what, axes = "gradient of what attention gave", "row position feature"
-            claim.same(what, _gradient(got.answer), _gradient(want.answer), axes, layer=last, **in_run(got.run))
+    got, want = found.runs[last][-1], due.runs[last][-1]  # nothing is frozen behind the last run of a layer
+    if got.answer is not None and want.answer is not None:
+        what, axes = "gradient of what attention gave", "row position feature"
+        claim.same(what, _gradient(got.answer), _gradient(want.answer), axes, layer=last, **in_run(got.run))
     return claim.margin
 
 

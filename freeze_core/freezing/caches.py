@@ -79,7 +79,9 @@ def check_emptied_cache(cache: Any, mark: str) -> None:
         InterventionError: it does (a static cache that was reset, a dynamic one that was cropped to nothing).
     """
     parts = (cache, *(getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")))
-    if any(getattr(layer, "is_initialized", False) for part in parts for layer in getattr(part, "layers", ())):
+    layers = (layer for part in parts for layer in getattr(part, "layers", ()))
+    # A layer that reads an earlier layer's keys counts as initialised in a new cache, too, and has none of its own.
+    if any(getattr(layer, "is_initialized", False) and getattr(layer, "keys", layer) is not None for layer in layers):
         _check_storage(_freezes(cache), mark)
 
 

@@ -42,7 +42,7 @@ Heads = list[Mapping[Any, Any]]
 def own_model() -> PreTrainedModel:
     """A GQA model whose attention is of a new class, under names that nobody knows."""
 
-    class Seeks(Named):
+    class SeekingAttention(Named):
         def __init__(self, old: Any) -> None:
             nn.Module.__init__(self)
             self.config = old.config
@@ -54,7 +54,7 @@ def own_model() -> PreTrainedModel:
         def mix(self, z: Any) -> Any:
             return self.blends(z.transpose(1, 2).flatten(2))
 
-    made: PreTrainedModel = with_attention(Seeks, "llama_gqa")
+    made: PreTrainedModel = with_attention(SeekingAttention, "llama_gqa")
     return made
 
 
