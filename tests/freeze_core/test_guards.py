@@ -332,7 +332,7 @@ def frozen_in_cross_attention():
 def test_a_freeze_of_cross_attention_is_seen_where_an_unfrozen_model_is_asked_for():
     ids = torch.arange(10).view(2, 5) + 4
     model, frozen = frozen_in_cross_attention()
-    with pytest.raises(InterventionError, match="calibrate it unfrozen"):
+    with pytest.raises(InterventionError, match="model is frozen: remove its freezes first"):
         FREEZER.calibrate(model, [ids], progress=False)
     with pytest.raises(InterventionError, match="model_baseline is frozen"):
         FREEZER.verify_intervention_effect(model, model, ids, InterventionConfig([0]))
