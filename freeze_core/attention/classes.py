@@ -17,6 +17,7 @@ from freeze_core.attention.families import NOT_SOFTMAX
 from freeze_core.forward_patch import patches_on
 
 __all__ = [
+    "attention_functions",
     "class_functions",
     "class_values",
     "instance_forward",
@@ -159,31 +160,46 @@ def _are_library_functions(functions: Iterable[FunctionType]) -> bool:
 
     The names that their code uses may be bound to other functions by now, as libraries that speed models up do.
     """
-    home = _library_folder()
+    library = (_library_folder(), _TORCH)
+    return all(function.__code__.co_filename.startswith(library) for function in _functions_used(functions))
+
+
+def _functions_used(functions: Iterable[FunctionType]) -> Iterator[FunctionType]:
+    """Functions, and those that their code uses by a name of their file or of a model's, each once."""
     waiting, seen = list(functions), set[FunctionType]()
+    files = {id(function.__globals__) for function in waiting}
     while waiting:
         function = _unwrapped(waiting.pop())
         if function in seen:
             continue
         seen.add(function)
-        if not function.__code__.co_filename.startswith((home, _TORCH)):
-            return False
-        if str(function.__globals__.get("__name__")).startswith(MODELS):
+        yield function
+        if id(function.__globals__) in files or str(function.__globals__.get("__name__")).startswith(MODELS):
             used = (function.__globals__.get(name) for name in function.__code__.co_names)
             waiting += [other for other in used if isinstance(other, FunctionType)]
-    return True
+
+
+def attention_functions(module: nn.Module) -> list[Any]:
+    """All functions that form the attention of a module: those of its class, its kernel, and what these use."""
+    kernel = _kernel(module)
+    functions = [*class_functions(type(module)), *([kernel] if isinstance(kernel, FunctionType) else [])]
+    return [*_functions_used(functions), kernel]
+
+
+def _kernel(module: nn.Module) -> Any:
+    """The attention function that the module's config names; `None` where that is the class's own."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    registered = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
+    kernel = None if registered is None or name not in registered else registered[name]
+    while isinstance(kernel, partial):
+        kernel = kernel.func
+    return kernel
 
 
 def _is_library_kernel(module: nn.Module) -> bool:
     """Whether the attention function that the module's config names is transformers' own."""
-    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    registered = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
-    if registered is None or name not in registered:
-        return True  # the class's own
-    kernel = registered[name]
-    while isinstance(kernel, partial):
-        kernel = kernel.func
-    return isinstance(kernel, FunctionType) and _are_library_functions([kernel])
+    kernel = _kernel(module)
+    return kernel is None or (isinstance(kernel, FunctionType) and _are_library_functions([kernel]))
 
 
 def _unwrapped(function: FunctionType) -> FunctionType:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from freeze_core.attention.classes import (
+    attention_functions,
     class_functions,
     class_values,
     instance_forward,
@@ -179,11 +180,10 @@ def _state(attention: nn.Module) -> tuple[Any, ...]:
         for name, child in attention._modules.items()
         if child is not None
     )
-    functions = tuple(map(weakref.ref, class_functions(type(attention))))
+    # Deeper than its methods: what a function or a kernel calls may be replaced between two freezes.
+    functions = tuple(map(_identity, attention_functions(attention)))
     methods = tuple((name, _identity(function)) for name, function in instance_methods(attention))
-    config = getattr(attention, "config", None)
-    kernel = getattr(config, "_attn_implementation", None)
-    return (functions, methods, _identity(instance_forward(attention)), heads, children, kernel)
+    return (functions, methods, _identity(instance_forward(attention)), heads, children)
 
 
 def _identity(function: Any) -> Any:

@@ -217,6 +217,19 @@ def test_an_attention_function_that_reads_other_heads_is_refused(patch, monkeypa
         FREEZER.freeze_circuits(model, InterventionConfig([1], [1], "ov"))
 
 
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_a_function_that_is_replaced_after_a_probe_is_probed_again(kernel, monkeypatch):
+    file = modeling_llama if kernel == "eager" else sdpa_attention
+    own = file.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *_: False)
+    monkeypatch.setattr(file, "repeat_kv", lambda x, groups: own(x, groups))
+    with FREEZER.freeze_circuits(tiny_model("llama_gqa", attn=kernel), InterventionConfig([1], [1], "ov")):
+        pass
+    monkeypatch.setattr(file, "repeat_kv", lambda x, groups: x.repeat(1, groups, 1, 1))
+    with pytest.raises(UnsupportedModelError, match="share the features of its k otherwise than in groups"):
+        FREEZER.freeze_circuits(tiny_model("llama_gqa", attn=kernel), InterventionConfig([1], [1], "ov"))
+
+
 class NormOfAll(nn.Module):
     """In the place of Qwen3's norm of each head: it norms over all of them."""
 
