@@ -123,18 +123,18 @@ class _Shrinking:
 
     def __init__(self, cache: Any, name: str) -> None:
         self._cache = weakref.ref(cache)
-        self._name = name
+        self.__name__ = name  # some caches ask their own methods for it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache: Any = self._cache()
         if cache is None:
             raise InterventionError(
-                f"{self._name} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
+                f"{self.__name__} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
             )
-        given = getattr(type(cache), self._name)(cache, *args, **kwargs)
+        given = getattr(type(cache), self.__name__)(cache, *args, **kwargs)
         known: _Mark = getattr(cache, ATTRIBUTE)
         known.length = min(known.length, filled(cache))
         return given
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Shrinking, (self._cache(), self._name)
+        return _Shrinking, (self._cache(), self.__name__)

@@ -29,7 +29,7 @@ class _Reordering:
 
     def __init__(self, cache: Any, name: str, order: RowOrder) -> None:
         self._cache = weakref.ref(cache)
-        self._name = name
+        self.__name__ = name  # some caches ask their own methods for it
         self._order = order
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,16 +41,16 @@ class _Reordering:
         cache: Any = self._cache()
         if cache is None:
             raise InterventionError(
-                f"{self._name} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
+                f"{self.__name__} of a shallow copy of a cache that is gone: it shared its layers; use copy.deepcopy"
             )
-        vars(cache).pop(self._name, None)
-        return getattr(type(cache), self._name)(cache, *args, **kwargs)
+        vars(cache).pop(self.__name__, None)
+        return getattr(type(cache), self.__name__)(cache, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Reordering:
-        return _Reordering(memo[id(self._cache())], self._name, self._order)
+        return _Reordering(memo[id(self._cache())], self.__name__, self._order)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._cache(), self._name)
+        return getattr, (self._cache(), self.__name__)
 
 
 class RowOrder:

@@ -21,11 +21,10 @@ judged. An engine may find heads in its own way; this file shares no code with i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ from pytest_circuitfreeze.suites.judge.layer_calls import (
     attention_implementation,
     fits_pattern,
 )
-from pytest_circuitfreeze.wrapped import config_of, device_of
+from pytest_circuitfreeze.wrapped import device_of
 
 __all__ = ["discover_sites"]
 
@@ -74,11 +73,11 @@ def discover_sites(model: PreTrainedModel) -> dict[int, Site]:
         calls = _keep_calls(model, [model.get_submodule(one.name) for one in attention])
         for one in attention:
             # Two in one layer: neither is the layer's attention.
-            if sum(other.layer == one.layer for other in attention) > 1:
+            if sum(other.number.layer == one.number.layer for other in attention) > 1:
                 continue
             module = model.get_submodule(one.name)
             with suppress(CannotJudge, RuntimeError, ValueError):
-                found[one.layer] = _site(model, one, *_find_features(module, one, calls[module]))
+                found[one.number.layer] = _site(model, one, *_find_features(module, one, calls[module]))
     if not found:
         raise CannotJudge(
             f"no layer of {type(model).__name__} has an attention whose queries, keys and values can be told apart"
@@ -86,19 +85,26 @@ def discover_sites(model: PreTrainedModel) -> dict[int, Site]:
     return found
 
 
+class _Number(NamedTuple):
+    """Which one of how many layers."""
+
+    layer: int
+    layers: int
+
+
 @dataclass(frozen=True, eq=False)
 class _Attention:
     """One attention module as a pass showed it.
 
     Args:
-        layer: place of its decoder layer among its siblings.
+        number: of its decoder layer among its siblings.
         name: path of the module in the model.
         output: what takes z, by path in the module: the output projection, or a norm over all heads before it.
         heads: query heads.
         sources: what q, k and v may be read from, by path in the module: linear layers, and norms over all heads.
     """
 
-    layer: int
+    number: _Number
     name: str
     output: str
     heads: int
@@ -116,7 +122,7 @@ def _find_attention(model: PreTrainedModel) -> list[_Attention]:
         if one is not None:
             # A module that serves several layers cannot be judged in one of them; a layer may run several times.
             known = found.get(one.name, one)
-            found[one.name] = one if known is not None and known.layer == one.layer else None
+            found[one.name] = one if known is not None and known.number == one.number else None
     return [one for one in found.values() if one is not None]
 
 
@@ -194,7 +200,7 @@ class _Watch(TorchFunctionMode):
                     if _is_norm(part) and part is not output and self.taken.get(part, 0) > width // call.heads
                 ]
                 return _Attention(
-                    layer=self.layers[call.running[inside]],
+                    number=self.layers[call.running[inside]],
                     name=self.names[module],
                     output=parts[output],
                     heads=call.heads,
@@ -203,20 +209,20 @@ class _Watch(TorchFunctionMode):
         return None
 
 
-def _numbered(model: nn.Module) -> dict[nn.Module, int]:
+def _numbered(model: nn.Module) -> dict[nn.Module, _Number]:
     """Each layer's number in its list; lists in sisters of one class (the two stacks of HRM) are counted on."""
-    numbers: dict[nn.Module, int] = {}
+    numbers: dict[nn.Module, _Number] = {}
     for parent in model.modules():
-        counted: Counter[tuple[type, str]] = Counter()
+        sisters: dict[tuple[type, str], list[nn.Module]] = {}
         for child in () if isinstance(parent, nn.ModuleList) else parent.children():
             for name, part in child.named_children():
                 if isinstance(part, nn.ModuleList):
-                    start = counted[type(child), name]
-                    numbers |= {layer: start + at for at, layer in enumerate(part)}
-                    counted[type(child), name] += len(part)
+                    sisters.setdefault((type(child), name), []).extend(part)
+        for layers in sisters.values():
+            numbers |= {layer: _Number(at, len(layers)) for at, layer in enumerate(layers)}
         for part in parent.children():
             if isinstance(part, nn.ModuleList):
-                numbers = {layer: at for at, layer in enumerate(part)} | numbers
+                numbers = {layer: _Number(at, len(part)) for at, layer in enumerate(part)} | numbers
     return numbers
 
 
@@ -408,10 +414,9 @@ def _site(model: PreTrainedModel, found: _Attention, features: Sequence[Features
         for path in sorted(paths):
             name = role if len(paths) == 1 else f"{role} in {path}"
             parts[name] = _part(role, path, widths[path], [head[role].get(path, frozenset()) for head in features])
-    config: Any = config_of(model).get_text_config(decoder=True)
     return Site(
-        layer=found.layer,
-        layers=int(config.num_hidden_layers),
+        layer=found.number.layer,
+        layers=found.number.layers,
         name=found.name,
         module=model.get_submodule(found.name),
         output_name=found.output,

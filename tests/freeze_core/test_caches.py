@@ -31,7 +31,8 @@ from recomputed import (
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
 from freeze_core import AttentionCircuitFreezer, InterventionConfig, InterventionError, StaleCacheWarning
-from freeze_core.freezing.caches import check_emptied_cache
+from freeze_core.freezing.caches import check_emptied_cache, mark_cache
+from freeze_core.freezing.row_order import RowOrder, refuse_reordering
 from pytest_circuitfreeze.models import draw_parameters, tiny_model
 from pytest_circuitfreeze.shrinking import tiny_of_type
 
@@ -220,6 +221,20 @@ def test_a_cache_that_was_emptied_and_filled_unfrozen_is_recognised(model, cache
     decode(model, IDS, LEFT, filled, ((0, 6),))
     with FREEZER.freeze_circuits(model, config), pytest.warns(StaleCacheWarning):
         decode(model, IDS, LEFT, filled, ((6, 7),))
+
+
+@pytest.mark.parametrize("freeze_type", ["zero", "resample"])  # the second also watches how rows are reordered
+def test_a_marked_cache_of_an_encoder_decoder_shrinks_and_reorders_as_its_class_does(freeze_type):
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    mark_cache(cache, "|frozen", 0, 4)
+    if freeze_type == "resample":
+        refuse_reordering(cache, RowOrder())
+    for part in (cache.self_attention_cache, cache.cross_attention_cache):
+        part.update(*torch.arange(16.0).view(2, 2, 1, 4, 1), 0)
+    cache.crop(-1)
+    assert cache.get_seq_length() == 3
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.self_attention_cache.layers[0].keys[0].flatten().tolist() == [4.0, 5.0, 6.0]
 
 
 def test_what_is_left_of_an_unfrozen_growth_after_a_crop_is_recognised(model):
