@@ -55,7 +55,8 @@ def largest_change(exact: Tensor, moved: Tensor) -> float:
 
 
 class NudgedAttention(TorchFunctionMode):
-    """Takes `scaled_dot_product_attention` apart and nudges its backward pass where that subtracts.
+    """Nudges the backward pass of attention where that subtracts: in `scaled_dot_product_attention`, which it takes
+    apart, and in the products of attention that is written out.
 
     The gradient of a score is `pattern * (dp - delta)`, where `delta` is the mean of `dp` under the pattern: the two
     round apart and may cancel altogether (a query that sees one key has no gradient). Nothing that is done to weights
@@ -66,11 +67,69 @@ class NudgedAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in PRODUCTS and not kwargs and _are_batches(*args):
+            return _Product.apply(*args)  # type: ignore[no-untyped-call]  # apply is torch's
+        if func in SOFTMAX and _over_the_last(*args, **(kwargs or {})):
+            dtype = (kwargs or {}).get("dtype")
+            return _Softmax.apply(args[0] if dtype is None else args[0].to(dtype))  # type: ignore[no-untyped-call]
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         query, key, value = args[:3]
         key, value = (kv.repeat_interleave(query.shape[1] // kv.shape[1], dim=1) for kv in (key, value))
         return _attention(query, key, value, **(kwargs or {}))
+
+
+PRODUCTS = (torch.bmm, torch.matmul, Tensor.bmm, Tensor.matmul, Tensor.__matmul__)
+
+
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def _over_the_last(scores: Tensor, dim: int | None = None, *others: object, **named: object) -> bool:
+    return dim in (-1, scores.dim() - 1) and not others
+
+
+class _Softmax(torch.autograd.Function):
+    """The pattern of scores, whose gradient is off by the rounding of what is subtracted in it."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        pattern = scores.softmax(-1)
+        ctx.save_for_backward(pattern)
+        return pattern
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (pattern,) = ctx.saved_tensors
+        terms = pattern * grad
+        rounding = Nudge(grad.dtype)(terms, grad.shape[-1]) - terms
+        return terms + rounding - pattern * terms.sum(-1, keepdim=True)
+
+
+def _are_batches(first: Tensor, other: Tensor) -> bool:
+    """Whether two factors are batches of matrices of one shape, as scores, patterns and values are."""
+    return first.dim() > 2 and first.shape[:-2] == other.shape[:-2]
+
+
+class _Product(torch.autograd.Function):
+    """A product of batches of matrices, with a nudged gradient of the first: `dp` where that is the pattern."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(first, other)
+        return first @ other
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        first, other = ctx.saved_tensors
+        return _nudged_product(grad, other), first.transpose(-1, -2) @ grad
+
+
+def _nudged_product(grad: Tensor, other: Tensor) -> Tensor:
+    """`grad @ other.T`, off by `gamma` of the products that it is a sum of."""
+    products = grad.abs() @ other.abs().transpose(-1, -2)
+    rounding = Nudge(grad.dtype)(products, grad.shape[-1]) - products
+    return grad @ other.transpose(-1, -2) + rounding
 
 
 def _attention(
@@ -104,8 +163,6 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         pattern, value, mixed = ctx.saved_tensors
-        products = grad.abs() @ value.abs().transpose(-1, -2)
-        rounding = Nudge(grad.dtype)(products, grad.shape[-1]) - products
-        of_pattern = grad @ value.transpose(-1, -2) + rounding
+        of_pattern = _nudged_product(grad, value)
         delta = (grad * mixed).sum(-1, keepdim=True)
         return pattern * (of_pattern - delta), pattern.transpose(-1, -2) @ grad
