@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
-__all__ = ["ordinary_tensors"]
+__all__ = ["ordinary_tensors", "unwrapped"]
 
 
 @contextmanager
@@ -20,3 +21,13 @@ def ordinary_tensors() -> Iterator[None]:
     on_cpu = torch.get_default_device().type == "cpu"
     with torch.inference_mode(False), torch.no_grad(), nullcontext() if on_cpu else torch.device("cpu"):
         yield
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor itself, without the wrappers of the transforms of `torch.func` that it may be in.
+
+    Torch has a function for this from 2.7 on.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor

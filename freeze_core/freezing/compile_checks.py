@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from freeze_core.errors import InterventionError
+from freeze_core.ordinary import unwrapped
 
 __all__ = ["require"]
 
@@ -22,7 +23,7 @@ def require(value: Tensor, holds: Tensor | bool, message: str) -> Tensor:
         required: Tensor = _required(value, holds if isinstance(holds, Tensor) else torch.tensor(holds), message)
         return required
     if isinstance(holds, Tensor):
-        holds = bool(torch.func.debug_unwrap(holds).all())  # under vmap it is one of each sample: all are to hold
+        holds = bool(unwrapped(holds).all())  # under vmap it is one of each sample: all are to hold
     if not holds:
         raise InterventionError(message)
     return value

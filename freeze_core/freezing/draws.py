@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freeze_core.ordinary import ordinary_tensors
+from freeze_core.ordinary import ordinary_tensors, unwrapped
 
 __all__ = ["NoiseTable", "accumulation_dtype", "derangement"]
 
@@ -54,7 +54,7 @@ class NoiseTable:
             table = np.stack([self._row(column) for column in range(rows)])
             # Kept for later passes: made under a transform of torch.func, it would be a tensor of that call's alone.
             with ordinary_tensors():
-                self._rows = torch.func.debug_unwrap(torch.from_numpy(table).to(like.device, dtype))
+                self._rows = unwrapped(torch.from_numpy(table).to(like.device, dtype))
         return self._rows[start : start + count]
 
     def _row(self, column: int) -> np.ndarray:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["follow", "may_be_checkpointed", "wrap_checkpoints", "wrapped_functions"]
 
+SHOWS_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+"""Whether this torch shows the hooks for saved tensors: 2.6 does not."""
+
 # A method of the class, which the type checker takes for a function of its own kind.
 APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 """What stands above the `forward` of every autograd function in the stack of calls."""
@@ -137,7 +140,9 @@ def may_be_checkpointed(differentiated: bool) -> bool:
     """
     if differentiated and not torch.is_grad_enabled():
         return True
-    return not torch.compiler.is_compiling() and _top_hooks() is not None
+    if torch.compiler.is_compiling():
+        return False
+    return _top_hooks() is not None if SHOWS_HOOKS else torch.is_grad_enabled()
 
 
 def _checkpoints(what: str) -> Iterator[tuple[Any, str]]:
@@ -147,11 +152,8 @@ def _checkpoints(what: str) -> Iterator[tuple[Any, str]]:
         FreezeNotInForceError: `what` runs in an autograd function of another make: whether it is a checkpoint, and what
             it would call again, is unknown.
     """
-    for pack, _ in _all_hooks():
-        if getattr(pack, "__module__", "") == torch.utils.checkpoint.__name__:
-            cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
-            if "frame" in cells:  # the hooks of a recomputation have none
-                yield cells["frame"].cell_contents, "recompute_fn"
+    for checkpoint in _hooked_checkpoints() if SHOWS_HOOKS else _running_checkpoints(sys._getframe()):
+        yield checkpoint, "recompute_fn"
     if torch.is_grad_enabled():
         return
     for forward, apply in _functions_above(sys._getframe()):
@@ -164,6 +166,30 @@ def _checkpoints(what: str) -> Iterator[tuple[Any, str]]:
                 f"{what} is frozen and runs inside of the autograd function {apply.f_locals['cls'].__name__}, which "
                 "may run it again in the backward pass, in a way that is unknown: use torch.utils.checkpoint instead"
             )
+
+
+def _hooked_checkpoints() -> Iterator[Any]:
+    """The checkpoints whose hooks saved tensors are packed by."""
+    for pack, _ in _all_hooks():
+        if getattr(pack, "__module__", "") == torch.utils.checkpoint.__name__:
+            cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+            if "frame" in cells:  # the hooks of a recomputation have none
+                yield cells["frame"].cell_contents
+
+
+def _running_checkpoints(frame: FrameType | None) -> Iterator[Any]:
+    """The same for torch 2.6, which does not show the hooks: those of `checkpoint` calls among the callers of `frame`.
+
+    A checkpoint that a library begins in one hook and ends in another (torch's composable one) is not found there.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            generator = frame.f_locals.get("gen")
+            running = getattr(generator, "gi_frame", None)
+            checkpoint = running.f_locals.get("new_frame") if running else None
+            if checkpoint is not None:
+                yield checkpoint
+        frame = frame.f_back
 
 
 def _top_hooks() -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from freeze_core.errors import InterventionError
+from freeze_core.ordinary import unwrapped
 
 __all__ = ["RowOrder", "refuse_reordering"]
 
@@ -72,7 +72,7 @@ class RowOrder:
             InterventionError: they go on from those of the pass before, in another order.
         """
         if ids is not None:
-            ids = torch.func.debug_unwrap(ids).detach()  # kept beyond the transform of torch.func that it may be of
+            ids = unwrapped(ids).detach()  # kept beyond the transform of torch.func that it may be of
         before, self._before = self._before, None if ids is None else ids.clone()
         if ids is None or before is None or ids.dim() != 2 or before.shape != ids[:, :-1].shape:
             return
