@@ -83,4 +83,4 @@ def needed_by(module):
 def test_what_installs_freezes_is_small_enough_to_read():
     needed = needed_by("freeze_core.freezing.install")
     lines = sum(len(FILES[name].read_text(encoding="utf-8").splitlines()) for name in needed)
-    assert (len(needed), lines) <= (28, 3750)
+    assert (len(needed), lines) <= (28, 3800)

@@ -32,9 +32,8 @@ __all__ = ["follow", "may_be_checkpointed", "wrap_checkpoints", "wrapped_functio
 SHOWS_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 """Whether this torch shows the hooks for saved tensors: 2.6 does not."""
 
-# A method of the class, which the type checker takes for a function of its own kind.
-APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-"""What stands above the `forward` of every autograd function in the stack of calls."""
+APPLY: Any = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+"""What calls the `forward` of an autograd function, where that is Python: before torch 2.15."""
 
 
 def follow(tracker: PassTracker) -> bool:
@@ -156,15 +155,13 @@ def _checkpoints(what: str) -> Iterator[tuple[Any, str]]:
         yield checkpoint, "recompute_fn"
     if torch.is_grad_enabled():
         return
-    for forward, apply in _functions_above(sys._getframe()):
-        code = forward.f_code
-        context = forward.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    for context, name, differentiated in _autograd_functions(sys._getframe()):
         if hasattr(context, "run_function"):
             yield context, "run_function"
-        elif any(isinstance(one, Tensor) and one.requires_grad for one in apply.f_locals["args"]):
+        elif differentiated:
             raise FreezeNotInForceError(
-                f"{what} is frozen and runs inside of the autograd function {apply.f_locals['cls'].__name__}, which "
-                "may run it again in the backward pass, in a way that is unknown: use torch.utils.checkpoint instead"
+                f"{what} is frozen and runs inside of the autograd function {name}, which may run it again in the "
+                "backward pass, in a way that is unknown: use torch.utils.checkpoint instead"
             )
 
 
@@ -209,9 +206,19 @@ def _all_hooks() -> list[tuple[Any, Any]]:
     return hooks
 
 
-def _functions_above(frame: FrameType | None) -> Iterator[tuple[FrameType, FrameType]]:
-    """The calls of autograd functions among the callers of `frame`: their `forward`, and their `apply` above it."""
-    while frame is not None and frame.f_back is not None:
-        if frame.f_back.f_code is APPLY:
-            yield frame, frame.f_back
-        frame = frame.f_back
+def _autograd_functions(frame: FrameType | None) -> Iterator[tuple[Any, str, bool]]:
+    """The autograd functions among the callers of `frame`: context, name, and whether an input requires a gradient.
+
+    One whose `forward` takes no context is found before torch 2.15 alone.
+    """
+    while frame is not None:
+        code, caller = frame.f_code, frame.f_back
+        if code.co_name == "forward" and code.co_argcount:
+            context = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(context, torch.autograd.function.BackwardCFunction):
+                yield context, type(context).__name__.removesuffix("Backward"), any(context.needs_input_grad)
+            elif caller is not None and caller.f_code is APPLY:
+                inputs = caller.f_locals["args"]
+                differentiated = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+                yield None, caller.f_locals["cls"].__name__, differentiated
+        frame = caller
