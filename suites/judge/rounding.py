@@ -129,7 +129,8 @@ def _nudged_product(grad: Tensor, other: Tensor) -> Tensor:
     """`grad @ other.T`, off by `gamma` of the products that it is a sum of."""
     products = grad.abs() @ other.abs().transpose(-1, -2)
     rounding = Nudge(grad.dtype)(products, grad.shape[-1]) - products
-    return grad @ other.transpose(-1, -2) + rounding
+    gradient: Tensor = grad @ other.transpose(-1, -2) + rounding
+    return gradient
 
 
 def _attention(
