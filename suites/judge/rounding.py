@@ -103,7 +103,8 @@ class _Softmax(torch.autograd.Function):
         (pattern,) = ctx.saved_tensors
         terms = pattern * grad
         rounding = Nudge(grad.dtype)(terms, grad.shape[-1]) - terms
-        return terms + rounding - pattern * terms.sum(-1, keepdim=True)
+        gradient: Tensor = terms + rounding - pattern * terms.sum(-1, keepdim=True)
+        return gradient
 
 
 def _are_batches(first: Tensor, other: Tensor) -> bool:
