@@ -223,6 +223,10 @@ def test_a_cache_that_was_emptied_and_filled_unfrozen_is_recognised(model, cache
         decode(model, IDS, LEFT, filled, ((6, 7),))
 
 
+def test_a_new_cache_whose_later_layers_read_earlier_keys_is_no_emptied_one():
+    check_emptied_cache(DynamicCache(config=tiny_model("gemma3n_text").config), "0|frozen")
+
+
 @pytest.mark.parametrize("freeze_type", ["zero", "resample"])  # the second also watches how rows are reordered
 def test_a_marked_cache_of_an_encoder_decoder_shrinks_and_reorders_as_its_class_does(freeze_type):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
 from freeze_core import AttentionCircuitFreezer, FreezeNotInForceError, InterventionConfig, InterventionError
+from freeze_core.freezing import recomputation
 from pytest_circuitfreeze.models import tiny_model
 
 # A checkpoint within a reentrant one has inputs without gradients at first, of which torch warns.
@@ -321,3 +322,18 @@ def test_hooks_of_others_see_the_frozen_run_last_and_gradients_in_the_run_before
         with torch.no_grad():
             model(ids)
         assert len(seen) == 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_found_where_torch_shows_neither_hooks_nor_calls(reentrant, monkeypatch):
+    # Torch 2.6 does not show the hooks for saved tensors; from 2.15 on functions are not called from Python.
+    monkeypatch.setattr(recomputation, "SHOWS_HOOKS", False)
+    monkeypatch.setattr(recomputation, "APPLY", None)
+    model = tiny_model("llama")
+    layer = model.model.layers[1]
+    own = layer.forward
+    layer.forward = lambda x, **options: checkpoint(partial(own, **options), x, use_reentrant=reentrant)
+    with AttentionCircuitFreezer().freeze_circuits(model, InterventionConfig([1], [1], "ov")):
+        loss = model(torch.arange(1, 7)[None]).logits.sum()
+    with pytest.raises(FreezeNotInForceError):
+        loss.backward()
